@@ -1,0 +1,235 @@
+"""The frame every optimizer of this package shares.
+
+One object holds all parameters of a model: those with role ``matrix`` are updated by the method, the others by AdamW
+inside the same ``step()``. A subclass supplies three things, in the terms of its paper: the state of a matrix, the
+check of its hyperparameters, and the update of a list of matrices. It never overrides ``step``.
+
+State is allocated when a parameter group is added, not at the first step: checkpoint code that finds an optimizer
+without state calls ``step()`` on zero gradients to make some, and every rank must hold the same keys.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from optim import rules
+from optim.sharding import StateTensor, allocate, copy_into, local
+
+__all__ = ["ROLES", "MatrixOptimizer", "Slot", "adamw_state", "dense_gradient"]
+
+ROLES = ("matrix", "embedding", "head", "vector")
+
+
+class Slot(NamedTuple):
+    """One parameter with all that belongs to it."""
+
+    name: str
+    param: Tensor  # sharded or not; shape is global
+    state: dict[str, Tensor]
+    group: dict[str, Any]
+
+
+class MatrixOptimizer(torch.optim.Optimizer, ABC):
+    """Abstract: updates matrices by a method and every other parameter by AdamW.
+
+    Every parameter group carries a ``role`` (one of ``ROLES``), as ``optim.param_groups(model)`` makes them, and its
+    own copy of each hyperparameter. Hyperparameters ``lr``, ``betas``, ``eps``, ``weight_decay`` mean the same in every
+    group; weight decay is decoupled and applied first.
+    """
+
+    needs_roles = True
+    """False for a method that treats all roles alike, and so accepts plain ``model.parameters()``."""
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        super().__init__(params, {"role": None if self.needs_roles else "vector", **defaults})
+
+    @abstractmethod
+    def matrix_state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
+        """The state tensors of one matrix; raises ValueError for hyperparameters that do not fit its shape."""
+
+    @abstractmethod
+    def step_matrices(self, slots: list[Slot]) -> None:
+        """Update matrices in place from ``slot.param.grad``, which may be None and is never written."""
+
+    @classmethod
+    def shard_dim(cls, role: str, shape: Sequence[int], world_size: int) -> int:
+        """The dimension to shard a parameter along for the least communication in ``step``; advice, never required."""
+        return 0
+
+    # ---------------------------------------------------------------------------------------------------------- step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update of every parameter that has a gradient; returns the closure's loss, if any.
+
+        Raises RuntimeError if the parameters were replaced (sharded) after updates had been made.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._adopt_replaced_parameters()
+        matrices: list[Slot] = []
+        for group in self.param_groups:
+            slots = list(self._slots(group))
+            if group["role"] == "matrix":
+                matrices.extend(slots)
+            else:
+                self.step_adamw(slots)
+        if matrices:
+            self.step_matrices(matrices)
+        return loss
+
+    def step_adamw(self, slots: list[Slot]) -> None:
+        """AdamW on parameters of one group, shard by shard."""
+        slots = [slot for slot in slots if slot.param.grad is not None]
+        if not slots:
+            return
+        group = slots[0].group
+        rules.adamw_(
+            [local(slot.param) for slot in slots],
+            [local(dense_gradient(slot)) for slot in slots],
+            [local(slot.state["exp_avg"]) for slot in slots],
+            [local(slot.state["exp_avg_sq"]) for slot in slots],
+            [slot.state["step"] for slot in slots],
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
+
+    # --------------------------------------------------------------------------------------------------------- state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Check a group and allocate its state; raises ValueError for hyperparameters that do not fit."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_group(group, len(self.param_groups) - 1)
+            for name, param in _named_parameters(group):
+                self._allocate(name, param, group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def state_layout(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
+        """The state tensors of one parameter, by global shape."""
+        if group["role"] == "matrix":
+            return self.matrix_state(name, param, group)
+        return adamw_state(param)
+
+    def _allocate(self, name: str, param: Tensor, group: dict[str, Any]) -> None:
+        layout = self.state_layout(name, param, group)
+        self.state[param] = {key: allocate(spec, param) for key, spec in layout.items()}
+
+    def _slots(self, group: dict[str, Any]) -> Iterator[Slot]:
+        for name, param in _named_parameters(group):
+            yield Slot(name, param, self.state[param], group)
+
+    def _adopt_replaced_parameters(self) -> None:
+        """Allocate anew if a framework sharded the model, and swapped the parameters, after building the optimizer."""
+        current = {param for group in self.param_groups for param in group["params"]}
+        if all(param in self.state for param in current):
+            return
+        orphans = [param for param in self.state if param not in current]
+        if any(self.state[param]["step"].item() > 0 for param in orphans):
+            raise RuntimeError(
+                "the parameters of this optimizer were replaced after it had made updates, so its state belongs to "
+                "tensors that no longer exist; shard the model first, or before the first step()"
+            )
+        for param in orphans:
+            del self.state[param]
+        for group in self.param_groups:
+            for name, param in _named_parameters(group):
+                if param not in self.state:
+                    self._allocate(name, param, group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a ``state_dict()``; every tensor keeps the dtype, shape and placement this optimizer allocated.
+
+        torch's own loading casts all state but ``step`` to the parameter's dtype: int32 index 4095 would come back
+        as 4096 from a bf16 model. Raises ValueError for state of another rank, basis or parameter shape.
+        """
+        self._adopt_replaced_parameters()
+        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        slots = [slot for group in self.param_groups for slot in self._slots(group)]
+        if len(saved_ids) == len(slots):  # torch words the error for a mismatch
+            for i, slot in zip(saved_ids, slots, strict=True):
+                _check_loadable(slot, state_dict["state"].get(i, {}))
+        super().load_state_dict(state_dict)
+        for i, slot in zip(saved_ids, slots, strict=True):
+            for key, value in state_dict["state"].get(i, {}).items():
+                copy_into(slot.state[key], value)
+            self.state[slot.param] = slot.state
+
+
+def adamw_state(param: Tensor) -> dict[str, StateTensor]:
+    """AdamW's state: torch's names, torch's dtypes."""
+    return {
+        "step": StateTensor((), torch.float32, "replicated"),
+        "exp_avg": StateTensor(tuple(param.shape), param.dtype, "parameter"),
+        "exp_avg_sq": StateTensor(tuple(param.shape), param.dtype, "parameter"),
+    }
+
+
+def dense_gradient(slot: Slot) -> Tensor:
+    """The parameter's gradient, which must exist; raises ValueError if it is sparse."""
+    grad = slot.param.grad
+    assert grad is not None
+    if grad.is_sparse:
+        raise ValueError(f"the gradient of {slot.name!r} is sparse; expected a dense one: build it with sparse=False")
+    return grad
+
+
+def _named_parameters(group: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
+    yield from zip(names, group["params"], strict=True)
+
+
+def _check_group(group: dict[str, Any], index: int) -> None:
+    role = group["role"]
+    if role not in ROLES:
+        raise ValueError(
+            f"parameter group {index} has role {role!r}; expected one of {', '.join(ROLES)}: a parameter's shape does "
+            "not tell an embedding from a matrix, so pass optim.param_groups(model) instead of model.parameters()"
+        )
+    if not isinstance(group["lr"], Tensor) and not group["lr"] >= 0:
+        raise ValueError(f"parameter group {index} has lr={group['lr']}; expected a number >= 0")
+    if not group["weight_decay"] >= 0:
+        raise ValueError(f"parameter group {index} has weight_decay={group['weight_decay']}; expected a number >= 0")
+    if not group["eps"] >= 0:
+        raise ValueError(f"parameter group {index} has eps={group['eps']}; expected a number >= 0")
+    betas = tuple(group["betas"])
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"parameter group {index} has betas={betas}; expected two numbers in [0, 1)")
+    group["betas"] = betas
+    if role == "matrix":
+        for name, param in _named_parameters(group):
+            if param.ndim != 2 or math.prod(param.shape) == 0:
+                raise ValueError(
+                    f"{name!r} has role 'matrix' and shape {tuple(param.shape)}; expected two non-empty dimensions: "
+                    "give it role 'vector' with rules={...} in optim.param_groups"
+                )
+
+
+def _check_loadable(slot: Slot, saved: dict[str, Any]) -> None:
+    if not saved:
+        return
+    if saved.keys() != slot.state.keys():
+        raise ValueError(
+            f"the saved state of {slot.name!r} has {sorted(saved)}; expected {sorted(slot.state)}: it was written by "
+            "another optimizer or basis"
+        )
+    for key, value in saved.items():
+        if tuple(value.shape) != tuple(slot.state[key].shape):
+            raise ValueError(
+                f"the saved {key!r} of {slot.name!r} has shape {tuple(value.shape)}; expected "
+                f"{tuple(slot.state[key].shape)}: it was written with another rank or model; load it with the same"
+            )

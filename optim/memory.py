@@ -1,0 +1,48 @@
+"""Bytes of optimizer state: predicted from shapes, and counted. The two are equal, exactly."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optim.param_groups import param_groups
+from optim.registry import create
+from optim.sharding import local, local_shape
+
+__all__ = ["predicted_state_bytes", "state_bytes"]
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all state tensors this rank holds (host memory included), of any torch optimizer."""
+    tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return sum(local(tensor).numel() * local(tensor).element_size() for tensor in tensors)
+
+
+def predicted_state_bytes(name: str, model: nn.Module, *, world_size: int = 1, shard: int = 0, **arguments: Any) -> int:
+    """Bytes of state that ``create(name, model, **arguments)`` holds on one rank.
+
+    Args:
+        name: one of ``optim.names()``.
+        model: on any device; shapes and dtypes are read, so ``meta`` costs nothing.
+        world_size: ranks a parameter is sharded over; 1 for none.
+        shard: which of them, 0 .. world_size - 1 (the first hold the larger shards).
+        arguments: the optimizer's own.
+
+    Raises:
+        ValueError: as ``create`` does.
+    """
+    groups = [
+        {**group, "params": [(key, torch.empty(p.shape, dtype=p.dtype, device="meta")) for key, p in group["params"]]}
+        for group in param_groups(model)
+    ]
+    optimizer = create(name, groups, **arguments)
+    total = 0
+    for group in optimizer.param_groups:
+        for key, param in zip(group["param_names"], group["params"], strict=True):
+            dim = optimizer.shard_dim(group["role"], param.shape, world_size)
+            for spec in optimizer.state_layout(key, param, group).values():
+                total += math.prod(local_shape(spec, dim, shard, world_size)) * spec.dtype.itemsize
+    return total

@@ -1,0 +1,71 @@
+"""Which parameter plays which role, from the types of the modules that own them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from optim.base import ROLES
+
+__all__ = ["param_groups"]
+
+
+def param_groups(model: nn.Module, *, rules: Mapping[str, Mapping[str, Any]] | None = None) -> list[dict[str, Any]]:
+    """Parameter groups with roles, for any optimizer of this package; every trainable parameter exactly once.
+
+    Roles: ``matrix`` (weight of an ``nn.Linear``), ``embedding``, ``head`` (what ``get_output_embeddings()`` returns,
+    or else a linear layer as wide as an embedding is tall), ``vector`` (everything else: norms, biases). A weight tied
+    between embedding and head is an ``embedding``. Only role ``matrix`` is updated by a low-rank method. Role
+    ``vector`` gets ``weight_decay`` 0 unless a rule says otherwise.
+
+    Args:
+        model: before or after ``fully_shard``.
+        rules: regular expression -> settings for the parameters whose name it matches (``re.search``; the first rule
+            that matches wins), e.g. ``{"k_proj": {"rank": 32}, r"layers\\.0\\.": {"role": "vector"}}``.
+
+    Raises:
+        ValueError: for a rule that matches nothing, an unknown role, or a model without trainable parameters.
+    """
+    rules = dict(rules or {})
+    roles = _roles(model)
+    matched: set[str] = set()
+    groups: dict[tuple[str, str | None], dict[str, Any]] = {}
+    for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
+        pattern = next((p for p in rules if re.search(p, name)), None)
+        settings = dict(rules[pattern]) if pattern is not None else {}
+        if pattern is not None:
+            matched.add(pattern)
+        role = settings.pop("role", roles.get(param, "vector"))
+        if role not in ROLES:
+            raise ValueError(f"rule {pattern!r} gives role {role!r}; expected one of {', '.join(ROLES)}")
+        if role == "vector":
+            settings.setdefault("weight_decay", 0.0)
+        group = groups.setdefault((role, pattern), {"params": [], "role": role, **settings})
+        group["params"].append((name, param))
+    unmatched = [pattern for pattern in rules if pattern not in matched]
+    if unmatched:
+        names = [name for name, param in model.named_parameters() if param.requires_grad]
+        raise ValueError(f"rule {unmatched[0]!r} matches no trainable parameter; names are like {', '.join(names[:3])}")
+    if not groups:
+        raise ValueError("the model has no trainable parameter; set requires_grad before building the optimizer")
+    return list(groups.values())
+
+
+def _roles(model: nn.Module) -> dict[Tensor, str]:
+    roles: dict[Tensor, str] = {}
+    modules = list(model.modules())
+    for module in modules:
+        if isinstance(module, nn.Embedding):
+            roles[module.weight] = "embedding"
+    heights = {module.num_embeddings for module in modules if isinstance(module, nn.Embedding)}
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    for module in modules:
+        if isinstance(module, nn.Linear):
+            is_head = module is output if output is not None else module.out_features in heights
+            roles.setdefault(module.weight, "head" if is_head else "matrix")
+    return roles

@@ -1,0 +1,77 @@
+"""Optimizers by name: a literal table, no registration side effects."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from optim.adamw import AdamW
+from optim.base import MatrixOptimizer
+from optim.low_rank_adamw import DCTAdamW
+from optim.param_groups import param_groups
+
+__all__ = ["check_arguments", "create", "describe", "find", "names"]
+
+_TABLE: dict[str, type[MatrixOptimizer]] = {
+    "adamw": AdamW,
+    "dct_adamw": DCTAdamW,
+}
+
+
+def names() -> list[str]:
+    """All registered names, sorted."""
+    return sorted(_TABLE)
+
+
+def find(name: str) -> type[MatrixOptimizer]:
+    """The class of a name; raises ValueError with the nearest names for an unknown one."""
+    if name not in _TABLE:
+        raise ValueError(f"unknown optimizer {name!r}; {_suggestion(name, names())}")
+    return _TABLE[name]
+
+
+def describe(name: str) -> str:
+    """First line of the class's docstring and its arguments with defaults."""
+    cls = find(name)
+    arguments = ", ".join(f"{key}={default!r}" for key, default in _arguments(cls).items())
+    return f"{name}: {(inspect.getdoc(cls) or '').splitlines()[0]} Arguments: {arguments}"
+
+
+def check_arguments(name: str, arguments: Iterable[str]) -> None:
+    """Raise ValueError, with the valid list, for an argument that the optimizer does not take."""
+    valid = list(_arguments(find(name)))
+    for argument in arguments:
+        if argument not in valid:
+            raise ValueError(f"optimizer {name!r} takes no argument {argument!r}; {_suggestion(argument, valid)}")
+
+
+def create(
+    name: str, model: nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]], **arguments: Any
+) -> MatrixOptimizer:
+    """Build an optimizer by name.
+
+    Args:
+        name: one of ``names()``.
+        model: a module (its groups are made by ``param_groups``) or parameter groups.
+        arguments: the class's own, ``lr`` among them.
+
+    Raises:
+        ValueError: unknown name or argument, or one that does not fit the parameters.
+    """
+    check_arguments(name, arguments)
+    groups = param_groups(model) if isinstance(model, nn.Module) else model
+    return find(name)(groups, **arguments)
+
+
+def _arguments(cls: type[MatrixOptimizer]) -> dict[str, Any]:
+    parameters = inspect.signature(cls).parameters
+    return {key: parameter.default for key, parameter in parameters.items() if key != "params"}
+
+
+def _suggestion(got: str, valid: list[str]) -> str:
+    close = difflib.get_close_matches(got, valid, n=1)
+    return (f"did you mean {close[0]!r}? " if close else "") + f"expected one of {', '.join(valid)}"

@@ -1,0 +1,241 @@
+"""Everything this package knows about DTensor and process groups.
+
+The optimizers see plain local tensors. A matrix is handed to them *tall*: its unprojected dimension first, (m, d),
+with m split over the ranks and d whole. Where a parameter is sharded along its unprojected dimension (what
+``preferred_shard_dim`` asks for) that is a view; where somebody sharded the projected dimension instead, one
+all-to-all turns the shards over, and one turns the update back. Either way the numbers are those of one process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+
+__all__ = [
+    "StateTensor",
+    "add_tall",
+    "allocate",
+    "chunk_sizes",
+    "copy_into",
+    "local",
+    "local_shape",
+    "preferred_shard_dim",
+    "projected_dim",
+    "sum_over_shards",
+    "tall",
+]
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """One tensor of optimizer state, by its global shape.
+
+    layout:
+        ``parameter``  an element-wise twin of the parameter, sharded as it is
+        ``rows``       first dimension = the matrix's unprojected dimension, sharded over the same ranks
+        ``replicated`` equal on every rank, on the parameter's device
+        ``host``       equal on every rank, in CPU memory: what Python must read without a device sync
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    layout: Literal["parameter", "rows", "replicated", "host"]
+
+
+@dataclass(frozen=True)
+class _ShardInfo:
+    """How a DTensor is split: tensor dimension ``dim`` over the ranks of mesh axis ``axis``."""
+
+    dim: int
+    mesh: DeviceMesh
+    axis: int
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        return self.mesh.get_group(self.axis)
+
+    @property
+    def index(self) -> int:
+        return self.mesh.get_local_rank(self.axis)
+
+    @property
+    def count(self) -> int:
+        return self.mesh.size(self.axis)
+
+
+def projected_dim(shape: Sequence[int]) -> int:
+    """The dimension a low-rank method projects: the smaller one (columns when square), from the global shape only.
+
+    Never from the number of ranks, or a checkpoint could not be loaded on another number of them.
+    """
+    return 1 if shape[0] >= shape[1] else 0
+
+
+def preferred_shard_dim(shape: Sequence[int], world_size: int) -> int:
+    """The dimension to shard a matrix along so that its projection is local: the unprojected one.
+
+    FSDP2 refuses uneven shards on any dimension but 0; there the answer is 0, and the optimizer turns the shards over.
+    """
+    unprojected = 1 - projected_dim(shape)
+    return unprojected if shape[unprojected] % world_size == 0 else 0
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor; any other tensor as it is. No communication, shared storage."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def chunk_sizes(size: int, parts: int) -> list[int]:
+    """Lengths ``torch.chunk`` and DTensor give to ``parts`` shards of ``size``; the last ones may be 0."""
+    step = math.ceil(size / parts)
+    return [max(0, min(step, size - i * step)) for i in range(parts)]
+
+
+def local_shape(spec: StateTensor, shard_dim: int, index: int, parts: int) -> tuple[int, ...]:
+    """Shape of shard ``index`` of ``parts`` of a state tensor whose parameter is sharded along ``shard_dim``."""
+    if spec.layout in ("replicated", "host") or not spec.shape:
+        return spec.shape
+    dim = shard_dim if spec.layout == "parameter" else 0
+    shape = list(spec.shape)
+    shape[dim] = chunk_sizes(shape[dim], parts)[index]
+    return tuple(shape)
+
+
+def allocate(spec: StateTensor, param: Tensor) -> Tensor:
+    """Zeros for one state tensor of ``param``; a DTensor with explicit global shape and stride where it is sharded.
+
+    A plain local tensor would be taken for replicated by every checkpoint path and silently overwritten.
+    """
+    if spec.layout == "host":
+        return torch.zeros(spec.shape, dtype=spec.dtype)
+    info = _shard_info(param)
+    device = local(param).device
+    if spec.layout == "replicated" or not isinstance(param, DTensor):
+        return torch.zeros(spec.shape, dtype=spec.dtype, device=device)
+    placements: list[Placement] = list(param.placements)
+    shape = spec.shape
+    if info is not None:
+        shape = local_shape(spec, info.dim, info.index, info.count)
+        if spec.layout == "rows":
+            placements[info.axis] = Shard(0)
+    return DTensor.from_local(
+        torch.zeros(shape, dtype=spec.dtype, device=device),
+        param.device_mesh,
+        placements,
+        run_check=False,
+        shape=torch.Size(spec.shape),
+        stride=_contiguous_stride(spec.shape),
+    )
+
+
+@torch.no_grad()
+def copy_into(target: Tensor, value: Tensor) -> None:
+    """Copy a loaded state tensor into an allocated one, dtype and placement of the target kept."""
+    if isinstance(target, DTensor) and not isinstance(value, DTensor):
+        for axis, placement in enumerate(target.placements):
+            if isinstance(placement, Shard):
+                sizes = chunk_sizes(target.shape[placement.dim], target.device_mesh.size(axis))
+                index = target.device_mesh.get_local_rank(axis)
+                value = value.narrow(placement.dim, sum(sizes[:index]), sizes[index])
+    elif isinstance(value, DTensor):
+        if isinstance(target, DTensor) and value.placements != target.placements:
+            value = value.redistribute(target.device_mesh, target.placements)
+        value = value.to_local() if isinstance(target, DTensor) else value.full_tensor()
+    local(target).copy_(value)
+
+
+def sum_over_shards(params: Sequence[Tensor], statistics: Sequence[Tensor]) -> list[Tensor]:
+    """Sum each statistic over the ranks that share its parameter: one all-reduce per process group and dtype.
+
+    Every rank must call this with the same parameters in the same order.
+    """
+    totals = list(statistics)
+    buckets: dict[tuple[dist.ProcessGroup, torch.dtype], list[int]] = {}
+    for i, (param, statistic) in enumerate(zip(params, statistics, strict=True)):
+        info = _shard_info(param)
+        if info is not None and info.count > 1:
+            buckets.setdefault((info.group, statistic.dtype), []).append(i)
+    for (group, _), members in buckets.items():
+        flat = torch.cat([statistics[i].reshape(-1) for i in members])
+        dist.all_reduce(flat, group=group)
+        for i, total in zip(members, flat.split([statistics[i].numel() for i in members]), strict=True):
+            totals[i] = total.view_as(statistics[i])
+    return totals
+
+
+def tall(param: Tensor, tensor: Tensor) -> Tensor:
+    """Local tall block (m_local, d) of a tensor shaped and sharded as ``param``; m is the unprojected dimension.
+
+    Where ``param`` is sharded along its projected dimension this is a collective, to be entered by every rank.
+    """
+    block = _tall_view(param, local(tensor))
+    info = _shard_info(param)
+    if info is None or not _is_turned(param, info):
+        return block
+    rows, columns = _turned_sizes(param, info)
+    arriving = [(rows[info.index], width) for width in columns]
+    return torch.cat(_all_to_all(block.split(rows), arriving, info.group), dim=1)
+
+
+def add_tall(param: Tensor, update: Tensor) -> None:
+    """Add a tall update (m_local, d), laid out as ``tall`` returns it, to the parameter in place; collective alike."""
+    info = _shard_info(param)
+    if info is not None and _is_turned(param, info):
+        rows, columns = _turned_sizes(param, info)
+        arriving = [(height, columns[info.index]) for height in rows]
+        update = torch.cat(_all_to_all(update.split(columns, dim=1), arriving, info.group), dim=0)
+    _tall_view(param, local(param)).add_(update)
+
+
+def _tall_view(param: Tensor, block: Tensor) -> Tensor:
+    return block if projected_dim(param.shape) == 1 else block.mT
+
+
+def _is_turned(param: Tensor, info: _ShardInfo) -> bool:
+    """Whether a parameter is really split, and along the dimension that is projected."""
+    return info.count > 1 and info.dim == projected_dim(param.shape)
+
+
+def _turned_sizes(param: Tensor, info: _ShardInfo) -> tuple[list[int], list[int]]:
+    """Shares of the ranks in the unprojected (m) and in the projected dimension (d)."""
+    return chunk_sizes(max(param.shape), info.count), chunk_sizes(min(param.shape), info.count)
+
+
+def _all_to_all(outgoing: Sequence[Tensor], arriving: list[tuple[int, int]], group: dist.ProcessGroup) -> list[Tensor]:
+    """Send block i to rank i; returns the blocks received, of the given shapes, by sender."""
+    send = torch.cat([block.reshape(-1) for block in outgoing])
+    sizes = [math.prod(shape) for shape in arriving]
+    received = send.new_empty(sum(sizes))
+    dist.all_to_all_single(received, send, sizes, [block.numel() for block in outgoing], group=group)
+    return [flat.view(shape) for flat, shape in zip(received.split(sizes), arriving, strict=True)]
+
+
+def _shard_info(param: Tensor) -> _ShardInfo | None:
+    """None for a tensor that every rank holds whole; raises ValueError for placements FSDP2 never makes."""
+    if not isinstance(param, DTensor):
+        return None
+    found: _ShardInfo | None = None
+    for axis, placement in enumerate(param.placements):
+        if type(placement) is Replicate:
+            continue
+        if type(placement) is not Shard or found is not None:
+            raise ValueError(
+                f"cannot optimize a parameter of shape {tuple(param.shape)} with placements {tuple(param.placements)} "
+                f"on mesh {param.device_mesh}: expected Replicate and at most one Shard, as FSDP2 and HSDP make them; "
+                "tensor-parallel (doubly sharded) parameters are not supported"
+            )
+        found = _ShardInfo(placement.dim % param.ndim, param.device_mesh, axis)
+    return found
+
+
+def _contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
+    return torch.empty(tuple(shape), device="meta").stride()
