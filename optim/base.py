@@ -115,8 +115,10 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
             _check_group(group, len(self.param_groups) - 1)
             for name, param in _named_parameters(group):
                 self._allocate(name, param, group)
-        except ValueError:
+        except Exception:
             self.param_groups.pop()
+            for param in group["params"]:
+                self.state.pop(param, None)
             raise
 
     def state_layout(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:

@@ -69,9 +69,9 @@ class LowRankAdamW(MatrixOptimizer):
     def step_matrices(self, slots: list[Slot]) -> None:
         """The update of the module's docstring, matrix by matrix."""
         due = [slot for slot in slots if int(slot.state["step"]) % slot.group["refresh_interval"] == 0]
-        chosen = dict(zip([slot.name for slot in due], self._refresh(due), strict=True))
+        chosen = dict(zip([slot.param for slot in due], self._refresh(due), strict=True))
         for slot in slots:
-            if not slot.state["step"] and not chosen[slot.name]:
+            if not slot.state["step"] and not chosen[slot.param]:
                 continue  # no directions yet
             slot.state["step"] += 1
             if slot.param.grad is not None:

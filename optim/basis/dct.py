@@ -27,6 +27,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 from optim.basis.base import Basis
 from optim.sharding import StateTensor
@@ -34,15 +35,25 @@ from optim.sharding import StateTensor
 __all__ = ["DCTBasis", "dct_matrix"]
 
 
-@lru_cache(maxsize=16)
 def dct_matrix(d: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The orthonormal DCT-II vectors as rows, (d, d): row k is q_k, so a selection of columns of Q is contiguous."""
+    """The orthonormal DCT-II vectors as rows, (d, d): row k is q_k, so a selection of columns of Q is contiguous.
+
+    Kept for the next call, except under ``FakeTensorMode``: fake and real tensors must not meet.
+    """
+    build = _build_dct_matrix if detect_fake_mode() is not None else _cached_dct_matrix
+    return build(d, device, dtype)
+
+
+def _build_dct_matrix(d: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     k = torch.arange(d, device=device).unsqueeze(1)
     i = torch.arange(d, device=device).unsqueeze(0)
     angle = (k * (2 * i + 1)) % (4 * d)
     rows = torch.cos(angle.double() * (math.pi / (2 * d))) * math.sqrt(2 / d)
     rows[0] *= math.sqrt(0.5)
     return rows.to(dtype)
+
+
+_cached_dct_matrix = lru_cache(maxsize=16)(_build_dct_matrix)
 
 
 class DCTBasis(Basis):

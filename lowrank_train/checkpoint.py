@@ -1,0 +1,263 @@
+"""Checkpoints with torch.distributed.checkpoint: atomic, the newest k kept, loadable on any number of ranks.
+
+A checkpoint is written to ``step-N.tmp`` and renamed when every rank's part is on disk, so that a kill at any instant
+leaves the last good one. In the background it is written through a process group of its own: on the training's group
+its messages would cross those of FSDP2 and deadlock.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from concurrent.futures import Future
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+import optim
+from lowrank_train.errors import UserError
+from lowrank_train.parallel import Ranks
+
+__all__ = ["Checkpoints", "export_huggingface", "find_checkpoint"]
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: holds ``step-N`` folders; made if absent.
+        ranks: the run's ranks; all must make the same calls.
+        keep: newest checkpoints kept.
+        asynchronous: write in the background.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, *, keep: int, asynchronous: bool) -> None:
+        self.folder, self.ranks, self.keep, self.asynchronous = folder, ranks, keep, asynchronous
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30)) if asynchronous else None
+        self._pending: tuple[Path, Future[Any]] | None = None
+        if ranks.is_first:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob("*.tmp"):
+                shutil.rmtree(leftover)
+
+    def save(
+        self,
+        step: int,
+        model: PreTrainedModel,
+        optimizer: torch.optim.Optimizer,
+        extra: dict[str, Any],
+        about: dict[str, Any],
+    ) -> None:
+        """Write model, optimizer and ``extra`` (nested dicts of tensors and plain values) as ``step-N``.
+
+        Args:
+            step: N.
+            model: sharded.
+            optimizer: its state is sharded with it.
+            extra: equal on all ranks, or under keys of one rank only.
+            about: plain facts kept beside it as ``about.json``.
+
+        Raises:
+            UserError: an earlier or this write failed (disk full, no permission); the last good checkpoint is named.
+        """
+        self.wait()
+        scratch = self.folder / f"step-{step}.tmp"
+        self.ranks.first(lambda: _write_about(scratch, {"step": step, **about}))
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        state = {"model": model_state, "optimizer": optimizer_state, **extra}
+        try:
+            if self.asynchronous:
+                written = async_save(state, checkpoint_id=scratch, process_group=self.group)
+                assert isinstance(written, Future)
+                self._pending = (scratch, written)
+            else:
+                save(state, checkpoint_id=scratch)
+                self._publish(scratch)
+        except (CheckpointException, OSError) as error:
+            raise self._failure(scratch, error) from None
+
+    def poll(self) -> bool:
+        """Publish a background checkpoint that is complete; True if writing it failed on this rank."""
+        if self._pending is None or not self._pending[1].done():
+            return False
+        if self._pending[1].exception() is not None:
+            return True
+        scratch, _ = self._pending
+        self._pending = None
+        self._publish(scratch)
+        return False
+
+    def wait(self) -> None:
+        """Wait for a background checkpoint to be published. Raises UserError if it could not be written."""
+        if self._pending is None:
+            return
+        scratch, written = self._pending
+        self._pending = None
+        try:
+            written.result()
+        except (CheckpointException, OSError) as error:
+            raise self._failure(scratch, error) from None
+        self._publish(scratch)
+
+    def load(
+        self, path: Path, model: PreTrainedModel, optimizer: optim.MatrixOptimizer, about: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Restore model and optimizer in place from ``path``; returns the ``extra`` it was saved with.
+
+        Args:
+            path: a ``step-N`` folder.
+            model: as saved, on any number of ranks.
+            optimizer: as saved.
+            about: what must be equal in ``about.json``.
+
+        Raises:
+            UserError: not a checkpoint, damaged, or of another model, optimizer, rank or data.
+        """
+        saved = _read_about(path)
+        for key, value in about.items():
+            if saved.get(key) != value:
+                raise UserError(
+                    f"{path} was written by a run with {key} = {saved.get(key)}; expected {value}: give the "
+                    "settings it was written with, or resume=never with another run_dir"
+                )
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        try:
+            metadata = FileSystemReader(path).read_metadata().state_dict_metadata
+        except (OSError, CheckpointException, RuntimeError, EOFError) as error:
+            raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); resume from another one") from None
+        wanted: dict[str, Any] = {f"model.{key}": value for key, value in model_state.items()}
+        optimizer_tensors: dict[str, Any] = optimizer_state["state"]  # type: ignore[assignment]
+        for name, tensors in optimizer_tensors.items():
+            wanted.update({f"optimizer.state.{name}.{key}": value for key, value in tensors.items()})
+        for key, value in wanted.items():
+            found = getattr(metadata.get(key), "size", None)
+            if found is None or tuple(found) != tuple(value.shape):
+                got = "nothing" if found is None else f"shape {tuple(found)}"
+                raise UserError(
+                    f"{path} holds {got} for {key!r}; expected shape {tuple(value.shape)}: it is of another model, "
+                    "optimizer or rank; give the settings it was written with, or resume=never with another run_dir"
+                )
+        extra: dict[str, dict[str, Any]] = {}
+        for key, entry in metadata.items():
+            section, _, name = key.partition(".")
+            if section not in ("model", "optimizer"):
+                empty = None
+                if isinstance(entry, TensorStorageMetadata):
+                    empty = torch.empty(entry.size, dtype=entry.properties.dtype)
+                extra.setdefault(section, {})[name] = empty
+        state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state, **extra}
+        try:
+            load(state, checkpoint_id=path)
+        except (CheckpointException, OSError, RuntimeError) as error:
+            raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}); resume from another one") from None
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        return {key: state[key] for key in extra}
+
+    def _publish(self, scratch: Path) -> None:
+        """Give a complete checkpoint its name and delete the oldest; on the first rank, which wrote the last file."""
+        if not self.ranks.is_first:
+            return
+        final = scratch.with_suffix("")
+        if final.exists():  # the same step, saved again after a resume
+            _delete(final)
+        scratch.rename(final)
+        for old in _published(self.folder)[: -self.keep]:
+            _delete(old)
+
+    def _failure(self, scratch: Path, error: BaseException) -> UserError:
+        causes = getattr(error, "failures", {})
+        cause = next((str(failure[0]) for failure in causes.values()), str(error)) if causes else str(error)
+        if self.ranks.is_first:
+            shutil.rmtree(scratch, ignore_errors=True)
+        good = _published(self.folder)
+        kept = f"the last good checkpoint is {good[-1]}" if good else "there is no earlier checkpoint"
+        return UserError(
+            f"cannot write the checkpoint {scratch.with_suffix('')}: {cause}; {kept}; free space and resume"
+        )
+
+
+def find_checkpoint(resume: str, folder: Path) -> Path | None:
+    """The checkpoint a run starts from.
+
+    Args:
+        resume: auto (the newest in ``folder``, if any), never, or the path of a checkpoint or of a run folder.
+        folder: the run's own checkpoints.
+
+    Raises:
+        UserError: never, but there are checkpoints that the run would overwrite; or nothing at the path given.
+    """
+    own = _published(folder)
+    if resume == "auto":
+        return own[-1] if own else None
+    if resume == "never":
+        if own:
+            raise UserError(
+                f"resume=never, but {folder} holds checkpoints of an earlier run; set another run_dir, delete "
+                "this one, or use resume=auto"
+            )
+        return None
+    path = Path(resume)
+    if (path / "about.json").is_file():
+        return path
+    found = _published(path / "checkpoints") or _published(path)
+    if not found:
+        raise UserError(f"resume={resume}: no checkpoint there; expected auto, never, a step-N or a run folder")
+    return found[-1]
+
+
+def export_huggingface(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, ranks: Ranks) -> None:
+    """Write the whole model and its tokenizer as a Hugging Face folder. Raises UserError if it cannot be written."""
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+    def write() -> None:
+        disable_progress_bar()  # of the library's own writer: one file is written
+        try:
+            model.save_pretrained(folder, state_dict=whole)
+            tokenizer.save_pretrained(folder)
+        except OSError as error:
+            raise UserError(f"cannot write the Hugging Face folder {folder}: {error}; free space and resume") from None
+
+    ranks.first(write)
+
+
+def _published(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    steps = [path for path in folder.glob("step-*") if path.suffix == "" and (path / ".metadata").is_file()]
+    return sorted(steps, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _delete(path: Path) -> None:
+    doomed = path.rename(path.with_name(path.name + ".old.tmp"))  # a kill while deleting must not leave half of it
+    shutil.rmtree(doomed)
+
+
+def _write_about(scratch: Path, about: dict[str, Any]) -> None:
+    try:
+        scratch.mkdir(parents=True)
+        (scratch / "about.json").write_text(json.dumps(about, indent=2))
+    except OSError as error:
+        raise UserError(f"cannot write to {scratch.parent}: {error}; free space, or set run_dir elsewhere") from None
+
+
+def _read_about(path: Path) -> dict[str, Any]:
+    try:
+        about: dict[str, Any] = json.loads((path / "about.json").read_text())
+        return about
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a checkpoint of this trainer ({error})") from None

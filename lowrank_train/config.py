@@ -1,0 +1,253 @@
+"""The configuration of a run: one dataclass schema, YAML files merged left to right, then ``key=value`` overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+
+import optim
+from lowrank_train.errors import UserError
+
+__all__ = ["Config", "help_text", "load_config", "save_config"]
+
+
+def _key(default: Any, meaning: str) -> Any:
+    """A field with its meaning, shown by ``--help``."""
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata={"help": meaning})
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass
+class ModelConfig:
+    """Which network is trained."""
+
+    name: str = _key(
+        "llama_60m", "a size such as llama_60m or opt_125m, or a local Hugging Face folder to continue from"
+    )
+    overrides: dict[str, Any] = _key({}, "Hugging Face config keys to change, e.g. model.overrides.num_hidden_layers=2")
+    gradient_checkpointing: bool = _key(False, "recompute activations in backward: less memory, about 1.3x the time")
+
+
+@dataclass
+class DataConfig:
+    """Where text comes from and how it becomes tokens."""
+
+    path: str | None = _key(
+        None,
+        "parquet, JSONL or text file(s) or a folder of them, or a Hugging Face dataset such as allenai/c4; "
+        "null: the sources and documentation of the running Python",
+    )
+    name: str | None = _key(None, "configuration of a Hugging Face dataset, e.g. en")
+    text_key: str = _key("text", "column that holds the text")
+    validation: str | None = _key(
+        None,
+        "file or folder of held-out text, or a split of the Hugging Face dataset; null: documents held out by hash",
+    )
+    validation_fraction: float = _key(0.02, "share of documents held out when data.validation is null")
+    tokenizer: str | None = _key(
+        None, "Hugging Face tokenizer, by name or folder; null: a byte-level BPE trained on the text"
+    )
+    vocab_size: int = _key(32000, "entries of the trained BPE, at least 257")
+    streaming: bool | None = _key(
+        None, "tokenize on the fly instead of once into the run folder; null: only for Hugging Face datasets"
+    )
+    streams: int = _key(8, "parallel streams of a streamed dataset; a multiple of the world size")
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate over the run, as a factor of optimizer.lr."""
+
+    name: Literal["cosine", "constant", "wsd"] = _key(
+        "cosine", "cosine, constant, or wsd (warm-up, stable, linear decay)"
+    )
+    warmup_steps: int = _key(100, "steps of linear warm-up")
+    min_ratio: float = _key(0.1, "factor at the end of the run (cosine, wsd)")
+    decay_fraction: float = _key(0.2, "last share of the run in which wsd decays")
+
+
+@dataclass
+class ParallelConfig:
+    """How ranks share the model: replicas x shards = world size (HSDP when both are above 1)."""
+
+    replicas: int = _key(1, "copies of the sharded model")
+    shards: int | None = _key(None, "ranks that share one copy; null: world size / replicas")
+
+
+@dataclass
+class EvalConfig:
+    """Perplexity on held-out text."""
+
+    every: int = _key(200, "steps between two evaluations; 0: only at start and end")
+    tokens: int = _key(262144, "held-out tokens, always the same ones")
+
+
+@dataclass
+class CheckpointConfig:
+    """What is kept to resume from."""
+
+    every: int = _key(500, "steps between two checkpoints; 0: only at the end")
+    keep: int = _key(2, "newest checkpoints kept")
+    asynchronous: bool = _key(True, "write in the background while training goes on")
+
+
+@dataclass
+class Config:
+    """One pretraining run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: dict[str, Any] = _key(
+        {"name": "adamw", "lr": 1e-3}, "name and arguments of an optimizer: optimizer.name=dct_adamw optimizer.rank=64"
+    )
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    steps: int = _key(1000, "optimizer steps")
+    seq_len: int = _key(512, "tokens per sequence")
+    tokens_per_step: int = _key(65536, "tokens per optimizer step, over all ranks and accumulated micro-batches")
+    micro_batch: int = _key(8, "sequences per rank in one forward pass")
+    precision: Literal["float32", "bfloat16", "float64"] = _key(
+        "float32", "of the arithmetic; bfloat16 keeps float32 weights and gradients between steps"
+    )
+    clip: float | None = _key(1.0, "largest global gradient norm; null: no clipping")
+    loss_chunk: int = _key(1024, "tokens whose logits exist at one time")
+    seed: int = _key(0, "of initial weights and of the order of the data")
+    device: Literal["auto", "cpu", "cuda"] = _key("auto", "auto: cuda where there is one")
+    run_dir: str | None = _key(None, "folder of everything the run writes; null: runs/<model>-<optimizer>")
+    resume: str = _key(
+        "auto", "auto: continue the run in run_dir if it has a checkpoint; never; or a checkpoint's path"
+    )
+    log_every: int = _key(1, "steps between two rows of metrics.jsonl and TensorBoard")
+    max_bad_steps: int = _key(5, "steps in a row with a loss or gradient that is not finite before the run stops")
+
+
+def load_config(arguments: Sequence[str]) -> Config:
+    """Build a configuration from YAML files and ``key=value`` overrides.
+
+    Args:
+        arguments: files (``*.yaml``) and overrides, in any order; files are merged left to right, then overrides.
+
+    Raises:
+        UserError: unreadable file, unknown key (with the closest match), value of the wrong type or out of range.
+    """
+    merged = OmegaConf.structured(Config)
+    files = [a for a in arguments if "=" not in a]
+    overrides = [a for a in arguments if "=" in a]
+    for file in files:
+        merged = _merge(merged, _read_yaml(file), f"in {file}")
+    for override in overrides:
+        try:
+            parsed = OmegaConf.from_dotlist([override])
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise UserError(f"cannot read the override {override!r}: {error}; expected key=value") from None
+        merged = _merge(merged, parsed, f"in {override!r}")
+    config: Config = OmegaConf.to_object(merged)
+    if config.run_dir is None:
+        config.run_dir = f"runs/{Path(config.model.name).name}-{config.optimizer.get('name')}"
+    _check(config)
+    return config
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration; ``load_config([path])`` gives an equal object."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def help_text() -> str:
+    """Every key with its default and meaning."""
+    lines = ["usage: launch/pretrain.py [FILE.yaml ...] [key=value ...]", "", "optimizers:"]
+    lines += [f"  {optim.describe(name)}" for name in optim.names()]
+    lines += ["", "keys (default): meaning"]
+    lines += [
+        f"  {name} ({'null' if default is None else default}): {meaning}" for name, default, meaning in _keys(Config())
+    ]
+    return "\n".join(lines)
+
+
+def _keys(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    for f in dataclasses.fields(node):
+        value = getattr(node, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from _keys(value, f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", value, f.metadata["help"]
+
+
+def _read_yaml(file: str) -> Any:
+    try:
+        loaded = OmegaConf.load(file)
+    except FileNotFoundError:
+        raise UserError(f"there is no file {file!r}; expected FILE.yaml or key=value, see --help") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read {file!r} as YAML: {error}") from None
+    if not OmegaConf.is_dict(loaded):
+        raise UserError(f"{file!r} holds a list or a single value; expected keys and values")
+    return loaded
+
+
+def _merge(base: Any, change: Any, where: str) -> Any:
+    try:
+        return OmegaConf.merge(base, change)
+    except ConfigKeyError as error:
+        key = error.full_key or str(error.key)
+        known = [name for name, _, _ in _keys(Config())]
+        close = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(
+            key.split(".")[-1], [name.split(".")[-1] for name in known], n=1
+        )
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise UserError(f"unknown key {key!r} {where}; {hint}--help lists all keys") from None
+    except ValidationError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"wrong value for {error.full_key!r} {where}: {reason}") from None
+    except OmegaConfBaseException as error:
+        raise UserError(f"cannot use the configuration {where}: {str(error).splitlines()[0]}") from None
+
+
+def _check(config: Config) -> None:
+    at_least = {
+        "steps": (config.steps, 1),
+        "seq_len": (config.seq_len, 1),
+        "tokens_per_step": (config.tokens_per_step, 1),
+        "micro_batch": (config.micro_batch, 1),
+        "loss_chunk": (config.loss_chunk, 1),
+        "log_every": (config.log_every, 1),
+        "max_bad_steps": (config.max_bad_steps, 1),
+        "parallel.replicas": (config.parallel.replicas, 1),
+        "parallel.shards": (1 if config.parallel.shards is None else config.parallel.shards, 1),
+        "data.vocab_size": (config.data.vocab_size, 257),
+        "data.streams": (config.data.streams, 1),
+        "checkpoint.keep": (config.checkpoint.keep, 1),
+        "checkpoint.every": (config.checkpoint.every, 0),
+        "evaluation.every": (config.evaluation.every, 0),
+        "evaluation.tokens": (config.evaluation.tokens, 1),
+        "schedule.warmup_steps": (config.schedule.warmup_steps, 0),
+    }
+    for key, (got, low) in at_least.items():
+        if got < low:
+            raise UserError(f"{key}={got}; expected a number >= {low}")
+    shares = {
+        "schedule.min_ratio": config.schedule.min_ratio,
+        "schedule.decay_fraction": config.schedule.decay_fraction,
+        "data.validation_fraction": config.data.validation_fraction,
+    }
+    for key, share in shares.items():
+        if not 0 <= share <= 1:
+            raise UserError(f"{key}={share}; expected a number from 0 to 1")
+    if config.clip is not None and not config.clip > 0:
+        raise UserError(f"clip={config.clip}; expected a number > 0, or null for no clipping")
+    try:
+        arguments = [key for key in config.optimizer if key != "name"]
+        optim.check_arguments(str(config.optimizer.get("name")), arguments)
+    except ValueError as error:
+        raise UserError(f"in optimizer: {error}") from None

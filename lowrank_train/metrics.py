@@ -1,0 +1,88 @@
+"""Numbers of a run as it goes: metrics.jsonl, TensorBoard and a progress bar, on the first rank."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard.writer import SummaryWriter
+from tqdm import tqdm
+
+__all__ = ["Metrics", "read_metrics"]
+
+
+class Metrics:
+    """Writes rows of named scalars; a resumed run continues its files as if it had never stopped.
+
+    Args:
+        folder: of the run.
+        start: steps already done; later rows of an earlier session are dropped.
+        steps: of the whole run.
+        active: False on all ranks but the first: every call does nothing.
+    """
+
+    def __init__(self, folder: Path, *, start: int, steps: int, active: bool) -> None:
+        self.active = active
+        if not active:
+            return
+        self.path = folder / "metrics.jsonl"
+        kept = [row for row in read_metrics(folder) if row["step"] <= start] if start else []
+        self.path.write_text("".join(_line(row) for row in kept))
+        self._file = self.path.open("a")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else 0)
+        live = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=steps,
+            initial=start,
+            unit="step",
+            dynamic_ncols=live,
+            mininterval=0.2 if live else 10,
+            bar_format="{desc}{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}",
+        )
+
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        """One row; values that are not finite are null in the file."""
+        if not self.active:
+            return
+        self._file.write(_line({"step": step, **scalars}))
+        self._file.flush()
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, step)
+
+    def advance(self, loss: float, tokens_per_second: float) -> None:
+        """Move the bar by one step."""
+        if self.active:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+            self._bar.update()
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        if self.active:
+            self._bar.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if self.active:
+            self._bar.close()
+            self._board.close()
+            self._file.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Rows of a run's metrics.jsonl; a last line cut short by a kill is left out."""
+    path = folder / "metrics.jsonl"
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def _line(row: dict[str, Any]) -> str:
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(finite) + "\n"

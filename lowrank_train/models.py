@@ -1,0 +1,195 @@
+"""LLaMA and OPT by name and exact size, built without memory and initialised the same on any number of ranks."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from lowrank_train.config import ModelConfig
+from lowrank_train.errors import UserError
+
+__all__ = ["SIZES", "architecture", "initialize", "load_weights", "parameter_count", "skeleton"]
+
+
+def _llama(hidden: int, intermediate: int, layers: int, heads: int) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        vocab_size=32000,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=False,
+    )
+
+
+def _opt(hidden: int, layers: int, heads: int, **others: Any) -> OPTConfig:
+    # dropout 0: pretraining sees each token about once; model.overrides.dropout=0.1 is the original recipe
+    return OPTConfig(
+        hidden_size=hidden,
+        ffn_dim=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        vocab_size=50272,
+        dropout=0.0,
+        **{"word_embed_proj_dim": hidden, **others},
+    )
+
+
+SIZES: dict[str, tuple[Callable[..., PretrainedConfig], tuple[int, ...], dict[str, Any]]] = {
+    # LLaMA: the sizes of ReLoRA and GaLore (arXiv 2307.05695, 2403.03507)
+    "llama_9m": (_llama, (128, 352, 4, 4), {}),
+    "llama_20m": (_llama, (256, 688, 4, 4), {}),
+    "llama_35m": (_llama, (384, 1024, 6, 8), {}),
+    "llama_60m": (_llama, (512, 1376, 8, 8), {}),
+    "llama_130m": (_llama, (768, 2048, 12, 12), {}),
+    "llama_350m": (_llama, (1024, 2736, 24, 16), {}),
+    "llama_1b": (_llama, (2048, 5461, 24, 32), {}),
+    "llama_3b": (_llama, (2560, 6848, 32, 32), {}),
+    "llama_7b": (_llama, (4096, 11008, 32, 32), {}),
+    # OPT: Zhang et al. (arXiv 2205.01068), table 1; 350M is the one with post-norm and narrower embeddings
+    "opt_125m": (_opt, (768, 12, 12), {}),
+    "opt_350m": (_opt, (1024, 24, 16), {"word_embed_proj_dim": 512, "do_layer_norm_before": False}),
+    "opt_1.3b": (_opt, (2048, 24, 32), {}),
+    "opt_2.7b": (_opt, (2560, 32, 32), {}),
+    "opt_6.7b": (_opt, (4096, 32, 32), {}),
+}
+"""Name -> builder of its Hugging Face configuration, with the vocabulary of the original."""
+
+
+def architecture(
+    model: ModelConfig, *, vocab_size: int | None = None, seq_len: int | None = None, **token_ids: int | None
+) -> PretrainedConfig:
+    """The Hugging Face configuration of a model.
+
+    Args:
+        model: a name of ``SIZES`` or a local folder, and overrides.
+        vocab_size: of the tokenizer; None keeps the original's. A folder keeps its own, which must be large enough.
+        seq_len: positions needed; LLaMA's are extended, OPT's learned ones must be enough.
+        token_ids: bos_token_id, eos_token_id, pad_token_id of the tokenizer.
+
+    Raises:
+        UserError: unknown name, folder of another kind of model, unknown override, vocabulary or positions too few.
+    """
+    if model.name in SIZES:
+        build, numbers, others = SIZES[model.name]
+        config = build(*numbers, **others)
+        if vocab_size is not None:
+            config.vocab_size = vocab_size
+        # OPT's own pad id 1 would silence token 1 of any other tokenizer
+        config.pad_token_id = None
+        for key, value in token_ids.items():
+            setattr(config, key, value)
+    elif Path(model.name, "config.json").is_file():
+        config = AutoConfig.from_pretrained(model.name)
+        if config.model_type not in ("llama", "opt"):
+            raise UserError(f"model.name={model.name} is a {config.model_type!r} model; expected a LLaMA or an OPT")
+        if vocab_size is not None and vocab_size > config.vocab_size:
+            raise UserError(
+                f"the tokenizer has {vocab_size} entries but model.name={model.name} only {config.vocab_size}; "
+                "set data.tokenizer to the model's own"
+            )
+    else:
+        close = difflib.get_close_matches(model.name, SIZES, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise UserError(
+            f"unknown model {model.name!r}; {hint}expected one of {', '.join(SIZES)}, or a folder with a config.json"
+        )
+    for key, value in model.overrides.items():
+        if not hasattr(config, key):
+            close = difflib.get_close_matches(key, list(config.to_dict()), n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise UserError(f"model.overrides.{key}: a {config.model_type} configuration has no such key{hint}")
+        setattr(config, key, value)
+    if config.hidden_size % config.num_attention_heads:
+        raise UserError(
+            f"hidden_size={config.hidden_size} does not divide by num_attention_heads={config.num_attention_heads}; "
+            "change model.overrides"
+        )
+    if seq_len is not None and seq_len > config.max_position_embeddings:
+        if config.model_type == "opt":
+            raise UserError(
+                f"seq_len={seq_len} exceeds the {config.max_position_embeddings} learned positions of {model.name}; "
+                "use at most that, or set model.overrides.max_position_embeddings"
+            )
+        config.max_position_embeddings = seq_len
+    return config
+
+
+def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on the meta device: shapes and names, no memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+
+
+@torch.no_grad()
+def initialize(model: PreTrainedModel, blueprint: PreTrainedModel, device: torch.device, seed: int) -> None:
+    """Fill a (sharded) meta model with transformers' initial weights, the same for any number of ranks.
+
+    Every rank draws the weights of one module at a time, whole, from a seed of its own made of ``seed`` and the
+    module's name, and keeps its shard: random numbers drawn shard by shard would depend on the mesh.
+
+    Args:
+        model: the model to fill, on meta, perhaps sharded.
+        blueprint: the same model on meta, never sharded.
+        device: where the weights go.
+        seed: of the run.
+    """
+    model.to_empty(device=device)
+    filled: set[torch.Tensor] = set()
+    for name, module in blueprint.named_modules():
+        if not module._parameters and not module._buffers:
+            continue
+        whole = copy.deepcopy(module).to_empty(device=device, recurse=False)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+            blueprint._init_weights(whole)
+        target = model.get_submodule(name)
+        for key, value in [*whole.named_parameters(recurse=False), *whole.named_buffers(recurse=False)]:
+            destination = getattr(target, key)
+            if destination not in filled:  # a tied weight is drawn once, by its first owner
+                _fill(destination, value)
+                filled.add(destination)
+
+
+@torch.no_grad()
+def load_weights(model: PreTrainedModel, folder: str, device: torch.device) -> None:
+    """Fill a (sharded) meta model from a local Hugging Face folder. Raises UserError if the weights do not fit."""
+    model.to_empty(device=device)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        source = AutoModelForCausalLM.from_pretrained(folder, dtype=next(model.parameters()).dtype)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"cannot load the weights of model.name={folder}: {error}") from None
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    values = {**dict(source.named_parameters()), **dict(source.named_buffers())}
+    for name, destination in [*model.named_parameters(), *model.named_buffers()]:
+        if name not in values or values[name].shape != destination.shape:
+            got = tuple(values[name].shape) if name in values else "nothing"
+            raise UserError(f"model.name={folder} has {got} for {name!r}; expected shape {tuple(destination.shape)}")
+        _fill(destination, values[name].to(device))
+
+
+def _fill(destination: torch.Tensor, whole: torch.Tensor) -> None:
+    if isinstance(destination, DTensor):
+        shards = distribute_tensor(whole, destination.device_mesh, destination.placements, src_data_rank=None)
+        destination.to_local().copy_(shards.to_local())
+    else:
+        destination.copy_(whole)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Elements of all parameters, tied ones once, by global shape."""
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,160 @@
+"""Ranks, meshes and sharding: the process group of a run and FSDP2 on top of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import Shard
+from transformers import PreTrainedModel
+
+import optim
+from lowrank_train.config import ParallelConfig
+from lowrank_train.errors import UserError
+from lowrank_train.loss import token_loss
+
+__all__ = ["Ranks", "reshard", "shard_model", "start"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes files and talks to the user."""
+        return self.rank == 0
+
+    def first(self, work: Callable[[], T]) -> T:
+        """Run ``work`` on the first rank only and give its (picklable) result, or its UserError, to all ranks."""
+        box: list[T | UserError | None] = [None]
+        if self.is_first:
+            try:
+                box[0] = work()
+            except UserError as error:
+                box[0] = error
+        dist.broadcast_object_list(box, src=0)
+        if isinstance(box[0], UserError):
+            raise box[0]
+        return box[0]  # type: ignore[return-value]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank, so that all act together. No device sync: the answer travels by CPU."""
+        answer = torch.tensor(int(flag))
+        dist.all_reduce(answer, op=dist.ReduceOp.MAX)
+        return bool(answer)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over all ranks."""
+        dist.all_reduce(values)
+        return values
+
+
+@contextmanager
+def start(config: ParallelConfig, device: str) -> Iterator[Ranks]:
+    """Join the ranks torchrun started (or be the only one) and lay out the mesh; leaves the group on exit.
+
+    Raises:
+        UserError: no CUDA where it was asked for, more ranks than GPUs, replicas x shards is not the world size.
+    """
+    launched = "RANK" in os.environ
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    place = _device(device)
+    shards = config.shards if config.shards is not None else max(1, world_size // config.replicas)
+    if config.replicas * shards != world_size:
+        raise UserError(
+            f"parallel.replicas={config.replicas} x parallel.shards={shards} is not the world size {world_size}; start "
+            "as many ranks (torchrun --nproc-per-node), or change the two numbers to have it as their product"
+        )
+    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+    joined = not dist.is_initialized()
+    if joined and launched:
+        dist.init_process_group(backend)
+    elif joined:
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    try:
+        if config.replicas > 1:
+            mesh = init_device_mesh(place.type, (config.replicas, shards), mesh_dim_names=("replicate", "shard"))
+        else:
+            mesh = init_device_mesh(place.type, (shards,), mesh_dim_names=("shard",))
+        yield Ranks(dist.get_rank(), world_size, place, mesh)
+    finally:
+        if joined:
+            dist.destroy_process_group()
+
+
+def shard_model(
+    model: PreTrainedModel, mesh: DeviceMesh, optimizer: type[optim.MatrixOptimizer], precision: str
+) -> None:
+    """FSDP2 in place: one group per decoder layer, one for the rest; matrices along the dimension the optimizer likes.
+
+    Args:
+        model: a LLaMA or OPT, on meta; ``token_loss`` becomes a forward method of it.
+        mesh: 1-D (shard) or 2-D (replicate, shard).
+        optimizer: class that will train it.
+        precision: bfloat16 computes in it with float32 weights and reductions; others as the weights.
+    """
+    shards = mesh.size(mesh.ndim - 1)
+    dims = {
+        param: optimizer.shard_dim(group["role"], param.shape, shards)
+        for group in optim.param_groups(model)
+        for _, param in group["params"]
+    }
+    policy = MixedPrecisionPolicy()
+    if precision == "bfloat16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+    def placement(param: nn.Parameter) -> Shard:
+        return Shard(dims.get(param, 0))
+
+    for layer in _decoder_layers(model):
+        fully_shard(layer, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
+    fully_shard(model, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
+    model.token_loss = MethodType(token_loss, model)
+    register_fsdp_forward_method(model, "token_loss")  # gathers the parameters as forward does
+
+
+def reshard(model: nn.Module) -> None:
+    """Give up gathered parameters: until then the model shows whole ones, and edits of the shards would be lost."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    decoder = model.get_decoder()
+    layers = decoder.layers
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def _device(wanted: str) -> torch.device:
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("device=cuda, but torch sees no CUDA device; use device=cpu, or install a CUDA build of torch")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"rank {local_rank} of this machine has no GPU: torch sees {torch.cuda.device_count()}; start fewer ranks "
+            "with torchrun --nproc-per-node, or use device=cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

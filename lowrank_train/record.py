@@ -1,0 +1,101 @@
+"""What a run was and what came out of it: the facts a result must be stated with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import resource
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["RunRecord", "peak_memory_gib", "provenance"]
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy")
+
+
+@dataclass
+class RunRecord:
+    """One run. Times in seconds, memory in GiB (2^30 bytes) or bytes, losses in nats per token."""
+
+    status: str
+    """finished, interrupted (resumable) or stopped (by losses that were not finite)."""
+    model: str
+    parameters: int
+    optimizer: dict[str, Any]
+    steps: int
+    tokens: int
+    """Training tokens seen since the start of the run, over all sessions."""
+    seconds: float
+    """Of training steps, over all sessions; loading, evaluation and checkpoints aside."""
+    tokens_per_second: float
+    train_loss: float | None
+    initial_validation_loss: float | None
+    validation_loss: float | None
+    initial_perplexity: float | None
+    perplexity: float | None
+    validation_tokens: int
+    skipped_steps: int
+    peak_memory_gib: float
+    """CUDA: largest allocation of the first rank's device. CPU: largest resident set of the first rank's process."""
+    optimizer_state_bytes: int
+    """Measured on the first rank."""
+    predicted_optimizer_state_bytes: int
+    world_size: int
+    precision: str
+    seed: int
+    data: dict[str, Any]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, path: Path) -> None:
+        """As JSON."""
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Command, commit, versions and hardware of this process."""
+    return {
+        "command": " ".join(sys.argv),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU",
+        "cores": torch.get_num_threads(),
+    }
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest memory used so far: allocated on a CUDA device, resident in RAM for CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Of the checkout this code runs from, with + for local changes; None for an installed package."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != root:
+            return None
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,76 @@
+"""Tokenizers: any of Hugging Face's, or a byte-level BPE trained once on the run's own text."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tokenizers import ByteLevelBPETokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from lowrank_train.config import DataConfig
+from lowrank_train.errors import UserError
+
+__all__ = ["encode", "prepare_tokenizer"]
+
+_END = "<|endoftext|>"
+_TRAINING_CHARACTERS = 100_000_000  # enough for merges to settle; more only takes longer
+
+
+def prepare_tokenizer(config: DataConfig, documents: Callable[[], Iterator[str]], folder: Path) -> None:
+    """Write the run's tokenizer to ``folder``, unless it is there.
+
+    Args:
+        config: data.tokenizer names one; otherwise a BPE of data.vocab_size entries is trained.
+        documents: training text (never held-out text).
+        folder: of the run, so that a resumed run reads the same tokens.
+
+    Raises:
+        UserError: a tokenizer that cannot be loaded or has no end-of-text token; no text to train on.
+    """
+    if folder.exists():
+        return
+    if config.tokenizer is None:
+        tokenizer: PreTrainedTokenizerBase = _train_bpe(documents(), config.vocab_size)
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+        except Exception as error:  # the hub client and the readers raise many kinds
+            reason = (str(error).splitlines() or [""])[0]
+            raise UserError(f"cannot load data.tokenizer={config.tokenizer}: {reason}") from None
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                f"data.tokenizer={config.tokenizer} has no end-of-text token; documents could not be told apart"
+            )
+    scratch = folder.with_name(folder.name + ".tmp")
+    tokenizer.save_pretrained(scratch)
+    scratch.rename(folder)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> list[list[int]]:
+    """Token ids of each document, closed by the end-of-text token."""
+    batch = tokenizer(documents, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return [[*ids, tokenizer.eos_token_id] for ids in batch["input_ids"]]
+
+
+def _train_bpe(documents: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    first = next(documents, None)
+    if first is None:
+        raise UserError("there is no training text for the tokenizer; check data.path")
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(
+        _up_to(itertools.chain([first], documents), _TRAINING_CHARACTERS),
+        vocab_size=vocab_size,
+        special_tokens=[_END],
+        show_progress=False,
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=_END, bos_token=_END)
+
+
+def _up_to(documents: Iterator[str], characters: int) -> Iterator[str]:
+    for document in documents:
+        yield document
+        characters -= len(document)
+        if characters <= 0:
+            return
