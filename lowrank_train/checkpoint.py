@@ -51,10 +51,7 @@ class Checkpoints:
         self.folder, self.ranks, self.keep, self.asynchronous = folder, ranks, keep, asynchronous
         self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30)) if asynchronous else None
         self._pending: tuple[Path, Future[Any]] | None = None
-        if ranks.is_first:
-            folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob("*.tmp"):
-                shutil.rmtree(leftover)
+        ranks.first(lambda: _clear_leftovers(folder))
 
     def save(
         self,
@@ -234,6 +231,16 @@ def export_huggingface(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
             raise UserError(f"cannot write the Hugging Face folder {folder}: {error}; free space and resume") from None
 
     ranks.first(write)
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Delete what a killed run left half written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob("*.tmp"):
+            shutil.rmtree(leftover)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error}; set run_dir to another folder") from None
 
 
 def _published(folder: Path) -> list[Path]:

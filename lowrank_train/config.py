@@ -155,6 +155,8 @@ def load_config(arguments: Sequence[str]) -> Config:
     config: Config = OmegaConf.to_object(merged)
     if config.run_dir is None:
         config.run_dir = f"runs/{Path(config.model.name).name}-{config.optimizer.get('name')}"
+    if config.data.tokenizer is None and Path(config.model.name, "config.json").is_file():
+        config.data.tokenizer = config.model.name  # a model to continue from knows only its own tokens
     _check(config)
     return config
 

@@ -29,7 +29,7 @@ from lowrank_train.config import Config, DataConfig
 from lowrank_train.errors import UserError
 from lowrank_train.loss import IGNORED
 from lowrank_train.parallel import Ranks
-from lowrank_train.text import embedded_documents, is_held_out, local_documents, open_stream, text_of
+from lowrank_train.text import embedded_documents, is_held_out, local_documents, open_stream, texts
 from lowrank_train.tokenizer import encode, prepare_tokenizer
 
 __all__ = ["Data", "TokenFile", "TokenStream", "TrainingBlocks", "prepare_data"]
@@ -71,10 +71,10 @@ def prepare_data(config: Config, ranks: Ranks, folder: Path) -> Data:
     """
     streaming = _is_streamed(config.data)
     description: dict[str, Any] = {
-        "path": config.data.path or "embedded",
+        "path": _absolute(config.data.path) or "embedded",
         "name": config.data.name,
-        "validation": config.data.validation,
-        "tokenizer": config.data.tokenizer or f"bpe-{config.data.vocab_size}",
+        "validation": _absolute(config.data.validation),
+        "tokenizer": _absolute(config.data.tokenizer) or f"bpe-{config.data.vocab_size}",
         "seq_len": config.seq_len,
         "evaluation_tokens": config.evaluation.tokens,
         "seed": config.seed,
@@ -155,6 +155,7 @@ class TokenStream:
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, held_out_fraction: float) -> None:
         self.config, self.tokenizer, self.held_out_fraction = config, tokenizer, held_out_fraction
         self.position = 0
+        self._share = (0, 1)  # rank and world size of the last take
         self._states: dict[str, str] = {}
         self._streams: dict[int, _SubStream] = {}
 
@@ -168,11 +169,15 @@ class TokenStream:
                 "set data.streams to a divisor of tokens_per_step / seq_len"
             )
         self.position += count
+        self._share = (rank, world_size)
         return torch.stack([self._stream(index).next_block() for index in mine])
 
     def state_dict(self) -> dict[str, Any]:
         """See ``TrainingBlocks``."""
-        return {"position": self.position, **{f"stream_{i}": s.state() for i, s in self._streams.items()}}
+        rank, world_size = self._share
+        mine = {f"stream_{i}" for i in range(rank, self.config.data.streams, world_size)}
+        unread = {key: value for key, value in self._states.items() if key in mine}  # since the last load
+        return {"position": self.position, **unread, **{f"stream_{i}": s.state() for i, s in self._streams.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See ``TrainingBlocks``."""
@@ -193,16 +198,10 @@ class _SubStream:
     def __init__(
         self, config: Config, tokenizer: PreTrainedTokenizerBase, held_out: float, index: int, saved: str | None
     ) -> None:
-        from datasets.distributed import split_dataset_by_node
-
-        self.config, self.tokenizer, self.held_out = config, tokenizer, held_out
-        self.rows = split_dataset_by_node(open_stream(config.data, "train"), rank=index, world_size=config.data.streams)
-        self.ahead: list[int] = []
-        if saved is not None:
-            state = json.loads(saved)
-            self.ahead = state["ahead"]
-            self.rows.load_state_dict(state["rows"])
-        self.iterator = iter(self.rows)
+        self.config, self.tokenizer, self.held_out, self.index = config, tokenizer, held_out, index
+        state = {"rows": None, "ahead": []} if saved is None else json.loads(saved)
+        self.ahead: list[int] = state["ahead"]
+        self._open(state["rows"])
 
     def next_block(self) -> Tensor:
         size = self.config.seq_len
@@ -212,17 +211,26 @@ class _SubStream:
         return torch.tensor(block)
 
     def state(self) -> str:
-        return json.dumps({"rows": self.rows.state_dict(), "ahead": self.ahead})
+        # rows that were not read yet do not know where they will start
+        return json.dumps({"rows": self.rows.state_dict() if self.reading else self.start, "ahead": self.ahead})
+
+    def _open(self, start: dict[str, Any] | None) -> None:
+        from datasets.distributed import split_dataset_by_node
+
+        data = self.config.data
+        self.rows = split_dataset_by_node(open_stream(data, "train"), rank=self.index, world_size=data.streams)
+        if start is not None:
+            self.rows.load_state_dict(start)
+        self.start, self.reading = start, False
+        self.documents = texts(self.rows, data.text_key, str(data.path))
 
     def _next_document(self) -> str:
-        restarts = 0
-        while restarts < 2:
-            for row in self.iterator:
-                text = text_of(row, self.config.data.text_key, str(self.config.data.path))
-                if not is_held_out(text, self.held_out):
+        for _ in range(2):  # to the end, then once from the start
+            for text in self.documents:
+                self.reading = True
+                if text and not is_held_out(text, self.held_out):
                     return text
-            self.iterator = iter(self.rows)
-            restarts += 1
+            self._open(None)  # rows that were given a position start there again, not at the beginning
         raise UserError(
             f"one of data.streams={self.config.data.streams} parts of data.path={self.config.data.path} has no "
             "document; lower data.streams"
@@ -278,8 +286,7 @@ def _documents(config: DataConfig, streaming: bool) -> tuple[Callable[[], Iterat
             return embedded_documents()
         if not streaming:
             return local_documents(config.path, config.text_key)
-        rows = open_stream(config, "train")
-        return (text_of(row, config.text_key, str(config.path)) for row in rows)
+        return texts(open_stream(config, "train"), config.text_key, str(config.path))
 
     def training() -> Iterator[str]:
         return (text for text in everything() if text and not is_held_out(text, fraction))
@@ -291,14 +298,18 @@ def _documents(config: DataConfig, streaming: bool) -> tuple[Callable[[], Iterat
             return local_documents(config.validation, config.text_key)
         if config.path is None or Path(config.path).exists():
             raise UserError(f"data.validation={config.validation} does not exist; expected a file or folder of text")
-        rows = open_stream(config, config.validation)
-        return (text_of(row, config.text_key, str(config.path)) for row in rows)
+        return texts(open_stream(config, config.validation), config.text_key, str(config.path))
 
     return training, validation
 
 
 def _held_out_fraction(config: DataConfig) -> float:
     return config.validation_fraction if config.validation is None else 0.0
+
+
+def _absolute(path: str | None) -> str | None:
+    """The same name for the same place, from whichever folder the run is resumed."""
+    return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
 
 
 def _is_streamed(config: DataConfig) -> bool:

@@ -21,29 +21,30 @@ from lowrank_train.errors import UserError
 __all__ = ["SIZES", "architecture", "initialize", "load_weights", "parameter_count", "skeleton"]
 
 
-def _llama(hidden: int, intermediate: int, layers: int, heads: int) -> LlamaConfig:
-    return LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        vocab_size=32000,
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=False,
-    )
+def _llama(hidden: int, intermediate: int, layers: int, heads: int, **others: Any) -> LlamaConfig:
+    settings = {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "vocab_size": 32000,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+    }
+    return LlamaConfig(**{**settings, **others})
 
 
 def _opt(hidden: int, layers: int, heads: int, **others: Any) -> OPTConfig:
-    # dropout 0: pretraining sees each token about once; model.overrides.dropout=0.1 is the original recipe
-    return OPTConfig(
-        hidden_size=hidden,
-        ffn_dim=4 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        vocab_size=50272,
-        dropout=0.0,
-        **{"word_embed_proj_dim": hidden, **others},
-    )
+    settings = {
+        "hidden_size": hidden,
+        "ffn_dim": 4 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "vocab_size": 50272,
+        "word_embed_proj_dim": hidden,
+        "dropout": 0.0,  # pretraining sees each token about once; model.overrides.dropout=0.1 is the original recipe
+    }
+    return OPTConfig(**{**settings, **others})
 
 
 SIZES: dict[str, tuple[Callable[..., PretrainedConfig], tuple[int, ...], dict[str, Any]]] = {
@@ -83,34 +84,32 @@ def architecture(
     """
     if model.name in SIZES:
         build, numbers, others = SIZES[model.name]
-        config = build(*numbers, **others)
-        if vocab_size is not None:
-            config.vocab_size = vocab_size
+        _check_known(model.overrides, build(*numbers, **others))
+        vocabulary = {} if vocab_size is None else {"vocab_size": vocab_size}
         # OPT's own pad id 1 would silence token 1 of any other tokenizer
-        config.pad_token_id = None
-        for key, value in token_ids.items():
-            setattr(config, key, value)
+        changes = {"pad_token_id": None, **vocabulary, **token_ids, **model.overrides}
+        # all at once, because transformers derives other values (key-value heads, head_dim) from some
+        config = _valid(lambda: build(*numbers, **{**others, **changes}))
     elif Path(model.name, "config.json").is_file():
         config = AutoConfig.from_pretrained(model.name)
         if config.model_type not in ("llama", "opt"):
             raise UserError(f"model.name={model.name} is a {config.model_type!r} model; expected a LLaMA or an OPT")
-        if vocab_size is not None and vocab_size > config.vocab_size:
-            raise UserError(
-                f"the tokenizer has {vocab_size} entries but model.name={model.name} only {config.vocab_size}; "
-                "set data.tokenizer to the model's own"
-            )
+        _check_known(model.overrides, config)
+        _valid(lambda: config.update(model.overrides))
     else:
         close = difflib.get_close_matches(model.name, SIZES, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise UserError(
             f"unknown model {model.name!r}; {hint}expected one of {', '.join(SIZES)}, or a folder with a config.json"
         )
-    for key, value in model.overrides.items():
-        if not hasattr(config, key):
-            close = difflib.get_close_matches(key, list(config.to_dict()), n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise UserError(f"model.overrides.{key}: a {config.model_type} configuration has no such key{hint}")
-        setattr(config, key, value)
+    if vocab_size is not None and vocab_size > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {vocab_size} entries but model.name={model.name} only {config.vocab_size}; "
+            "set data.tokenizer to the model's own"
+        )
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+        if getattr(config, key) < 1:
+            raise UserError(f"model.overrides.{key}={getattr(config, key)}; expected a number >= 1")
     if config.hidden_size % config.num_attention_heads:
         raise UserError(
             f"hidden_size={config.hidden_size} does not divide by num_attention_heads={config.num_attention_heads}; "
@@ -124,6 +123,21 @@ def architecture(
             )
         config.max_position_embeddings = seq_len
     return config
+
+
+def _check_known(overrides: dict[str, Any], config: PretrainedConfig) -> None:
+    for key in overrides:
+        if not hasattr(config, key):
+            close = difflib.get_close_matches(key, list(config.to_dict()), n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise UserError(f"model.overrides.{key}: a {config.model_type} configuration has no such key{hint}")
+
+
+def _valid(make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except Exception as error:  # transformers checks values by raising many kinds
+        raise UserError(f"model.overrides: {str(error).splitlines()[-1].strip()}") from None
 
 
 def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -54,6 +54,19 @@ class Ranks:
             raise box[0]
         return box[0]  # type: ignore[return-value]
 
+    def each(self, work: Callable[[], T]) -> T:
+        """Run ``work`` on every rank; if it raises UserError on any of them, all raise it and none waits for ever."""
+        result, error = None, None
+        try:
+            result = work()
+        except UserError as caught:
+            error = caught
+        if self.any(error is not None):
+            errors: list[UserError | None] = [None] * self.world_size
+            dist.all_gather_object(errors, error)
+            raise next(e for e in errors if e is not None)
+        return result  # type: ignore[return-value]
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank, so that all act together. No device sync: the answer travels by CPU."""
         answer = torch.tensor(int(flag))

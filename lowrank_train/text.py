@@ -12,7 +12,7 @@ from typing import Any
 from lowrank_train.config import DataConfig
 from lowrank_train.errors import UserError
 
-__all__ = ["embedded_documents", "is_held_out", "local_documents", "open_stream"]
+__all__ = ["embedded_documents", "is_held_out", "local_documents", "open_stream", "texts"]
 
 _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
@@ -60,7 +60,7 @@ def local_documents(path: str, text_key: str) -> Iterator[str]:
     Raises:
         UserError: nothing readable, mixed kinds, a file that cannot be parsed, or no such column.
     """
-    yield from _texts(_load_local(path), text_key, path)
+    yield from texts(_load_local(path), text_key, path)
 
 
 def open_stream(config: DataConfig, split: str) -> Any:
@@ -117,7 +117,8 @@ def _opened(load: Callable[[Any], Any], what: str, reason: str) -> Any:
         raise UserError(f"cannot open {what}: {reason} ({_first_line(error)})") from None
 
 
-def _texts(rows: Iterable[dict[str, Any]], key: str, where: str) -> Iterator[str]:
+def texts(rows: Iterable[dict[str, Any]], key: str, where: str) -> Iterator[str]:
+    """The column ``key`` of each row; raises UserError for rows that cannot be read or have no such column."""
     iterator = iter(rows)
     while True:
         try:
@@ -126,11 +127,10 @@ def _texts(rows: Iterable[dict[str, Any]], key: str, where: str) -> Iterator[str
             return
         except Exception as error:  # as above: a damaged file is noticed while reading
             raise UserError(f"cannot read data.path={where}: {_first_line(error)}") from None
-        yield text_of(row, key, where)
+        yield _text_of(row, key, where)
 
 
-def text_of(row: dict[str, Any], key: str, where: str) -> str:
-    """The text of one row; raises UserError for a column that is missing or holds something else."""
+def _text_of(row: dict[str, Any], key: str, where: str) -> str:
     if not isinstance(row.get(key), str):
         got = "nothing" if key not in row else type(row[key]).__name__
         raise UserError(f"data.path={where}: column {key!r} holds {got}; set data.text_key to one of {', '.join(row)}")

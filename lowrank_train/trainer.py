@@ -122,9 +122,11 @@ def _train(config: Config, ranks: Ranks, stop: _Stop) -> RunRecord:
         metrics.log(0, _evaluation(validation_loss))
     sequences = config.tokens_per_step // config.seq_len
 
-    while progress.step < config.steps and not stop.requested:
+    stopping = False
+
+    while progress.step < config.steps and not stopping:
         began = time.perf_counter()
-        blocks = data.train.take(sequences, ranks.rank, ranks.world_size).to(ranks.device)
+        blocks = ranks.each(lambda: data.train.take(sequences, ranks.rank, ranks.world_size)).to(ranks.device)
         loss = torch.zeros((), device=ranks.device)
         for micro_batch in blocks.chunk(micro_batches):
             part = _mean_loss(model, micro_batch, blocks.shape[0] * config.seq_len, config)
@@ -171,8 +173,8 @@ def _train(config: Config, ranks: Ranks, stop: _Stop) -> RunRecord:
             metrics.log(progress.step, _evaluation(validation_loss))
         if ranks.any(checkpoints.poll()):
             checkpoints.wait()
-        stop.requested = ranks.any(stop.requested)
-        if _due(config.checkpoint.every, progress.step) or stop.requested or progress.step == config.steps:
+        stopping = ranks.any(stop.requested)  # a signal may have reached some ranks only
+        if _due(config.checkpoint.every, progress.step) or stopping or progress.step == config.steps:
             save()
 
     checkpoints.wait()

@@ -153,6 +153,11 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
                 if param not in self.state:
                     self._allocate(name, param, group)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; raises RuntimeError as ``step`` does."""
+        self._adopt_replaced_parameters()  # torch looks every key of the state up among the parameters of the groups
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a ``state_dict()``; every tensor keeps the dtype, shape and placement this optimizer allocated.
 
