@@ -2,38 +2,43 @@
 # make test        the whole test suite
 PYTHON ?= python3
 VENV := .venv
-BIN := $(VENV)/bin
+RUN := $(VENV)/bin/python -m
 NPROC ?= 2
 ARGS ?=
 
 .PHONY: pretrain test lint types clean
 
 pretrain: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(NPROC) launch/pretrain.py configs/quickstart.yaml $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) torch.distributed.run --nproc-per-node $(NPROC) launch/pretrain.py configs/quickstart.yaml $(ARGS)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(RUN) pytest $(ARGS)
 
 lint: $(VENV)/installed
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
 
 types: $(VENV)/installed
-	$(BIN)/mypy
+	$(RUN) mypy
 
 clean:
 	rm -rf $(VENV) build *.egg-info
 
-# A torch that the machine already has, in range (perhaps a CUDA build), is used and not replaced by the pinned one.
+IN_RANGE := import torch; v = tuple(map(int, torch.__version__.split(".")[:2])); exit(not (2, 11) <= v <= (2, 13))
+PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
+NAMES := from importlib.metadata import distributions as d; print(*{f"^{x.name}==" for x in d()}, sep="\n")
+
+# A torch in range that $(PYTHON) already has, perhaps a CUDA build, is used with all that is beside it, and only what
+# is missing gets installed; otherwise everything is, at the pinned versions.
 $(VENV)/installed: pyproject.toml constraints.txt
-	@if $(PYTHON) -c 'import torch; v = tuple(map(int, torch.__version__.split(".")[:2])); exit(not (2, 11) <= v <= (2, 13))' 2>/dev/null; then \
-		echo "using the torch that is installed"; \
-		$(PYTHON) -m venv --system-site-packages $(VENV); \
-		sed '/^torch==/d; /^numpy==/d; /^transformers==/d; /^tokenizers==/d; /^huggingface_hub==/d' constraints.txt > $(VENV)/constraints.txt; \
-	else \
-		$(PYTHON) -m venv $(VENV); \
-		cp constraints.txt $(VENV)/constraints.txt; \
-	fi
 	@echo "installing into $(VENV), a minute or two"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev]'
+	@$(PYTHON) -m venv --clear $(VENV)
+	@cp constraints.txt $(VENV)/constraints.txt
+	@if $(PYTHON) -c '$(IN_RANGE)' 2>/dev/null; then \
+		echo "using the torch of $(PYTHON)"; \
+		$(PYTHON) -c '$(PACKAGES)' > $$($(VENV)/bin/python -c '$(PACKAGES)')/inherited.pth; \
+		$(PYTHON) -c '$(NAMES)' > $(VENV)/inherited.txt; \
+		grep -vi -f $(VENV)/inherited.txt constraints.txt > $(VENV)/constraints.txt; \
+	fi
+	@$(RUN) pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev]'
 	@touch $@

@@ -152,7 +152,10 @@ def load_config(arguments: Sequence[str]) -> Config:
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise UserError(f"cannot read the override {override!r}: {error}; expected key=value") from None
         merged = _merge(merged, parsed, f"in {override!r}")
-    config: Config = OmegaConf.to_object(merged)
+    try:
+        config: Config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(f"wrong value for {error.full_key!r}: {str(error).splitlines()[0]}") from None
     if config.run_dir is None:
         config.run_dir = f"runs/{Path(config.model.name).name}-{config.optimizer.get('name')}"
     if config.data.tokenizer is None and Path(config.model.name, "config.json").is_file():

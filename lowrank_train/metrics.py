@@ -42,7 +42,7 @@ class Metrics:
             unit="step",
             dynamic_ncols=live,
             mininterval=0.2 if live else 10,
-            bar_format="{desc}{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}",
+            bar_format="{desc}{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         )
 
     def log(self, step: int, scalars: dict[str, float]) -> None:

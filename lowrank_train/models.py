@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from lowrank_train.config import ModelConfig
 from lowrank_train.errors import UserError
+from lowrank_train.parallel import fill
 
 __all__ = ["SIZES", "architecture", "initialize", "load_weights", "parameter_count", "skeleton"]
 
@@ -88,13 +88,18 @@ def architecture(
         vocabulary = {} if vocab_size is None else {"vocab_size": vocab_size}
         # OPT's own pad id 1 would silence token 1 of any other tokenizer
         changes = {"pad_token_id": None, **vocabulary, **token_ids, **model.overrides}
+        _check_sizes(model.overrides)
         # all at once, because transformers derives other values (key-value heads, head_dim) from some
         config = _valid(lambda: build(*numbers, **{**others, **changes}))
     elif Path(model.name, "config.json").is_file():
-        config = AutoConfig.from_pretrained(model.name)
+        try:
+            config = AutoConfig.from_pretrained(model.name)
+        except Exception as error:  # transformers checks values by raising many kinds
+            raise UserError(f"cannot read model.name={model.name}: {_last_line(error)}") from None
         if config.model_type not in ("llama", "opt"):
             raise UserError(f"model.name={model.name} is a {config.model_type!r} model; expected a LLaMA or an OPT")
         _check_known(model.overrides, config)
+        _check_sizes(model.overrides)
         _valid(lambda: config.update(model.overrides))
     else:
         close = difflib.get_close_matches(model.name, SIZES, n=1)
@@ -107,9 +112,6 @@ def architecture(
             f"the tokenizer has {vocab_size} entries but model.name={model.name} only {config.vocab_size}; "
             "set data.tokenizer to the model's own"
         )
-    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
-        if getattr(config, key) < 1:
-            raise UserError(f"model.overrides.{key}={getattr(config, key)}; expected a number >= 1")
     if config.hidden_size % config.num_attention_heads:
         raise UserError(
             f"hidden_size={config.hidden_size} does not divide by num_attention_heads={config.num_attention_heads}; "
@@ -133,11 +135,22 @@ def _check_known(overrides: dict[str, Any], config: PretrainedConfig) -> None:
             raise UserError(f"model.overrides.{key}: a {config.model_type} configuration has no such key{hint}")
 
 
+def _check_sizes(overrides: dict[str, Any]) -> None:
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+        if key in overrides and (not isinstance(overrides[key], int) or overrides[key] < 1):
+            raise UserError(f"model.overrides.{key}={overrides[key]}; expected a whole number >= 1")
+
+
 def _valid(make: Callable[[], Any]) -> Any:
     try:
         return make()
     except Exception as error:  # transformers checks values by raising many kinds
-        raise UserError(f"model.overrides: {str(error).splitlines()[-1].strip()}") from None
+        raise UserError(f"model.overrides: {_last_line(error)}") from None
+
+
+def _last_line(error: Exception) -> str:
+    """Of transformers' messages, the last line says what was wrong with which field."""
+    return (str(error).splitlines() or [type(error).__name__])[-1].strip()
 
 
 def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -160,6 +173,7 @@ def initialize(model: PreTrainedModel, blueprint: PreTrainedModel, device: torch
         seed: of the run.
     """
     model.to_empty(device=device)
+    model.tie_weights()  # emptying gives the tied weights of an unsharded model a tensor each
     filled: set[torch.Tensor] = set()
     for name, module in blueprint.named_modules():
         if not module._parameters and not module._buffers:
@@ -172,7 +186,7 @@ def initialize(model: PreTrainedModel, blueprint: PreTrainedModel, device: torch
         for key, value in [*whole.named_parameters(recurse=False), *whole.named_buffers(recurse=False)]:
             destination = getattr(target, key)
             if destination not in filled:  # a tied weight is drawn once, by its first owner
-                _fill(destination, value)
+                fill(destination, value)
                 filled.add(destination)
 
 
@@ -180,6 +194,7 @@ def initialize(model: PreTrainedModel, blueprint: PreTrainedModel, device: torch
 def load_weights(model: PreTrainedModel, folder: str, device: torch.device) -> None:
     """Fill a (sharded) meta model from a local Hugging Face folder. Raises UserError if the weights do not fit."""
     model.to_empty(device=device)
+    model.tie_weights()  # emptying gives the tied weights of an unsharded model a tensor each
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -193,15 +208,7 @@ def load_weights(model: PreTrainedModel, folder: str, device: torch.device) -> N
         if name not in values or values[name].shape != destination.shape:
             got = tuple(values[name].shape) if name in values else "nothing"
             raise UserError(f"model.name={folder} has {got} for {name!r}; expected shape {tuple(destination.shape)}")
-        _fill(destination, values[name].to(device))
-
-
-def _fill(destination: torch.Tensor, whole: torch.Tensor) -> None:
-    if isinstance(destination, DTensor):
-        shards = distribute_tensor(whole, destination.device_mesh, destination.placements, src_data_rank=None)
-        destination.to_local().copy_(shards.to_local())
-    else:
-        destination.copy_(whole)
+        fill(destination, values[name].to(device))
 
 
 def parameter_count(model: nn.Module) -> int:

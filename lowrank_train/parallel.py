@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import PreTrainedModel
 
 import optim
@@ -22,7 +23,7 @@ from lowrank_train.config import ParallelConfig
 from lowrank_train.errors import UserError
 from lowrank_train.loss import token_loss
 
-__all__ = ["Ranks", "reshard", "shard_model", "start"]
+__all__ = ["Ranks", "fill", "reshard", "shard_model", "start"]
 
 T = TypeVar("T")
 
@@ -137,11 +138,23 @@ def shard_model(
     def placement(param: nn.Parameter) -> Shard:
         return Shard(dims.get(param, 0))
 
+    # OPT's layers end in a view; transformers never writes into it in place, which is what the warning is about.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .FSDPOPTDecoderLayer. returned a view tensor")
     for layer in _decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
     fully_shard(model, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
     model.token_loss = MethodType(token_loss, model)
     register_fsdp_forward_method(model, "token_loss")  # gathers the parameters as forward does
+
+
+@torch.no_grad()
+def fill(destination: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor, which every rank holds, into a parameter or buffer: each rank its shard."""
+    if isinstance(destination, DTensor):
+        shards = distribute_tensor(whole, destination.device_mesh, destination.placements, src_data_rank=None)
+        destination.to_local().copy_(shards.to_local())
+    else:
+        destination.copy_(whole)
 
 
 def reshard(model: nn.Module) -> None:

@@ -207,16 +207,14 @@ def _check_group(group: dict[str, Any], index: int) -> None:
             f"parameter group {index} has role {role!r}; expected one of {', '.join(ROLES)}: a parameter's shape does "
             "not tell an embedding from a matrix, so pass optim.param_groups(model) instead of model.parameters()"
         )
-    if not isinstance(group["lr"], Tensor) and not group["lr"] >= 0:
-        raise ValueError(f"parameter group {index} has lr={group['lr']}; expected a number >= 0")
-    if not group["weight_decay"] >= 0:
-        raise ValueError(f"parameter group {index} has weight_decay={group['weight_decay']}; expected a number >= 0")
-    if not group["eps"] >= 0:
-        raise ValueError(f"parameter group {index} has eps={group['eps']}; expected a number >= 0")
-    betas = tuple(group["betas"])
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"parameter group {index} has betas={betas}; expected two numbers in [0, 1)")
-    group["betas"] = betas
+    for key in ("lr", "weight_decay", "eps"):
+        value = group[key]
+        if not isinstance(value, Tensor) and not (_is_number(value) and value >= 0):
+            raise ValueError(f"parameter group {index} has {key}={value!r}; expected a number >= 0")
+    betas = group["betas"]
+    if not isinstance(betas, Sequence) or len(betas) != 2 or not all(_is_number(b) and 0 <= b < 1 for b in betas):
+        raise ValueError(f"parameter group {index} has betas={betas!r}; expected two numbers in [0, 1)")
+    group["betas"] = tuple(betas)
     if role == "matrix":
         for name, param in _named_parameters(group):
             if param.ndim != 2 or math.prod(param.shape) == 0:
@@ -224,6 +222,10 @@ def _check_group(group: dict[str, Any], index: int) -> None:
                     f"{name!r} has role 'matrix' and shape {tuple(param.shape)}; expected two non-empty dimensions: "
                     "give it role 'vector' with rules={...} in optim.param_groups"
                 )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_loadable(slot: Slot, saved: dict[str, Any]) -> None:

@@ -56,7 +56,7 @@ class LowRankAdamW(MatrixOptimizer):
         m, d = max(param.shape), min(param.shape)
         r = _rank(name, tuple(param.shape), group["rank"])
         interval = group["refresh_interval"]
-        if not isinstance(interval, int) or interval < 1:
+        if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
             raise ValueError(f"refresh_interval={interval!r} for {name!r}; expected a whole number of steps >= 1")
         return {
             "step": StateTensor((), torch.float32, "host"),

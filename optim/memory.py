@@ -21,12 +21,15 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(local(tensor).numel() * local(tensor).element_size() for tensor in tensors)
 
 
-def predicted_state_bytes(name: str, model: nn.Module, *, world_size: int = 1, shard: int = 0, **arguments: Any) -> int:
+def predicted_state_bytes(
+    name: str, model: nn.Module | list[dict[str, Any]], *, world_size: int = 1, shard: int = 0, **arguments: Any
+) -> int:
     """Bytes of state that ``create(name, model, **arguments)`` holds on one rank.
 
     Args:
         name: one of ``optim.names()``.
-        model: on any device; shapes and dtypes are read, so ``meta`` costs nothing.
+        model: or groups that ``optim.param_groups`` made of it, with rules perhaps. On any device: shapes and dtypes are
+            read, so ``meta`` costs nothing.
         world_size: ranks a parameter is sharded over; 1 for none.
         shard: which of them, 0 .. world_size - 1 (the first hold the larger shards).
         arguments: the optimizer's own.
@@ -36,7 +39,7 @@ def predicted_state_bytes(name: str, model: nn.Module, *, world_size: int = 1, s
     """
     groups = [
         {**group, "params": [(key, torch.empty(p.shape, dtype=p.dtype, device="meta")) for key, p in group["params"]]}
-        for group in param_groups(model)
+        for group in (param_groups(model) if isinstance(model, nn.Module) else model)
     ]
     optimizer = create(name, groups, **arguments)
     total = 0

@@ -18,8 +18,8 @@ def param_groups(model: nn.Module, *, rules: Mapping[str, Mapping[str, Any]] | N
 
     Roles: ``matrix`` (weight of an ``nn.Linear``), ``embedding``, ``head`` (what ``get_output_embeddings()`` returns,
     or else a linear layer as wide as an embedding is tall), ``vector`` (everything else: norms, biases). A weight tied
-    between embedding and head is an ``embedding``. Only role ``matrix`` is updated by a low-rank method. Role
-    ``vector`` gets ``weight_decay`` 0 unless a rule says otherwise.
+    between embedding and head is an ``embedding``. Only role ``matrix`` is updated by a low-rank method. Vectors of one
+    dimension get ``weight_decay`` 0 unless a rule says otherwise.
 
     Args:
         model: before or after ``fully_shard``.
@@ -32,7 +32,7 @@ def param_groups(model: nn.Module, *, rules: Mapping[str, Mapping[str, Any]] | N
     rules = dict(rules or {})
     roles = _roles(model)
     matched: set[str] = set()
-    groups: dict[tuple[str, str | None], dict[str, Any]] = {}
+    groups: dict[tuple[str, str | None, bool], dict[str, Any]] = {}
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
@@ -43,9 +43,10 @@ def param_groups(model: nn.Module, *, rules: Mapping[str, Mapping[str, Any]] | N
         role = settings.pop("role", roles.get(param, "vector"))
         if role not in ROLES:
             raise ValueError(f"rule {pattern!r} gives role {role!r}; expected one of {', '.join(ROLES)}")
-        if role == "vector":
+        exempt = role == "vector" and param.ndim < 2
+        if exempt:
             settings.setdefault("weight_decay", 0.0)
-        group = groups.setdefault((role, pattern), {"params": [], "role": role, **settings})
+        group = groups.setdefault((role, pattern, exempt), {"params": [], "role": role, **settings})
         group["params"].append((name, param))
     unmatched = [pattern for pattern in rules if pattern not in matched]
     if unmatched:

@@ -1,0 +1,131 @@
+"""Optimizers by name, and the errors of their arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import optim
+from tests.optim.models import MixedModel, tiny_llama
+
+
+def test_names_are_sorted_and_find_their_classes() -> None:
+    assert optim.names() == sorted(optim.names())
+    assert {"adamw", "dct_adamw"} <= set(optim.names())
+    assert optim.find("adamw") is optim.AdamW
+    assert optim.find("dct_adamw") is optim.DCTAdamW
+
+
+@pytest.mark.parametrize("name", optim.names())
+def test_every_name_creates_its_class_from_a_model_or_from_groups(name: str) -> None:
+    model = MixedModel()
+    for source in (model, optim.param_groups(model)):
+        optimizer = optim.create(name, source, lr=0.5)
+        assert type(optimizer) is optim.find(name)
+        assert {group["lr"] for group in optimizer.param_groups} == {0.5}
+        assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("name", optim.names())
+def test_every_description_is_one_line_with_all_arguments(name: str) -> None:
+    text = optim.describe(name)
+    assert text.startswith(f"{name}: ")
+    assert "\n" not in text
+    assert "lr=0.001" in text
+    assert "weight_decay=" in text
+
+
+def test_description_of_dct_adamw_shows_its_defaults() -> None:
+    assert "rank=None" in optim.describe("dct_adamw")
+    assert "refresh_interval=10" in optim.describe("dct_adamw")
+
+
+def test_unknown_names_suggest_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"unknown optimizer 'dct_adam'; did you mean 'dct_adamw'\? expected one of"):
+        optim.create("dct_adam", MixedModel())
+    with pytest.raises(ValueError, match=r"unknown optimizer 'sgd'; expected one of adamw, "):
+        optim.find("sgd")
+    with pytest.raises(ValueError, match="unknown optimizer 'nothing'"):
+        optim.describe("nothing")
+
+
+def test_unknown_arguments_list_the_valid_ones() -> None:
+    expected = (
+        r"'dct_adamw' takes no argument 'ranks'; did you mean 'rank'\? expected one of lr, rank, refresh_interval"
+    )
+    with pytest.raises(ValueError, match=expected):
+        optim.create("dct_adamw", MixedModel(), ranks=3)
+    with pytest.raises(ValueError, match="optimizer 'adamw' takes no argument 'rank'; "):
+        optim.check_arguments("adamw", ["lr", "rank"])
+    optim.check_arguments("dct_adamw", ["lr", "rank", "betas"])
+
+
+def test_plain_parameters_are_refused_where_roles_are_needed() -> None:
+    model = MixedModel()
+    with pytest.raises(ValueError, match=r"pass optim\.param_groups\(model\) instead of model\.parameters\(\)"):
+        optim.DCTAdamW(model.parameters())
+    with pytest.raises(ValueError, match=r"parameter group 0 has role None; expected one of matrix"):
+        optim.DCTAdamW([{"params": list(model.parameters())}])
+    optim.AdamW(model.parameters())
+
+
+def test_a_misspelt_role_is_refused() -> None:
+    with pytest.raises(ValueError, match="parameter group 0 has role 'matrices'; expected one of matrix"):
+        optim.AdamW([{"params": [nn.Parameter(torch.ones(2))], "role": "matrices"}])
+
+
+@pytest.mark.parametrize("rank", [0, -1, 1.5, True, "4"])
+def test_a_rank_that_is_no_positive_whole_number_is_refused(rank: Any) -> None:
+    expected = rf"rank={rank!r} for 'model\.layers\.0\.self_attn\.q_proj\.weight' of shape \(8, 8\); expected a whole"
+    with pytest.raises(ValueError, match=expected):
+        optim.create("dct_adamw", tiny_llama(), rank=rank)
+
+
+def test_a_rank_too_large_names_the_matrix_and_the_fix() -> None:
+    expected = r"rank=5 exceeds min\(m, n\)=4 for 'model\.layers\.0\.self_attn\.k_proj\.weight' .*rules="
+    with pytest.raises(ValueError, match=expected):
+        optim.create("dct_adamw", tiny_llama(), rank=5)
+    optim.DCTAdamW(optim.param_groups(tiny_llama(), rules={"[kv]_proj": {"rank": 4}}), rank=5)
+
+
+@pytest.mark.parametrize("interval", [0, -3, 2.5, None])
+def test_a_refresh_interval_below_one_is_refused(interval: Any) -> None:
+    with pytest.raises(ValueError, match=rf"refresh_interval={interval!r} for 'matrix_1x8\.weight'; expected a whole"):
+        optim.create("dct_adamw", MixedModel(), refresh_interval=interval)
+
+
+@pytest.mark.parametrize("name", optim.names())
+@pytest.mark.parametrize("argument", ["lr", "weight_decay", "eps"])
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_negative_numbers_are_refused(name: str, argument: str, value: float) -> None:
+    groups = [{"params": [("w", nn.Parameter(torch.ones(3, 3)))], "role": "matrix"}]
+    with pytest.raises(ValueError, match=rf"parameter group 0 has {argument}={value}; expected a number >= 0"):
+        optim.create(name, groups, **{argument: value})
+
+
+@pytest.mark.parametrize("name", optim.names())
+@pytest.mark.parametrize("betas", [(1.0, 0.9), (0.9, -0.1), (0.9,), (0.9, 0.99, 0.999), (0.9, float("nan"))])
+def test_betas_out_of_range_are_refused(name: str, betas: Any) -> None:
+    with pytest.raises(ValueError, match=r"parameter group 0 has betas=.*; expected two numbers in \[0, 1\)"):
+        optim.create(name, MixedModel(), betas=betas)
+
+
+@pytest.mark.parametrize("name", optim.names())
+@pytest.mark.parametrize("shape", [(4,), (2, 3, 4), (0, 4), ()])
+def test_role_matrix_needs_two_dimensions(name: str, shape: tuple[int, ...]) -> None:
+    groups = [{"params": [("conv.weight", nn.Parameter(torch.ones(shape)))], "role": "matrix"}]
+    with pytest.raises(ValueError, match=r"'conv\.weight' has role 'matrix' and shape .*; expected two non-empty"):
+        optim.create(name, groups)
+
+
+@pytest.mark.parametrize("name", optim.names())
+@pytest.mark.parametrize("role", ["embedding", "matrix"])
+def test_sparse_gradients_are_refused_by_name(name: str, role: str) -> None:
+    embedding = nn.Embedding(5, 3, sparse=True)
+    optimizer = optim.create(name, [{"params": [("tokens.weight", embedding.weight)], "role": role}])
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match=r"the gradient of 'tokens\.weight' is sparse.*sparse=False"):
+        optimizer.step()
