@@ -80,7 +80,14 @@ def prepare_data(config: Config, ranks: Ranks, folder: Path) -> Data:
         "seed": config.seed,
         "streams": config.data.streams if streaming else None,
     }
-    found = ranks.first(lambda: _write_tokens(config, folder, description, streaming))
+
+    def write() -> dict[str, Any]:
+        try:
+            return _write_tokens(config, folder, description, streaming)
+        except OSError as error:
+            raise UserError(f"cannot write tokens to {folder}: {error}; free space, or set run_dir elsewhere") from None
+
+    found = ranks.first(write)
     description.update(found)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     train: TrainingBlocks

@@ -29,9 +29,7 @@ class Metrics:
         if not active:
             return
         self.path = folder / "metrics.jsonl"
-        again = {start} if start == steps else set()  # a finished run is evaluated again
-        rows = read_metrics(folder) if start else []
-        kept = [row for row in rows if row["step"] <= start and not ("eval/loss" in row and row["step"] in again)]
+        kept = [row for row in read_metrics(folder) if row["step"] <= start] if start else []
         self.path.write_text("".join(_line(row) for row in kept))
         self._file = self.path.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else 0)

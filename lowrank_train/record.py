@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import platform
 import resource
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["RunRecord", "peak_memory_gib", "provenance"]
+__all__ = ["RunRecord", "peak_memory_gib", "perplexity", "provenance"]
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy")
 
@@ -37,8 +38,8 @@ class RunRecord:
     train_loss: float | None
     initial_validation_loss: float | None
     validation_loss: float | None
-    initial_perplexity: float | None
-    perplexity: float | None
+    validation_step: int | None
+    """When the validation loss was taken."""
     validation_tokens: int
     skipped_steps: int
     peak_memory_gib: float
@@ -52,9 +53,25 @@ class RunRecord:
     data: dict[str, Any]
     provenance: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def perplexity(self) -> float | None:
+        """exp(validation loss)."""
+        return None if self.validation_loss is None else perplexity(self.validation_loss)
+
+    @property
+    def initial_perplexity(self) -> float | None:
+        """exp(initial validation loss)."""
+        return None if self.initial_validation_loss is None else perplexity(self.initial_validation_loss)
+
     def write(self, path: Path) -> None:
         """As JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        figures = {**asdict(self), "perplexity": self.perplexity, "initial_perplexity": self.initial_perplexity}
+        path.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats per token; infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def provenance(device: torch.device) -> dict[str, Any]:

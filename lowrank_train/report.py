@@ -27,7 +27,10 @@ def summary(record: RunRecord, folder: Path, checkpoint: Path | None) -> list[tu
         ("steps", f"{record.steps:,}" + (f" ({record.skipped_steps} skipped)" if record.skipped_steps else "")),
         ("tokens", f"{record.tokens:,}"),
         ("time", f"{_clock(record.seconds)} training, {record.tokens_per_second:,.0f} tokens/s"),
-        ("validation perplexity", f"{_number(record.perplexity)} (untrained: {_number(record.initial_perplexity)})"),
+        (
+            f"perplexity, step {record.validation_step}",
+            f"{_number(record.perplexity)} on held-out text (untrained: {_number(record.initial_perplexity)})",
+        ),
         ("validation loss", f"{_number(record.validation_loss)} nats/token over {record.validation_tokens:,} tokens"),
         ("peak memory", f"{record.peak_memory_gib:.2f} GiB on rank 0"),
         (

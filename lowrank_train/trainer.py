@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ import optim
 from lowrank_train import models, parallel
 from lowrank_train.checkpoint import Checkpoints, export_huggingface, find_checkpoint
 from lowrank_train.config import Config, save_config
-from lowrank_train.data import prepare_data
+from lowrank_train.data import Data, prepare_data
 from lowrank_train.errors import UserError
 from lowrank_train.loss import IGNORED
 from lowrank_train.metrics import Metrics
 from lowrank_train.parallel import Ranks
-from lowrank_train.record import RunRecord, peak_memory_gib, provenance
+from lowrank_train.record import RunRecord, peak_memory_gib, perplexity, provenance
 from lowrank_train.report import write_report
 from lowrank_train.schedule import learning_rate_factor
 
@@ -47,9 +47,57 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0
     skipped_steps: int = 0
-    initial_validation_loss: float | None = None
+    bad_in_a_row: int = 0
     train_loss: float | None = None
-    bad_in_a_row: int = field(default=0, repr=False)
+    initial_validation_loss: float | None = None
+    validation_loss: float | None = None
+    validation_step: int | None = None
+
+
+@dataclass
+class _Run:
+    """Everything a run consists of, built once."""
+
+    config: Config
+    ranks: Ranks
+    folder: Path
+    micro_batches: int
+    data: Data
+    model: PreTrainedModel
+    blueprint: PreTrainedModel
+    """The model's shapes, on meta, never sharded."""
+    optimizer: optim.MatrixOptimizer
+    settings: list[dict[str, Any]]
+    """Hyperparameters of each parameter group as configured."""
+    checkpoints: Checkpoints
+    progress: Progress
+
+    def save(self) -> None:
+        """Write a checkpoint of all that a resumed run needs."""
+        extra = {
+            "progress": asdict(self.progress),
+            "data": self.data.train.state_dict(),
+            "random": _random_state(self.ranks),
+        }
+        self.checkpoints.save(self.progress.step, self.model, self.optimizer, extra, self.about)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Continue where a checkpoint was written; hyperparameters stay as configured now."""
+        extra = self.checkpoints.load(checkpoint, self.model, self.optimizer, self.about)
+        self.progress = Progress(**extra["progress"])
+        self.data.train.load_state_dict(extra["data"])
+        _set_random_state(extra["random"], self.ranks)
+        self.set_learning_rate(1.0)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with the run that loads it, the tensors aside."""
+        return {"data": self.data.description, "optimizer": self.config.optimizer["name"]}
+
+    def set_learning_rate(self, factor: float) -> None:
+        """Give every group its configured hyperparameters, the learning rate times ``factor``."""
+        for group, configured in zip(self.optimizer.param_groups, self.settings, strict=True):
+            group.update(configured, lr=configured["lr"] * factor)
 
 
 def train(config: Config) -> RunRecord:
@@ -62,133 +110,150 @@ def train(config: Config) -> RunRecord:
         UserError: bad input, a failed checkpoint, or losses that stay non-finite.
     """
     with parallel.start(config.parallel, config.device) as ranks, _stop_signals() as stop:
-        return _train(config, ranks, stop)
+        micro_batches = _micro_batches(config, ranks.world_size)
+        folder = Path(str(config.run_dir))
+        checkpoint = ranks.first(lambda: find_checkpoint(config.resume, folder / "checkpoints"))
+        run = _build(config, ranks, folder, micro_batches)
+        if checkpoint is not None:
+            run.restore(checkpoint)
+        ranks.first(lambda: _write_config(config, folder))
+        metrics = Metrics(folder, start=run.progress.step, steps=config.steps, active=ranks.is_first)
+        metrics.say(_greeting(run, checkpoint))
+        try:
+            _loop(run, metrics, stop)
+        finally:
+            metrics.close()
+        return _finish(run)
 
 
-def _train(config: Config, ranks: Ranks, stop: _Stop) -> RunRecord:
-    micro_batches = _micro_batches(config, ranks.world_size)
-    folder = Path(str(config.run_dir))
-    checkpoint = ranks.first(lambda: _open_run(config, folder))
+def _build(config: Config, ranks: Ranks, folder: Path, micro_batches: int) -> _Run:
     data = prepare_data(config, ranks, folder / "data")
+    ids = {key: getattr(data.tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    architecture = models.architecture(config.model, vocab_size=len(data.tokenizer), seq_len=config.seq_len, **ids)
 
-    # model: shapes, then shards, then weights
-    tokenizer = data.tokenizer
-    ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    architecture = models.architecture(config.model, vocab_size=len(tokenizer), seq_len=config.seq_len, **ids)
-    optimizer_class = optim.find(config.optimizer["name"])
-    model = models.skeleton(architecture, _DTYPES[config.precision])
+    # shapes, then shards, then weights
+    name = config.optimizer["name"]
     blueprint = models.skeleton(architecture, _DTYPES[config.precision])
-    parallel.shard_model(model, ranks.mesh, optimizer_class, config.precision)
+    model = models.skeleton(architecture, _DTYPES[config.precision])
+    parallel.shard_model(model, ranks.mesh, optim.find(name), config.precision)
     if config.model.name in models.SIZES:
         models.initialize(model, blueprint, ranks.device, config.seed)
     else:
         models.load_weights(model, config.model.name, ranks.device)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
 
-    # optimizer; its learning rate is set at every step from the schedule, which has no state
-    arguments = {key: value for key, value in config.optimizer.items() if key != "name"}
     try:
-        optimizer = optim.create(config.optimizer["name"], model, **arguments)
+        optimizer = optim.create(name, model, **_arguments(config))
     except (ValueError, TypeError) as error:
         raise UserError(f"in optimizer: {error}") from None
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    rate_factor = learning_rate_factor(config.schedule, config.steps)
-
-    # where an earlier session stopped
-    about = {"data": data.description, "optimizer": config.optimizer["name"]}
     checkpoints = Checkpoints(
         folder / "checkpoints", ranks, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
     )
-    progress = Progress()
     torch.manual_seed(config.seed + ranks.rank)
-    if checkpoint is not None:
-        extra = checkpoints.load(checkpoint, model, optimizer, about)
-        progress = Progress(**extra["progress"])
-        data.train.load_state_dict(extra["data"])
-        _set_random_state(extra["random"], ranks)
-        for group, configured in zip(optimizer.param_groups, settings, strict=True):
-            group.update(configured)  # the configuration decides, also where it changed since
+    return _Run(
+        config, ranks, folder, micro_batches, data, model, blueprint, optimizer, settings, checkpoints, Progress()
+    )
 
-    def save() -> None:
-        extra = {"progress": asdict(progress), "data": data.train.state_dict(), "random": _random_state(ranks)}
-        checkpoints.save(progress.step, model, optimizer, extra, about)
 
-    metrics = Metrics(folder, start=progress.step, steps=config.steps, active=ranks.is_first)
-    metrics.say(_greeting(config, model, ranks, checkpoint))
-    validation_loss = math.nan
-    if progress.step == 0:
-        validation_loss = progress.initial_validation_loss = evaluate(model, data.validation, config, ranks)
-        metrics.log(0, _evaluation(validation_loss))
-    sequences = config.tokens_per_step // config.seq_len
-
+def _loop(run: _Run, metrics: Metrics, stop: _Stop) -> None:
+    config, ranks, progress = run.config, run.ranks, run.progress
+    rate_factor = learning_rate_factor(config.schedule, config.steps)
     stopping = False
+    if progress.step == 0:
+        _evaluate_and_log(run, metrics)
 
     while progress.step < config.steps and not stopping:
         began = time.perf_counter()
-        blocks = ranks.each(lambda: data.train.take(sequences, ranks.rank, ranks.world_size)).to(ranks.device)
-        loss = torch.zeros((), device=ranks.device)
-        for micro_batch in blocks.chunk(micro_batches):
-            part = _mean_loss(model, micro_batch, blocks.shape[0] * config.seq_len, config)
-            part.backward()
-            loss = loss + part.detach()
-        norm = _clip_gradients(model, config.clip)
-        mean = ranks.sum(loss) / ranks.world_size
-        train_loss, gradient_norm = torch.stack([mean, norm.to(mean.dtype)]).tolist()  # the step's one device sync
-
-        finite = math.isfinite(train_loss) and math.isfinite(gradient_norm)
         factor = rate_factor(progress.step)
-        for group, configured in zip(optimizer.param_groups, settings, strict=True):
-            group["lr"] = configured["lr"] * factor
+        loss, norm = _gradients(run)
+        finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
-            optimizer.step()
-        optimizer.zero_grad()
+            run.set_learning_rate(factor)
+            run.optimizer.step()
+            progress.train_loss = loss
+        run.optimizer.zero_grad()
         progress.bad_in_a_row = 0 if finite else progress.bad_in_a_row + 1
         progress.skipped_steps += not finite
         progress.step += 1
         progress.tokens += config.tokens_per_step
-        progress.train_loss = train_loss if finite else progress.train_loss
         took = time.perf_counter() - began
         progress.seconds += took
-        speed = config.tokens_per_step / took
 
-        metrics.advance(train_loss, speed)
+        metrics.advance(loss, config.tokens_per_step / took)
         if progress.step % config.log_every == 0 or not finite:
-            metrics.log(
-                progress.step,
-                {
-                    "train/loss": train_loss,
-                    "train/grad_norm": gradient_norm,
-                    "train/learning_rate": config.optimizer.get("lr", settings[0]["lr"]) * factor,
-                    "train/tokens": progress.tokens,
-                    "train/skipped_steps": progress.skipped_steps,
-                    "throughput/tokens_per_second": speed,
-                    "memory/peak_gib": peak_memory_gib(ranks.device),
-                },
-            )
+            scalars = {
+                "train/loss": loss,
+                "train/grad_norm": norm,
+                "train/learning_rate": run.settings[0]["lr"] * factor,
+                "train/tokens": progress.tokens,
+                "train/skipped_steps": progress.skipped_steps,
+                "throughput/tokens_per_second": config.tokens_per_step / took,
+                "memory/peak_gib": peak_memory_gib(ranks.device),
+            }
+            metrics.log(progress.step, scalars)
         if progress.bad_in_a_row >= config.max_bad_steps:
-            _give_up(progress, checkpoints, metrics)
-        if _due(config.evaluation.every, progress.step) and progress.step < config.steps:
-            validation_loss = evaluate(model, data.validation, config, ranks)
-            metrics.log(progress.step, _evaluation(validation_loss))
-        if ranks.any(checkpoints.poll()):
-            checkpoints.wait()
+            _give_up(run)
+        last = progress.step == config.steps
+        if last or _due(config.evaluation.every, progress.step):
+            _evaluate_and_log(run, metrics)
+        if ranks.any(run.checkpoints.poll()):
+            run.checkpoints.wait()  # raises what went wrong, on every rank
         stopping = ranks.any(stop.requested)  # a signal may have reached some ranks only
-        if _due(config.checkpoint.every, progress.step) or stopping or progress.step == config.steps:
-            save()
+        if last or stopping or _due(config.checkpoint.every, progress.step):
+            run.save()
+    run.checkpoints.wait()
 
-    checkpoints.wait()
+
+def _gradients(run: _Run) -> tuple[float, float]:
+    """Gradients of one step's mean loss, clipped; returns (loss, gradient norm before clipping), the same on all ranks.
+
+    Each micro-batch's gradient is reduced at once: accumulating whole gradients instead would save messages and cost
+    a model's worth of memory on every rank.
+    """
+    config, ranks = run.config, run.ranks
+    sequences = config.tokens_per_step // config.seq_len
+    blocks = ranks.each(lambda: run.data.train.take(sequences, ranks.rank, ranks.world_size)).to(ranks.device)
+    tokens = blocks.shape[0] * config.seq_len
+    total = torch.zeros((), device=ranks.device)
+    for part in blocks.chunk(run.micro_batches):
+        loss = run.model.token_loss(part[:, :-1], part[:, 1:], config.loss_chunk) / tokens
+        loss.backward()
+        total = total + loss.detach()
+    if config.clip is None:
+        norm = get_total_norm([p.grad for p in run.model.parameters() if p.grad is not None])
+    else:
+        norm = clip_grad_norm_(run.model.parameters(), config.clip)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    mean = ranks.sum(total) / ranks.world_size
+    figures: list[float] = torch.stack([mean, norm.to(mean.dtype)]).tolist()  # the step's one wait for the device
+    return figures[0], figures[1]
+
+
+def _evaluate_and_log(run: _Run, metrics: Metrics) -> None:
+    loss = evaluate(run.model, run.data.validation, run.config, run.ranks)
+    progress = run.progress
+    progress.validation_loss, progress.validation_step = loss, progress.step
+    if progress.step == 0:
+        progress.initial_validation_loss = loss
+    metrics.log(progress.step, {"eval/loss": loss, "eval/perplexity": perplexity(loss)})
+
+
+def _finish(run: _Run) -> RunRecord:
+    config, ranks, progress = run.config, run.ranks, run.progress
     finished = progress.step >= config.steps
     if finished:
-        validation_loss = evaluate(model, data.validation, config, ranks)
-        metrics.log(progress.step, _evaluation(validation_loss))
-        export_huggingface(model, tokenizer, folder / "huggingface", ranks)
-    metrics.close()
+        export_huggingface(run.model, run.data.tokenizer, run.folder / "huggingface", ranks)
     shards = ranks.mesh.size(ranks.mesh.ndim - 1)
+    predicted = optim.predicted_state_bytes(
+        config.optimizer["name"], run.blueprint, world_size=shards, shard=ranks.rank % shards, **_arguments(config)
+    )
     record = RunRecord(
         status="finished" if finished else "interrupted",
         model=config.model.name,
-        parameters=models.parameter_count(model),
+        parameters=models.parameter_count(run.model),
         optimizer=dict(config.optimizer),
         steps=progress.step,
         tokens=progress.tokens,
@@ -196,24 +261,21 @@ def _train(config: Config, ranks: Ranks, stop: _Stop) -> RunRecord:
         tokens_per_second=progress.tokens / max(progress.seconds, 1e-9),
         train_loss=progress.train_loss,
         initial_validation_loss=progress.initial_validation_loss,
-        validation_loss=_known(validation_loss),
-        initial_perplexity=_perplexity(progress.initial_validation_loss),
-        perplexity=_perplexity(_known(validation_loss)),
-        validation_tokens=int((data.validation[:, 1:] != IGNORED).sum()),
+        validation_loss=progress.validation_loss,
+        validation_step=progress.validation_step,
+        validation_tokens=int((run.data.validation[:, 1:] != IGNORED).sum()),
         skipped_steps=progress.skipped_steps,
         peak_memory_gib=peak_memory_gib(ranks.device),
-        optimizer_state_bytes=optim.state_bytes(optimizer),
-        predicted_optimizer_state_bytes=optim.predicted_state_bytes(
-            config.optimizer["name"], blueprint, world_size=shards, shard=ranks.rank % shards, **arguments
-        ),
+        optimizer_state_bytes=optim.state_bytes(run.optimizer),
+        predicted_optimizer_state_bytes=predicted,
         world_size=ranks.world_size,
         precision=config.precision,
         seed=config.seed,
-        data=data.description,
+        data=run.data.description,
         provenance=provenance(ranks.device),
     )
     if ranks.is_first:
-        table = write_report(record, folder, find_checkpoint("auto", folder / "checkpoints"))
+        table = write_report(record, run.folder, find_checkpoint("auto", run.folder / "checkpoints"))
         print(f"\n{table}\n", file=sys.stderr)
         if not finished:
             print(f"stopped at step {progress.step}; resume with: {_resume_command()}", file=sys.stderr)
@@ -286,56 +348,30 @@ def _micro_batches(config: Config, world_size: int) -> int:
     return per_rank // micro_batch
 
 
-def _open_run(config: Config, folder: Path) -> Path | None:
-    """Find the checkpoint to start from, make the run folder, write the resolved configuration."""
-    checkpoint = find_checkpoint(config.resume, folder / "checkpoints")
+def _write_config(config: Config, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / "config.yaml")
     except OSError as error:
         raise UserError(f"cannot write to run_dir={folder}: {error}; set run_dir to another folder") from None
-    return checkpoint
 
 
-def _mean_loss(model: PreTrainedModel, blocks: Tensor, tokens: int, config: Config) -> Tensor:
-    """Share of one micro-batch in the mean loss over a rank's step of ``tokens`` tokens."""
-    return model.token_loss(blocks[:, :-1], blocks[:, 1:], config.loss_chunk) / tokens
+def _arguments(config: Config) -> dict[str, Any]:
+    return {key: value for key, value in config.optimizer.items() if key != "name"}
 
 
-def _clip_gradients(model: PreTrainedModel, largest: float | None) -> Tensor:
-    """Global gradient norm before clipping."""
-    if largest is None:
-        norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    else:
-        norm = clip_grad_norm_(model.parameters(), largest)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def _give_up(progress: Progress, checkpoints: Checkpoints, metrics: Metrics) -> None:
-    metrics.close()
-    checkpoints.wait()
-    last = find_checkpoint("auto", checkpoints.folder)
+def _give_up(run: _Run) -> None:
+    run.checkpoints.wait()
+    last = find_checkpoint("auto", run.checkpoints.folder)
     raise UserError(
-        f"the loss or the gradient was not finite for {progress.bad_in_a_row} steps in a row, up to step "
-        f"{progress.step}; these steps changed nothing. Last good checkpoint: {last or 'none'}. Lower optimizer.lr, "
-        "lengthen schedule.warmup_steps or lower clip, and resume"
+        f"the loss or the gradient was not finite for {run.progress.bad_in_a_row} steps in a row, up to step "
+        f"{run.progress.step}; these steps changed nothing. Last good checkpoint: {last or 'none'}. Lower "
+        "optimizer.lr, lengthen schedule.warmup_steps or lower clip, and resume"
     )
 
 
 def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _evaluation(loss: float) -> dict[str, float]:
-    return {"eval/loss": loss, "eval/perplexity": _perplexity(loss) or math.nan}
-
-
-def _perplexity(loss: float | None) -> float | None:
-    return None if loss is None else math.exp(loss) if loss < 700 else math.inf
-
-
-def _known(loss: float) -> float | None:
-    return None if math.isnan(loss) else loss
 
 
 def _random_state(ranks: Ranks) -> dict[str, Tensor]:
@@ -353,12 +389,13 @@ def _set_random_state(saved: dict[str, Tensor], ranks: Ranks) -> None:
         torch.cuda.set_rng_state(saved[f"cuda_{ranks.rank}"], ranks.device)
 
 
-def _greeting(config: Config, model: PreTrainedModel, ranks: Ranks, checkpoint: Path | None) -> str:
+def _greeting(run: _Run, checkpoint: Path | None) -> str:
+    config = run.config
     settings = ", ".join(f"{key} {value}" for key, value in config.optimizer.items())
     start = f"resuming from {checkpoint}" if checkpoint else f"writing to {config.run_dir}"
     return (
-        f"{config.model.name}: {models.parameter_count(model):,} parameters; {settings}; {ranks.world_size} rank(s) on "
-        f"{ranks.device.type}; {start}"
+        f"{config.model.name}: {models.parameter_count(run.model):,} parameters; optimizer {settings}; "
+        f"{run.ranks.world_size} rank(s) on {run.ranks.device.type}; {start}"
     )
 
 

@@ -28,8 +28,8 @@ def predicted_state_bytes(
 
     Args:
         name: one of ``optim.names()``.
-        model: or groups that ``optim.param_groups`` made of it, with rules perhaps. On any device: shapes and dtypes are
-            read, so ``meta`` costs nothing.
+        model: or groups that ``optim.param_groups`` made of it, with rules perhaps; on any device (shapes and dtypes
+            are read, so ``meta`` costs nothing).
         world_size: ranks a parameter is sharded over; 1 for none.
         shard: which of them, 0 .. world_size - 1 (the first hold the larger shards).
         arguments: the optimizer's own.
