@@ -23,9 +23,11 @@ def main(arguments: list[str]) -> int:
     try:
         train(load_config(arguments))
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the first step there is nothing to save
+        return 130
     return 0
 
 

@@ -34,7 +34,7 @@ import optim
 from lowrank_train.errors import UserError
 from lowrank_train.parallel import Ranks
 
-__all__ = ["Checkpoints", "export_huggingface", "find_checkpoint"]
+__all__ = ["Checkpoints", "export_huggingface", "find_checkpoint", "last_good"]
 
 
 class Checkpoints:
@@ -127,17 +127,18 @@ class Checkpoints:
             UserError: not a checkpoint, damaged, or of another model, optimizer, rank or data.
         """
         saved = _read_about(path)
-        for key, value in about.items():
-            if saved.get(key) != value:
+        for key, value in _flat(json.loads(json.dumps(about))).items():
+            got = _flat(saved).get(key)
+            if got != value:
                 raise UserError(
-                    f"{path} was written by a run with {key} = {saved.get(key)}; expected {value}: give the "
-                    "settings it was written with, or resume=never with another run_dir"
+                    f"{path} was written by a run with {key} = {got}; expected {value}: give the settings it was "
+                    "written with, or resume=never with another run_dir"
                 )
         model_state, optimizer_state = get_state_dict(model, optimizer)
         try:
             metadata = FileSystemReader(path).read_metadata().state_dict_metadata
-        except (OSError, CheckpointException, RuntimeError, EOFError) as error:
-            raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); resume from another one") from None
+        except Exception as error:  # unpickling a damaged file may raise anything
+            raise self._damage(path, error) from None
         wanted: dict[str, Any] = {f"model.{key}": value for key, value in model_state.items()}
         optimizer_tensors: dict[str, Any] = optimizer_state["state"]  # type: ignore[assignment]
         for name, tensors in optimizer_tensors.items():
@@ -150,6 +151,12 @@ class Checkpoints:
                     f"{path} holds {got} for {key!r}; expected shape {tuple(value.shape)}: it is of another model, "
                     "optimizer or rank; give the settings it was written with, or resume=never with another run_dir"
                 )
+        left_over = [key for key in metadata if key.startswith(("model.", "optimizer.state.")) and key not in wanted]
+        if left_over:
+            raise UserError(
+                f"{path} holds {left_over[0]!r}, which this model or optimizer has no place for; give the settings it "
+                "was written with, or resume=never with another run_dir"
+            )
         extra: dict[str, dict[str, Any]] = {}
         for key, entry in metadata.items():
             section, _, name = key.partition(".")
@@ -162,7 +169,7 @@ class Checkpoints:
         try:
             load(state, checkpoint_id=path)
         except (CheckpointException, OSError, RuntimeError) as error:
-            raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}); resume from another one") from None
+            raise self._damage(path, error) from None
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         return {key: state[key] for key in extra}
 
@@ -178,15 +185,24 @@ class Checkpoints:
             _delete(old)
 
     def _failure(self, scratch: Path, error: BaseException) -> UserError:
-        causes = getattr(error, "failures", {})
-        cause = next((str(failure[0]) for failure in causes.values()), str(error)) if causes else str(error)
+        free = shutil.disk_usage(self.folder).free / 2**20
         if self.ranks.is_first:
             shutil.rmtree(scratch, ignore_errors=True)
-        good = _published(self.folder)
-        kept = f"the last good checkpoint is {good[-1]}" if good else "there is no earlier checkpoint"
         return UserError(
-            f"cannot write the checkpoint {scratch.with_suffix('')}: {cause}; {kept}; free space and resume"
+            f"cannot write the checkpoint {scratch.with_suffix('')}: {_cause(error)} ({free:,.0f} MiB were free); "
+            f"{last_good(self.folder)}; free space and resume"
         )
+
+    def _damage(self, path: Path, error: BaseException) -> UserError:
+        others = [other.name for other in _published(path.parent) if other != path]
+        then = f"delete it, and resume=auto goes on from {others[-1]}" if others else "there is no other beside it"
+        return UserError(f"{path} is damaged ({_cause(error)}); {then}")
+
+
+def last_good(folder: Path) -> str:
+    """Which checkpoint a message can point to."""
+    good = _published(folder)
+    return f"the last good checkpoint is {good[-1]}" if good else "there is no earlier checkpoint"
 
 
 def find_checkpoint(resume: str, folder: Path) -> Path | None:
@@ -197,7 +213,8 @@ def find_checkpoint(resume: str, folder: Path) -> Path | None:
         folder: the run's own checkpoints.
 
     Raises:
-        UserError: never, but there are checkpoints that the run would overwrite; or nothing at the path given.
+        UserError: never, or another path, but there are checkpoints that the run would overwrite; or nothing at the
+            path given.
     """
     own = _published(folder)
     if resume == "auto":
@@ -210,12 +227,17 @@ def find_checkpoint(resume: str, folder: Path) -> Path | None:
             )
         return None
     path = Path(resume)
-    if (path / "about.json").is_file():
-        return path
-    found = _published(path / "checkpoints") or _published(path)
-    if not found:
-        raise UserError(f"resume={resume}: no checkpoint there; expected auto, never, a step-N or a run folder")
-    return found[-1]
+    if not (path / "about.json").is_file():
+        found = _published(path / "checkpoints") or _published(path)
+        if not found:
+            raise UserError(f"resume={resume}: no checkpoint there; expected auto, never, a step-N or a run folder")
+        path = found[-1]
+    if own and path.resolve() != own[-1].resolve():
+        raise UserError(
+            f"resume={resume}, but {folder} holds checkpoints up to {own[-1].name} that the run would mix with its "
+            "own; set another run_dir, or use resume=auto to continue them"
+        )
+    return path
 
 
 def export_huggingface(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, ranks: Ranks) -> None:
@@ -227,10 +249,28 @@ def export_huggingface(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         try:
             model.save_pretrained(folder, state_dict=whole)
             tokenizer.save_pretrained(folder)
-        except OSError as error:
+        except Exception as error:  # the writers in Rust raise errors of their own
             raise UserError(f"cannot write the Hugging Face folder {folder}: {error}; free space and resume") from None
 
     ranks.first(write)
+
+
+def _cause(error: BaseException) -> str:
+    """The first rank's reason inside a CheckpointException; the error itself otherwise."""
+    failures = list(getattr(error, "failures", {}).values())
+    reason = failures[0][0] if failures else error
+    return f"{type(reason).__name__}: {(str(reason).splitlines() or [''])[0]}"
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
 
 
 def _clear_leftovers(folder: Path) -> None:
@@ -245,8 +285,9 @@ def _clear_leftovers(folder: Path) -> None:
 
 def _published(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    steps = [path for path in folder.glob("step-*") if path.suffix == "" and (path / ".metadata").is_file()]
-    return sorted(steps, key=lambda path: int(path.name.removeprefix("step-")))
+    numbered = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    complete = [path for path in numbered if (path / ".metadata").is_file()]
+    return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _delete(path: Path) -> None:
@@ -259,7 +300,9 @@ def _write_about(scratch: Path, about: dict[str, Any]) -> None:
         scratch.mkdir(parents=True)
         (scratch / "about.json").write_text(json.dumps(about, indent=2))
     except OSError as error:
-        raise UserError(f"cannot write to {scratch.parent}: {error}; free space, or set run_dir elsewhere") from None
+        raise UserError(
+            f"cannot write to {scratch.parent}: {error}; {last_good(scratch.parent)}; free space and resume"
+        ) from None
 
 
 def _read_about(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 import optim
 from lowrank_train.errors import UserError
 
-__all__ = ["Config", "help_text", "load_config", "save_config"]
+__all__ = ["Config", "changed_keys", "help_text", "load_config", "save_config"]
 
 
 def _key(default: Any, meaning: str) -> Any:
@@ -54,7 +54,8 @@ class DataConfig:
     )
     validation_fraction: float = _key(0.02, "share of documents held out when data.validation is null")
     tokenizer: str | None = _key(
-        None, "Hugging Face tokenizer, by name or folder; null: a byte-level BPE trained on the text"
+        None,
+        "Hugging Face tokenizer, by name or folder; null: the model folder's, or a BPE trained on the text",
     )
     vocab_size: int = _key(32000, "entries of the trained BPE, at least 257")
     streaming: bool | None = _key(
@@ -142,8 +143,8 @@ def load_config(arguments: Sequence[str]) -> Config:
         UserError: unreadable file, unknown key (with the closest match), value of the wrong type or out of range.
     """
     merged = OmegaConf.structured(Config)
-    files = [a for a in arguments if "=" not in a]
-    overrides = [a for a in arguments if "=" in a]
+    files = [a for a in arguments if "=" not in a or (a.endswith((".yaml", ".yml")) and Path(a).is_file())]
+    overrides = [a for a in arguments if a not in files]
     for file in files:
         merged = _merge(merged, _read_yaml(file), f"in {file}")
     for override in overrides:
@@ -167,6 +168,12 @@ def load_config(arguments: Sequence[str]) -> Config:
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration; ``load_config([path])`` gives an equal object."""
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def changed_keys(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ, with (before, after)."""
+    then, now = ({name: value for name, value, _ in _keys(config)} for config in (before, after))
+    return {name: (then[name], now[name]) for name in now if then[name] != now[name]}
 
 
 def help_text() -> str:
@@ -207,14 +214,19 @@ def _merge(base: Any, change: Any, where: str) -> Any:
     except ConfigKeyError as error:
         key = error.full_key or str(error.key)
         known = [name for name, _, _ in _keys(Config())]
-        close = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(
-            key.split(".")[-1], [name.split(".")[-1] for name in known], n=1
-        )
+        known += {name.split(".")[0] for name in known}
+        leaves = {name.split(".")[-1]: name for name in known}
+        close = difflib.get_close_matches(key, known, n=1)
+        close = close or [leaves[leaf] for leaf in difflib.get_close_matches(key.split(".")[-1], leaves, n=1)]
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise UserError(f"unknown key {key!r} {where}; {hint}--help lists all keys") from None
     except ValidationError as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"wrong value for {error.full_key!r} {where}: {reason}") from None
+        if not error.full_key:  # a section was given a value
+            reason = "it is a section of keys, such as model.name or data.path; give those"
+        raise UserError(
+            f"wrong value {f'for {error.full_key!r} ' if error.full_key else ''}{where}: {reason}"
+        ) from None
     except OmegaConfBaseException as error:
         raise UserError(f"cannot use the configuration {where}: {str(error).splitlines()[0]}") from None
 
@@ -249,6 +261,8 @@ def _check(config: Config) -> None:
     for key, share in shares.items():
         if not 0 <= share <= 1:
             raise UserError(f"{key}={share}; expected a number from 0 to 1")
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"seed={config.seed}; expected a number from 0 to {2**32 - 1}")
     if config.clip is not None and not config.clip > 0:
         raise UserError(f"clip={config.clip}; expected a number > 0, or null for no clipping")
     try:

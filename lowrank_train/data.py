@@ -1,53 +1,40 @@
-"""Tokens for training: packed, deterministic, disjoint between ranks, and resumable at any position on any ranks.
+"""The text of a run as tokens: split into training and held-out documents, tokenized once, opened on every rank.
 
 Text is a stream of documents, each closed by the end-of-text token, cut into blocks of ``seq_len + 1`` tokens (the
-last one is only a label). Step t of a run uses the same blocks whatever the number of ranks; rank r of W takes its
-share of them. Two sources give blocks:
-
-* ``TokenFile``: text tokenized once into the run folder; blocks come in a fresh random order every epoch, and the
-  position is one number.
-* ``TokenStream``: text tokenized on the fly, for data sets that do not fit. The stream is split into a fixed number of
-  sub-streams, dealt to the ranks; the position is that of every sub-stream and what it has read ahead.
+last one is only a label).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lowrank_train.blocks import TokenFile, TokenStream, TrainingBlocks
+from lowrank_train.checkpoint import find_checkpoint
 from lowrank_train.config import Config, DataConfig
 from lowrank_train.errors import UserError
 from lowrank_train.loss import IGNORED
 from lowrank_train.parallel import Ranks
-from lowrank_train.text import embedded_documents, is_held_out, local_documents, open_stream, texts
+from lowrank_train.text import embedded_documents, local_documents, lot, open_stream, texts
 from lowrank_train.tokenizer import encode, prepare_tokenizer
 
-__all__ = ["Data", "TokenFile", "TokenStream", "TrainingBlocks", "prepare_data"]
+__all__ = ["Data", "prepare_data"]
 
 _BATCH_OF_DOCUMENTS = 64  # tokenized at one time; larger batches only hold more memory
+_REMEDY = "delete {folder} and run again: the same text gives the same tokens"
 
-
-class TrainingBlocks(Protocol):
-    """Where training blocks come from."""
-
-    def take(self, count: int, rank: int, world_size: int) -> Tensor:
-        """This rank's share (count / world_size, seq_len + 1) int64 of the next ``count`` blocks of the run."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position, as plain values; sub-streams of other ranks are not in it."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at a saved position."""
+_Opener = Callable[[], Iterator[str]]
 
 
 @dataclass(frozen=True)
@@ -71,14 +58,16 @@ def prepare_data(config: Config, ranks: Ranks, folder: Path) -> Data:
     """
     streaming = _is_streamed(config.data)
     description: dict[str, Any] = {
-        "path": _absolute(config.data.path) or "embedded",
-        "name": config.data.name,
-        "validation": _absolute(config.data.validation),
-        "tokenizer": _absolute(config.data.tokenizer) or f"bpe-{config.data.vocab_size}",
+        "data.path": _absolute(config.data.path) or "embedded",
+        "data.name": config.data.name,
+        "data.text_key": config.data.text_key,
+        "data.validation": _absolute(config.data.validation),
+        "data.validation_fraction": config.data.validation_fraction,
+        "data.tokenizer": _absolute(config.data.tokenizer) or f"bpe-{config.data.vocab_size}",
+        "data.streams": config.data.streams if streaming else None,
+        "evaluation.tokens": config.evaluation.tokens,
         "seq_len": config.seq_len,
-        "evaluation_tokens": config.evaluation.tokens,
         "seed": config.seed,
-        "streams": config.data.streams if streaming else None,
     }
 
     def write() -> dict[str, Any]:
@@ -88,7 +77,6 @@ def prepare_data(config: Config, ranks: Ranks, folder: Path) -> Data:
             raise UserError(f"cannot write tokens to {folder}: {error}; free space, or set run_dir elsewhere") from None
 
     found = ranks.first(write)
-    description.update(found)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     train: TrainingBlocks
     if streaming:
@@ -97,178 +85,29 @@ def prepare_data(config: Config, ranks: Ranks, folder: Path) -> Data:
                 f"data.streams={config.data.streams} does not divide by the world size {ranks.world_size}; "
                 f"set it to a multiple, e.g. {ranks.world_size * max(1, round(8 / ranks.world_size))}"
             )
-        train = TokenStream(config, tokenizer, _held_out_fraction(config.data))
+        train = TokenStream(config, tokenizer, found["held_out_below"])
     else:
-        train = TokenFile(_open(folder / "train.bin", description["dtype"]), config.seq_len, config.seed)
-    held_out = _open(folder / "validation.bin", description["dtype"])
-    return Data(tokenizer, train, _validation_blocks(held_out, config), description)
-
-
-class TokenFile:
-    """Blocks of a token array, in a random order that is new every epoch and the same on every rank.
-
-    Args:
-        tokens: (n,) token ids.
-        seq_len: tokens per block, its last label aside.
-        seed: of the order.
-
-    Raises:
-        UserError: fewer tokens than one block.
-    """
-
-    def __init__(self, tokens: np.ndarray[Any, Any], seq_len: int, seed: int) -> None:
-        self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
-        self.blocks = (len(tokens) - 1) // seq_len
-        if self.blocks < 1:
-            raise UserError(
-                f"the training text has {len(tokens)} tokens; expected at least seq_len + 1 = {seq_len + 1}: give more "
-                "text with data.path, or a smaller seq_len"
-            )
-        self.position = 0
-        self._epoch = -1
-        self._order = torch.empty(0, dtype=torch.int64)
-
-    def take(self, count: int, rank: int, world_size: int) -> Tensor:
-        """See ``TrainingBlocks``."""
-        share = count // world_size
-        first = self.position + rank * share
-        self.position += count
-        return torch.stack([self._block(k) for k in range(first, first + share)])
-
-    def state_dict(self) -> dict[str, Any]:
-        """See ``TrainingBlocks``."""
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See ``TrainingBlocks``."""
-        self.position = state["position"]
-
-    def _block(self, k: int) -> Tensor:
-        epoch, index = divmod(k, self.blocks)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch, self._order = epoch, torch.randperm(self.blocks, generator=generator)
-        start = int(self._order[index]) * self.seq_len
-        return torch.from_numpy(self.tokens[start : start + self.seq_len + 1].astype(np.int64))
-
-
-class TokenStream:
-    """Blocks of a streamed dataset: block k of the run comes from sub-stream k modulo ``data.streams``.
-
-    Each sub-stream reads its own files where there are enough of them, else its own documents, and starts again at
-    the end. A rank opens only the sub-streams it is asked for.
-    """
-
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, held_out_fraction: float) -> None:
-        self.config, self.tokenizer, self.held_out_fraction = config, tokenizer, held_out_fraction
-        self.position = 0
-        self._share = (0, 1)  # rank and world size of the last take
-        self._states: dict[str, str] = {}
-        self._streams: dict[int, _SubStream] = {}
-
-    def take(self, count: int, rank: int, world_size: int) -> Tensor:
-        """See ``TrainingBlocks``."""
-        streams = self.config.data.streams
-        mine = [k % streams for k in range(self.position, self.position + count) if k % streams % world_size == rank]
-        if len(mine) != count // world_size:
-            raise UserError(
-                f"a step of {count} sequences does not divide over data.streams={streams}; "
-                "set data.streams to a divisor of tokens_per_step / seq_len"
-            )
-        self.position += count
-        self._share = (rank, world_size)
-        return torch.stack([self._stream(index).next_block() for index in mine])
-
-    def state_dict(self) -> dict[str, Any]:
-        """See ``TrainingBlocks``."""
-        rank, world_size = self._share
-        mine = {f"stream_{i}" for i in range(rank, self.config.data.streams, world_size)}
-        unread = {key: value for key, value in self._states.items() if key in mine}  # since the last load
-        return {"position": self.position, **unread, **{f"stream_{i}": s.state() for i, s in self._streams.items()}}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See ``TrainingBlocks``."""
-        self.position = state["position"]
-        self._streams = {}
-        self._states = {key: value for key, value in state.items() if key.startswith("stream_")}
-
-    def _stream(self, index: int) -> _SubStream:
-        if index not in self._streams:
-            saved = self._states.get(f"stream_{index}")
-            self._streams[index] = _SubStream(self.config, self.tokenizer, self.held_out_fraction, index, saved)
-        return self._streams[index]
-
-
-class _SubStream:
-    """One part of a streamed dataset and the tokens read ahead of its last block."""
-
-    def __init__(
-        self, config: Config, tokenizer: PreTrainedTokenizerBase, held_out: float, index: int, saved: str | None
-    ) -> None:
-        self.config, self.tokenizer, self.held_out, self.index = config, tokenizer, held_out, index
-        state = {"rows": None, "ahead": []} if saved is None else json.loads(saved)
-        self.ahead: list[int] = state["ahead"]
-        self._open(state["rows"])
-
-    def next_block(self) -> Tensor:
-        size = self.config.seq_len
-        while len(self.ahead) < size + 1:
-            self.ahead += encode(self.tokenizer, [self._next_document()])[0]
-        block, self.ahead = self.ahead[: size + 1], self.ahead[size:]
-        return torch.tensor(block)
-
-    def state(self) -> str:
-        # rows that were not read yet do not know where they will start
-        return json.dumps({"rows": self.rows.state_dict() if self.reading else self.start, "ahead": self.ahead})
-
-    def _open(self, start: dict[str, Any] | None) -> None:
-        from datasets.distributed import split_dataset_by_node
-
-        data = self.config.data
-        self.rows = split_dataset_by_node(open_stream(data, "train"), rank=self.index, world_size=data.streams)
-        if start is not None:
-            self.rows.load_state_dict(start)
-        self.start, self.reading = start, False
-        self.documents = texts(self.rows, data.text_key, str(data.path))
-
-    def _next_document(self) -> str:
-        for _ in range(2):  # to the end, then once from the start
-            for text in self.documents:
-                self.reading = True
-                if text and not is_held_out(text, self.held_out):
-                    return text
-            self._open(None)  # rows that were given a position start there again, not at the beginning
-        raise UserError(
-            f"one of data.streams={self.config.data.streams} parts of data.path={self.config.data.path} has no "
-            "document; lower data.streams"
-        )
-
-
-# ------------------------------------------------------------------------------------------------- writing token files
+        tokens = _open(folder / "train.bin", found["dtype"], found["train_tokens"])
+        train = TokenFile(tokens, config.seq_len, config.seed)
+    held_out = _open(folder / "validation.bin", found["dtype"], found["validation_tokens"])
+    return Data(tokenizer, train, _validation_blocks(held_out, config), {**description, **found})
 
 
 def _write_tokens(config: Config, folder: Path, description: dict[str, Any], streaming: bool) -> dict[str, Any]:
     """Make ``folder`` (tokenizer, token files, data.json) unless it is there; returns what was found in the text."""
-    record = folder / "data.json"
-    if record.exists():
-        saved: dict[str, Any] = json.loads(record.read_text())
-        other = [key for key, value in description.items() if saved["settings"].get(key) != value]
-        if other:
-            raise UserError(
-                f"{folder.parent} holds a run on other data: {other[0]} was {saved['settings'].get(other[0])!r}, is "
-                f"{description[other[0]]!r}; set run_dir to another folder"
-            )
-        return dict(saved["found"])
+    saved = _read_record(folder, description)
+    if saved is not None:
+        return saved
     scratch = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    training, validation = _documents(config.data, streaming)
+    training, validation, held_out_below = _documents(config.data, streaming)
     prepare_tokenizer(config.data, training, scratch / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(scratch / "tokenizer")
     dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
     hasher = hashlib.sha1(usedforsecurity=False)
     wanted = config.evaluation.tokens + 1
-    found: dict[str, Any] = {"dtype": dtype, "vocab_size": len(tokenizer)}
+    found: dict[str, Any] = {"dtype": dtype, "vocab_size": len(tokenizer), "held_out_below": held_out_below}
     found["validation_tokens"] = _write(scratch / "validation.bin", tokenizer, validation(), dtype, hasher, wanted)
     if not streaming:
         found["train_tokens"] = _write(scratch / "train.bin", tokenizer, training(), dtype, hasher)
@@ -284,34 +123,78 @@ def _write_tokens(config: Config, folder: Path, description: dict[str, Any], str
     return found
 
 
-def _documents(config: DataConfig, streaming: bool) -> tuple[Callable[[], Iterator[str]], Callable[[], Iterator[str]]]:
-    """Openers of the training and of the held-out text."""
-    fraction = _held_out_fraction(config)
+def _read_record(folder: Path, description: dict[str, Any]) -> dict[str, Any] | None:
+    """What an earlier session found in the same text; None if the tokens are still, or again, to be made."""
+    record = folder / "data.json"
+    if not record.exists():
+        return None
+    try:
+        saved = json.loads(record.read_text())
+        settings, found = dict(saved["settings"]), dict(saved["found"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{record} is damaged ({error}); {_REMEDY.format(folder=folder)}") from None
+    other = [key for key, value in description.items() if settings.get(key) != value]
+    if not other:
+        return found
+    if find_checkpoint("auto", folder.parent / "checkpoints") is None:
+        return None  # no training was done with it
+    raise UserError(
+        f"{folder.parent} holds a run on other data: {other[0]} was {settings.get(other[0])!r}, is "
+        f"{description[other[0]]!r}; set run_dir to another folder"
+    )
+
+
+def _documents(config: DataConfig, streaming: bool) -> tuple[_Opener, _Opener, float]:
+    """Openers of the training and of the held-out text, and the lot below which a document is held out."""
 
     def everything() -> Iterator[str]:
         if config.path is None:
             return embedded_documents()
         if not streaming:
-            return local_documents(config.path, config.text_key)
-        return texts(open_stream(config, "train"), config.text_key, str(config.path))
+            return local_documents(config.path, config.text_key, without=config.validation)
+        return texts(open_stream(config, "train"), config.text_key, f"data.path={config.path}")
 
-    def training() -> Iterator[str]:
-        return (text for text in everything() if text and not is_held_out(text, fraction))
+    if config.validation is None:
+        limit = _held_out_below(config, everything, streaming)
+        return (
+            lambda: (text for text in everything() if lot(text) >= limit),
+            lambda: (text for text in everything() if lot(text) < limit),
+            limit,
+        )
 
     def validation() -> Iterator[str]:
-        if config.validation is None:
-            return (text for text in everything() if text and is_held_out(text, fraction))
-        if Path(config.validation).exists():
-            return local_documents(config.validation, config.text_key)
-        if config.path is None or Path(config.path).exists():
-            raise UserError(f"data.validation={config.validation} does not exist; expected a file or folder of text")
-        return texts(open_stream(config, config.validation), config.text_key, str(config.path))
+        assert config.validation is not None
+        if config.path is None or Path(config.path).exists() or Path(config.validation).exists():
+            if not Path(config.validation).exists():
+                raise UserError(
+                    f"data.validation={config.validation} does not exist; expected a file or folder of text"
+                )
+            return local_documents(config.validation, config.text_key, "data.validation")
+        return texts(open_stream(config, config.validation), config.text_key, f"data.path={config.path}")
 
-    return training, validation
+    def training() -> Iterator[str]:
+        copies = set() if streaming else {lot(text) for text in validation()}
+        return (text for text in everything() if lot(text) not in copies)
+
+    return training, validation, 0.0
 
 
-def _held_out_fraction(config: DataConfig) -> float:
-    return config.validation_fraction if config.validation is None else 0.0
+def _held_out_below(config: DataConfig, everything: _Opener, streaming: bool) -> float:
+    """The share of documents to hold out, raised where it would hold out none of a small text."""
+    share = config.validation_fraction
+    if streaming or share == 0:
+        return share
+    smallest, documents = 1.0, 0
+    for text in everything():
+        smallest, documents = min(smallest, lot(text)), documents + 1
+        if smallest < share:
+            return share
+    if documents < 2:
+        raise UserError(
+            f"data.path={config.path} has {documents} document(s), of which none can be held out; give more text, or "
+            "held-out text with data.validation"
+        )
+    return math.nextafter(smallest, 1.0)
 
 
 def _absolute(path: str | None) -> str | None:
@@ -333,7 +216,7 @@ def _write(
     hasher: Any,
     limit: int | None = None,
 ) -> int:
-    """Append token ids of all documents (or until ``limit`` tokens) to a file; returns how many."""
+    """Write token ids of all documents (or until ``limit`` tokens) into a new file; returns how many."""
     total = 0
     with file.open("wb") as out:
         for batch in _batched(documents):
@@ -358,10 +241,14 @@ def _batched(documents: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _open(file: Path, dtype: str) -> np.ndarray[Any, Any]:
-    if file.stat().st_size == 0:
-        return np.empty(0, dtype=dtype)
-    return np.memmap(file, dtype=dtype, mode="r")
+def _open(file: Path, dtype: str, tokens: int) -> np.ndarray[Any, Any]:
+    """The token file (tokens,); raises UserError if it is not as long as it was written."""
+    expected = tokens * np.dtype(dtype).itemsize
+    size = file.stat().st_size if file.exists() else 0
+    if size != expected:
+        remedy = _REMEDY.format(folder=file.parent)
+        raise UserError(f"{file} is damaged: it has {size} bytes; expected {expected}; {remedy}")
+    return np.memmap(file, dtype=dtype, mode="r") if size else np.empty(0, dtype=dtype)
 
 
 def _validation_blocks(tokens: np.ndarray[Any, Any], config: Config) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -26,6 +27,8 @@ class Metrics:
 
     def __init__(self, folder: Path, *, start: int, steps: int, active: bool) -> None:
         self.active = active
+        self.failure: OSError | None = None
+        """What kept the last row from being written (a full disk); training may still reach a checkpoint."""
         if not active:
             return
         self.path = folder / "metrics.jsonl"
@@ -45,12 +48,15 @@ class Metrics:
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
         """One row; values that are not finite are null in the file."""
-        if not self.active:
+        if not self.active or self.failure is not None:
             return
-        self._file.write(_line({"step": step, **scalars}))
-        self._file.flush()
-        for name, value in scalars.items():
-            self._board.add_scalar(name, value, step)
+        try:
+            self._file.write(_line({"step": step, **scalars}))
+            self._file.flush()
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
+        except OSError as error:
+            self.failure = error
 
     def advance(self, loss: float, tokens_per_second: float) -> None:
         """Move the bar by one step."""
@@ -67,8 +73,9 @@ class Metrics:
         """Flush and close everything."""
         if self.active:
             self._bar.close()
-            self._board.close()
-            self._file.close()
+            with contextlib.suppress(OSError):  # said before, or of no consequence any more
+                self._board.close()
+                self._file.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -68,6 +68,17 @@ SIZES: dict[str, tuple[Callable[..., PretrainedConfig], tuple[int, ...], dict[st
 """Name -> builder of its Hugging Face configuration, with the vocabulary of the original."""
 
 
+_SIZE_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "ffn_dim",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+
+
 def architecture(
     model: ModelConfig, *, vocab_size: int | None = None, seq_len: int | None = None, **token_ids: int | None
 ) -> PretrainedConfig:
@@ -117,6 +128,11 @@ def architecture(
             f"hidden_size={config.hidden_size} does not divide by num_attention_heads={config.num_attention_heads}; "
             "change model.overrides"
         )
+    if config.num_attention_heads % getattr(config, "num_key_value_heads", 1):
+        raise UserError(
+            f"num_attention_heads={config.num_attention_heads} does not divide by num_key_value_heads="
+            f"{config.num_key_value_heads}; change model.overrides"
+        )
     if seq_len is not None and seq_len > config.max_position_embeddings:
         if config.model_type == "opt":
             raise UserError(
@@ -154,9 +170,12 @@ def _last_line(error: Exception) -> str:
 
 
 def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model on the meta device: shapes and names, no memory."""
+    """The model on the meta device: shapes and names, no memory. Raises UserError for unfit overrides."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+        model: PreTrainedModel = _valid(
+            lambda: AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+        )
+    return model
 
 
 @torch.no_grad()
@@ -199,7 +218,7 @@ def load_weights(model: PreTrainedModel, folder: str, device: torch.device) -> N
     transformers_logging.set_verbosity_error()
     try:
         source = AutoModelForCausalLM.from_pretrained(folder, dtype=next(model.parameters()).dtype)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # transformers and safetensors raise many kinds
         raise UserError(f"cannot load the weights of model.name={folder}: {error}") from None
     finally:
         transformers_logging.set_verbosity(verbosity)

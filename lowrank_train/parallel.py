@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from types import MethodType
 from typing import TypeVar
 
@@ -36,6 +37,8 @@ class Ranks:
     world_size: int
     device: torch.device
     mesh: DeviceMesh
+    patient: dist.ProcessGroup
+    """All ranks, for waits as long as the first rank's work: tokenizing may take hours."""
 
     @property
     def is_first(self) -> bool:
@@ -50,10 +53,16 @@ class Ranks:
                 box[0] = work()
             except UserError as error:
                 box[0] = error
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.patient)
         if isinstance(box[0], UserError):
             raise box[0]
         return box[0]  # type: ignore[return-value]
+
+    def on_first(self, work: Callable[[], T]) -> T | None:
+        """As ``first``, for what cannot leave the first rank: the others get None."""
+        kept: list[T] = []
+        self.first(lambda: kept.append(work()))
+        return kept[0] if kept else None
 
     def each(self, work: Callable[[], T]) -> T:
         """Run ``work`` on every rank; if it raises UserError on any of them, all raise it and none waits for ever."""
@@ -108,7 +117,9 @@ def start(config: ParallelConfig, device: str) -> Iterator[Ranks]:
             mesh = init_device_mesh(place.type, (config.replicas, shards), mesh_dim_names=("replicate", "shard"))
         else:
             mesh = init_device_mesh(place.type, (shards,), mesh_dim_names=("shard",))
-        yield Ranks(dist.get_rank(), world_size, place, mesh)
+        patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        assert patient is not None
+        yield Ranks(dist.get_rank(), world_size, place, mesh, patient)
     finally:
         if joined:
             dist.destroy_process_group()
@@ -176,11 +187,11 @@ def _device(wanted: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("device=cuda, but torch sees no CUDA device; use device=cpu, or install a CUDA build of torch")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if local_rank >= torch.cuda.device_count():
+    local_rank, local_ranks = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if local_ranks > torch.cuda.device_count():  # asked of all ranks of a machine alike, so that none waits for another
         raise UserError(
-            f"rank {local_rank} of this machine has no GPU: torch sees {torch.cuda.device_count()}; start fewer ranks "
-            "with torchrun --nproc-per-node, or use device=cpu"
+            f"{local_ranks} ranks on a machine where torch sees {torch.cuda.device_count()} GPU(s); start fewer with "
+            "torchrun --nproc-per-node, or use device=cpu"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

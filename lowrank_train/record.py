@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import resource
 import subprocess
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from lowrank_train.signals import typed_command
 
 __all__ = ["RunRecord", "peak_memory_gib", "perplexity", "provenance"]
 
@@ -25,7 +28,7 @@ class RunRecord:
     """One run. Times in seconds, memory in GiB (2^30 bytes) or bytes, losses in nats per token."""
 
     status: str
-    """finished, interrupted (resumable) or stopped (by losses that were not finite)."""
+    """finished or interrupted (resumable)."""
     model: str
     parameters: int
     optimizer: dict[str, Any]
@@ -43,7 +46,7 @@ class RunRecord:
     validation_tokens: int
     skipped_steps: int
     peak_memory_gib: float
-    """CUDA: largest allocation of the first rank's device. CPU: largest resident set of the first rank's process."""
+    """Over all sessions. CUDA: largest allocation on the first rank's device; CPU: its process's resident set."""
     optimizer_state_bytes: int
     """Measured on the first rank."""
     predicted_optimizer_state_bytes: int
@@ -51,6 +54,8 @@ class RunRecord:
     precision: str
     seed: int
     data: dict[str, Any]
+    config: dict[str, Any]
+    """All settings, resolved."""
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -77,12 +82,13 @@ def perplexity(loss: float) -> float:
 def provenance(device: torch.device) -> dict[str, Any]:
     """Command, commit, versions and hardware of this process."""
     return {
-        "command": " ".join(sys.argv),
+        "command": typed_command(),
         "commit": _commit(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in _PACKAGES},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU",
-        "cores": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import importlib
 import sysconfig
@@ -12,7 +13,7 @@ from typing import Any
 from lowrank_train.config import DataConfig
 from lowrank_train.errors import UserError
 
-__all__ = ["embedded_documents", "is_held_out", "local_documents", "open_stream", "texts"]
+__all__ = ["check_exists", "embedded_documents", "local_documents", "lot", "open_stream", "texts"]
 
 _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
@@ -25,13 +26,15 @@ _READERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """File suffix -> builder of ``datasets`` and its arguments."""
 
+_PIECE_CHARACTERS = 20_000
+
 _NOT_PROSE = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "ensurepip"}
 
 
-def is_held_out(document: str, fraction: float) -> bool:
-    """Whether a document belongs to the held-out text, decided by its content: equal documents are never split."""
+def lot(document: str) -> float:
+    """A number in [0, 1) drawn from a document's content: equal documents draw the same."""
     digest = hashlib.sha1(document.encode("utf-8", "surrogatepass"), usedforsecurity=False).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+    return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def embedded_documents() -> Iterator[str]:
@@ -54,13 +57,21 @@ def embedded_documents() -> Iterator[str]:
     yield from (topics[key] for key in sorted(topics))
 
 
-def local_documents(path: str, text_key: str) -> Iterator[str]:
+def local_documents(path: str, text_key: str, key: str = "data.path", without: str | None = None) -> Iterator[str]:
     """Documents of a file, or of all readable files in a folder, in the order of their names.
+
+    Args:
+        path: a file or folder; what lies in hidden files and folders is left out.
+        text_key: column that holds the text.
+        key: of the configuration that gave the path, for messages.
+        without: a file or folder (of held-out text) whose files are left out.
 
     Raises:
         UserError: nothing readable, mixed kinds, a file that cannot be parsed, or no such column.
     """
-    yield from texts(_load_local(path), text_key, path)
+    whole_files = _READERS[_files(path, key, without)[0].suffix.lower()][0] == "text"
+    for text in texts(_load_local(path, key, without), text_key, f"{key}={path}"):
+        yield from _pieces(text) if whole_files else [text]
 
 
 def open_stream(config: DataConfig, split: str) -> Any:
@@ -71,7 +82,8 @@ def open_stream(config: DataConfig, split: str) -> Any:
     """
     assert config.path is not None
     if Path(config.path).exists():
-        return _load_local(config.path)
+        return _load_local(config.path, "data.path", config.validation)
+    check_exists(config.path, "data.path")
     return _opened(
         lambda datasets: datasets.load_dataset(config.path, config.name, split=split, streaming=True),
         f"data.path={config.path}" + (f" data.name={config.name}" if config.name else "") + f" (split {split})",
@@ -79,32 +91,63 @@ def open_stream(config: DataConfig, split: str) -> Any:
     )
 
 
-def _load_local(path: str) -> Any:
-    files = _files(path)
-    kinds = {_READERS[f.suffix.lower()][0] for f in files}
-    if len(kinds) > 1:
-        raise UserError(f"data.path={path} mixes files of kinds {', '.join(sorted(kinds))}; keep one kind in a folder")
+def check_exists(name: str, key: str) -> None:
+    """Raise UserError for a name that was meant as a path and leads nowhere, before a hub is asked for it."""
+    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).suffix.lower() in _READERS
+    if is_path and not Path(name).exists():
+        raise UserError(f"{key}={name} does not exist; expected a file, a folder, or a name on the Hugging Face hub")
+
+
+def _load_local(path: str, key: str, without: str | None) -> Any:
+    files = _files(path, key, without)
     builder, arguments = _READERS[files[0].suffix.lower()]
-    names = [str(f) for f in files]
+    names = [glob.escape(str(f)) for f in files]
     return _opened(
         lambda datasets: datasets.load_dataset(builder, data_files=names, split="train", streaming=True, **arguments),
-        f"data.path={path}",
+        f"{key}={path}",
         "a file cannot be read",
     )
 
 
-def _files(path: str) -> list[Path]:
+def _files(path: str, key: str, without: str | None = None) -> list[Path]:
     root = Path(path)
+    held_out = (
+        {f.resolve() for f in _files(without, "data.validation")} if without and Path(without).exists() else set()
+    )
     if root.is_file():
         if root.suffix.lower() not in _READERS:
             raise UserError(
-                f"data.path={path} is a {root.suffix or 'nameless'} file; expected one of {', '.join(_READERS)}"
+                f"{key}={path} is a {root.suffix or 'nameless'} file; expected one of {', '.join(_READERS)}"
             )
-        return [root]
-    files = sorted(f for f in root.rglob("*") if f.is_file() and f.suffix.lower() in _READERS)
+        files = [root]
+    else:
+        found = sorted(f for f in root.rglob("*") if f.is_file() and f.suffix.lower() in _READERS)
+        files = [f for f in found if not any(part.startswith(".") for part in f.relative_to(root).parts)]
+        records = [f for f in files if _READERS[f.suffix.lower()][0] != "text"]
+        files = records or files  # a README beside data files is about them
     if not files:
-        raise UserError(f"data.path={path} has no file to read; expected {', '.join(_READERS)}")
+        raise UserError(f"{key}={path} has no file to read; expected {', '.join(_READERS)}")
+    kinds = {_READERS[f.suffix.lower()][0] for f in files}
+    if len(kinds) > 1:
+        raise UserError(f"{key}={path} mixes files of kinds {', '.join(sorted(kinds))}; keep one kind in a folder")
+    files = [f for f in files if f.resolve() not in held_out]
+    if not files:
+        raise UserError(f"every file of {key}={path} is also in data.validation={without}; give different text")
     return files
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A long text cut at line ends, so that a part of a single file can be held out."""
+    piece: list[str] = []
+    size = 0
+    for line in text.splitlines(keepends=True):
+        piece.append(line)
+        size += len(line)
+        if size >= _PIECE_CHARACTERS:
+            yield "".join(piece)
+            piece, size = [], 0
+    if piece:
+        yield "".join(piece)
 
 
 def _opened(load: Callable[[Any], Any], what: str, reason: str) -> Any:
@@ -117,8 +160,8 @@ def _opened(load: Callable[[Any], Any], what: str, reason: str) -> Any:
         raise UserError(f"cannot open {what}: {reason} ({_first_line(error)})") from None
 
 
-def texts(rows: Iterable[dict[str, Any]], key: str, where: str) -> Iterator[str]:
-    """The column ``key`` of each row; raises UserError for rows that cannot be read or have no such column."""
+def texts(rows: Iterable[dict[str, Any]], column: str, where: str) -> Iterator[str]:
+    """The text of each row, rows without any left out; raises UserError for rows that cannot be read."""
     iterator = iter(rows)
     while True:
         try:
@@ -126,15 +169,13 @@ def texts(rows: Iterable[dict[str, Any]], key: str, where: str) -> Iterator[str]
         except StopIteration:
             return
         except Exception as error:  # as above: a damaged file is noticed while reading
-            raise UserError(f"cannot read data.path={where}: {_first_line(error)}") from None
-        yield _text_of(row, key, where)
-
-
-def _text_of(row: dict[str, Any], key: str, where: str) -> str:
-    if not isinstance(row.get(key), str):
-        got = "nothing" if key not in row else type(row[key]).__name__
-        raise UserError(f"data.path={where}: column {key!r} holds {got}; set data.text_key to one of {', '.join(row)}")
-    return str(row[key])
+            raise UserError(f"cannot read {where}: {_first_line(error)}") from None
+        text = row.get(column, "")
+        if column not in row or not isinstance(text, str | None):
+            got = "nothing" if column not in row else type(text).__name__
+            raise UserError(f"{where}: column {column!r} holds {got}; set data.text_key to one of {', '.join(row)}")
+        if text:
+            yield text
 
 
 def _first_line(error: Exception) -> str:

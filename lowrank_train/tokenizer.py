@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from lowrank_train.config import DataConfig
 from lowrank_train.errors import UserError
+from lowrank_train.text import check_exists
 
 __all__ = ["encode", "prepare_tokenizer"]
 
@@ -27,13 +28,14 @@ def prepare_tokenizer(config: DataConfig, documents: Callable[[], Iterator[str]]
         folder: of the run, so that a resumed run reads the same tokens.
 
     Raises:
-        UserError: a tokenizer that cannot be loaded or has no end-of-text token; no text to train on.
+        UserError: a tokenizer that cannot be loaded or has no end-of-text token; no text to train on; a full disk.
     """
     if folder.exists():
         return
     if config.tokenizer is None:
         tokenizer: PreTrainedTokenizerBase = _train_bpe(documents(), config.vocab_size)
     else:
+        check_exists(config.tokenizer, "data.tokenizer")
         try:
             tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
         except Exception as error:  # the hub client and the readers raise many kinds
@@ -44,13 +46,18 @@ def prepare_tokenizer(config: DataConfig, documents: Callable[[], Iterator[str]]
                 f"data.tokenizer={config.tokenizer} has no end-of-text token; documents could not be told apart"
             )
     scratch = folder.with_name(folder.name + ".tmp")
-    tokenizer.save_pretrained(scratch)
+    try:
+        tokenizer.save_pretrained(scratch)
+    except Exception as error:  # the writer in Rust raises an error of its own
+        raise UserError(f"cannot write {folder}: {error}; free space, or set run_dir to another folder") from None
     scratch.rename(folder)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> list[list[int]]:
-    """Token ids of each document, closed by the end-of-text token."""
-    batch = tokenizer(documents, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    """Token ids of each document, closed by the end-of-text token, which the text itself can never produce."""
+    batch = tokenizer(
+        documents, add_special_tokens=False, return_attention_mask=False, verbose=False, split_special_tokens=True
+    )
     return [[*ids, tokenizer.eos_token_id] for ids in batch["input_ids"]]
 
 

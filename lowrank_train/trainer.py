@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
-import shlex
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,21 +17,28 @@ from transformers import PreTrainedModel
 
 import optim
 from lowrank_train import models, parallel
-from lowrank_train.checkpoint import Checkpoints, export_huggingface, find_checkpoint
-from lowrank_train.config import Config, save_config
+from lowrank_train.checkpoint import Checkpoints, export_huggingface, find_checkpoint, last_good
+from lowrank_train.config import Config
 from lowrank_train.data import Data, prepare_data
 from lowrank_train.errors import UserError
+from lowrank_train.evaluation import evaluate
 from lowrank_train.loss import IGNORED
 from lowrank_train.metrics import Metrics
 from lowrank_train.parallel import Ranks
 from lowrank_train.record import RunRecord, peak_memory_gib, perplexity, provenance
 from lowrank_train.report import write_report
+from lowrank_train.run_folder import RunFolder
 from lowrank_train.schedule import learning_rate_factor
+from lowrank_train.signals import Stop, resume_command, stop_signals
 
 __all__ = ["train"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 """Of the weights; bfloat16 is the dtype of the arithmetic only."""
+
+
+_NOT_ARCHITECTURE = {"dtype", "transformers_version", "_name_or_path", "architectures", "use_cache"}
+"""Keys of a Hugging Face configuration that do not change what a model computes."""
 
 
 @dataclass
@@ -52,6 +54,7 @@ class Progress:
     initial_validation_loss: float | None = None
     validation_loss: float | None = None
     validation_step: int | None = None
+    peak_memory_gib: float = 0.0
 
 
 @dataclass
@@ -92,7 +95,8 @@ class _Run:
     @property
     def about(self) -> dict[str, Any]:
         """What a checkpoint must have in common with the run that loads it, the tensors aside."""
-        return {"data": self.data.description, "optimizer": self.config.optimizer["name"]}
+        model = {key: value for key, value in self.model.config.to_dict().items() if key not in _NOT_ARCHITECTURE}
+        return {"optimizer.name": self.config.optimizer["name"], "model": model, **self.data.description}
 
     def set_learning_rate(self, factor: float) -> None:
         """Give every group its configured hyperparameters, the learning rate times ``factor``."""
@@ -109,24 +113,56 @@ def train(config: Config) -> RunRecord:
     Raises:
         UserError: bad input, a failed checkpoint, or losses that stay non-finite.
     """
-    with parallel.start(config.parallel, config.device) as ranks, _stop_signals() as stop:
+    with parallel.start(config.parallel, config.device) as ranks:
         micro_batches = _micro_batches(config, ranks.world_size)
-        folder = Path(str(config.run_dir))
-        checkpoint = ranks.first(lambda: find_checkpoint(config.resume, folder / "checkpoints"))
-        run = _build(config, ranks, folder, micro_batches)
+        _check_model_and_optimizer(config)
+        folder = ranks.on_first(lambda: RunFolder(Path(str(config.run_dir))))
+        checkpoint = ranks.first(lambda: find_checkpoint(config.resume, Path(str(config.run_dir)) / "checkpoints"))
+        run = _build(config, ranks, micro_batches)
         if checkpoint is not None:
             run.restore(checkpoint)
-        ranks.first(lambda: _write_config(config, folder))
-        metrics = Metrics(folder, start=run.progress.step, steps=config.steps, active=ranks.is_first)
-        metrics.say(_greeting(run, checkpoint))
-        try:
-            _loop(run, metrics, stop)
-        finally:
-            metrics.close()
-        return _finish(run)
+        notes = ranks.first(lambda: _settle(_only(folder), config, run.progress))
+        metrics = Metrics(run.folder, start=run.progress.step, steps=config.steps, active=ranks.is_first)
+        for note in [_greeting(run, checkpoint), *notes]:
+            metrics.say(note)
+        with stop_signals() as stop:
+            try:
+                _loop(run, metrics, stop)
+            finally:
+                metrics.close()
+            return _finish(run)
 
 
-def _build(config: Config, ranks: Ranks, folder: Path, micro_batches: int) -> _Run:
+def _check_model_and_optimizer(config: Config) -> None:
+    """Raise UserError for what can be known wrong before any text is read: names, shapes, ranks."""
+    dtype = _DTYPES[config.precision]
+    skeleton = models.skeleton(models.architecture(config.model, seq_len=config.seq_len), dtype)
+    try:
+        optim.predicted_state_bytes(config.optimizer["name"], skeleton, **_arguments(config))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"in optimizer: {error}") from None
+
+
+def _settle(folder: RunFolder, config: Config, progress: Progress) -> list[str]:
+    """Write the settings of this session; returns what changed since the last. A finished run must not change."""
+    changes = folder.changes(config) if progress.step > 0 else {}
+    if changes and progress.step >= config.steps:
+        key, (then, now) = next(iter(changes.items()))
+        raise UserError(
+            f"{folder.path} holds a run that is finished at step {progress.step}; {key} was {then}, is {now}: set "
+            "run_dir to another folder, or raise steps to train on"
+        )
+    folder.write_config(config)
+    return [f"changed since the last session: {key} {then} -> {now}" for key, (then, now) in changes.items()]
+
+
+def _only(folder: RunFolder | None) -> RunFolder:
+    assert folder is not None
+    return folder
+
+
+def _build(config: Config, ranks: Ranks, micro_batches: int) -> _Run:
+    folder = Path(str(config.run_dir))
     data = prepare_data(config, ranks, folder / "data")
     ids = {key: getattr(data.tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     architecture = models.architecture(config.model, vocab_size=len(data.tokenizer), seq_len=config.seq_len, **ids)
@@ -144,10 +180,7 @@ def _build(config: Config, ranks: Ranks, folder: Path, micro_batches: int) -> _R
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
 
-    try:
-        optimizer = optim.create(name, model, **_arguments(config))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"in optimizer: {error}") from None
+    optimizer = optim.create(name, model, **_arguments(config))
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     checkpoints = Checkpoints(
         folder / "checkpoints", ranks, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
@@ -158,11 +191,11 @@ def _build(config: Config, ranks: Ranks, folder: Path, micro_batches: int) -> _R
     )
 
 
-def _loop(run: _Run, metrics: Metrics, stop: _Stop) -> None:
+def _loop(run: _Run, metrics: Metrics, stop: Stop) -> None:
     config, ranks, progress = run.config, run.ranks, run.progress
     rate_factor = learning_rate_factor(config.schedule, config.steps)
     stopping = False
-    if progress.step == 0:
+    if progress.step == 0 or (progress.step >= config.steps and progress.validation_step != progress.step):
         _evaluate_and_log(run, metrics)
 
     while progress.step < config.steps and not stopping:
@@ -181,6 +214,7 @@ def _loop(run: _Run, metrics: Metrics, stop: _Stop) -> None:
         progress.tokens += config.tokens_per_step
         took = time.perf_counter() - began
         progress.seconds += took
+        progress.peak_memory_gib = max(progress.peak_memory_gib, peak_memory_gib(ranks.device))
 
         metrics.advance(loss, config.tokens_per_step / took)
         if progress.step % config.log_every == 0 or not finite:
@@ -191,7 +225,7 @@ def _loop(run: _Run, metrics: Metrics, stop: _Stop) -> None:
                 "train/tokens": progress.tokens,
                 "train/skipped_steps": progress.skipped_steps,
                 "throughput/tokens_per_second": config.tokens_per_step / took,
-                "memory/peak_gib": peak_memory_gib(ranks.device),
+                "memory/peak_gib": progress.peak_memory_gib,
             }
             metrics.log(progress.step, scalars)
         if progress.bad_in_a_row >= config.max_bad_steps:
@@ -199,8 +233,9 @@ def _loop(run: _Run, metrics: Metrics, stop: _Stop) -> None:
         last = progress.step == config.steps
         if last or _due(config.evaluation.every, progress.step):
             _evaluate_and_log(run, metrics)
-        if ranks.any(run.checkpoints.poll()):
+        if ranks.any(run.checkpoints.poll() or metrics.failure is not None):
             run.checkpoints.wait()  # raises what went wrong, on every rank
+            ranks.first(lambda: _check_written(run, metrics))
         stopping = ranks.any(stop.requested)  # a signal may have reached some ranks only
         if last or stopping or _due(config.checkpoint.every, progress.step):
             run.save()
@@ -265,62 +300,36 @@ def _finish(run: _Run) -> RunRecord:
         validation_step=progress.validation_step,
         validation_tokens=int((run.data.validation[:, 1:] != IGNORED).sum()),
         skipped_steps=progress.skipped_steps,
-        peak_memory_gib=peak_memory_gib(ranks.device),
+        peak_memory_gib=max(progress.peak_memory_gib, peak_memory_gib(ranks.device)),
         optimizer_state_bytes=optim.state_bytes(run.optimizer),
         predicted_optimizer_state_bytes=predicted,
         world_size=ranks.world_size,
         precision=config.precision,
         seed=config.seed,
         data=run.data.description,
+        config=asdict(config),
         provenance=provenance(ranks.device),
     )
-    if ranks.is_first:
-        table = write_report(record, run.folder, find_checkpoint("auto", run.folder / "checkpoints"))
-        print(f"\n{table}\n", file=sys.stderr)
-        if not finished:
-            print(f"stopped at step {progress.step}; resume with: {_resume_command()}", file=sys.stderr)
+    ranks.first(lambda: _tell(record, run))
     return record
 
 
-@torch.no_grad()
-def evaluate(model: PreTrainedModel, blocks: Tensor, config: Config, ranks: Ranks) -> float:
-    """Mean loss in nats per token over all held-out blocks, every token weighing the same, on any number of ranks."""
-    model.eval()
-    share = -(-blocks.shape[0] // ranks.world_size)
-    padding = blocks.new_full((share * ranks.world_size - blocks.shape[0], blocks.shape[1]), IGNORED)
-    mine = torch.cat([blocks, padding])[ranks.rank :: ranks.world_size]  # equal counts: each forward is a collective
-    total = torch.zeros(2, dtype=torch.float64)
-    for batch in mine.split(config.micro_batch):
-        inputs, labels = batch[:, :-1].clamp_min(0).to(ranks.device), batch[:, 1:].to(ranks.device)
-        loss = model.token_loss(inputs, labels, config.loss_chunk)
-        total += torch.tensor([loss.item(), int((labels != IGNORED).sum())], dtype=torch.float64)
-    parallel.reshard(model)  # the root group stays gathered after a forward without backward
-    model.train()
-    loss_sum, tokens = ranks.sum(total).tolist()
-    return loss_sum / tokens
-
-
-class _Stop:
-    """Set by the first SIGINT or SIGTERM; the loop ends after the step at hand."""
-
-    requested = False
-
-
-@contextmanager
-def _stop_signals() -> Iterator[_Stop]:
-    stop = _Stop()
-
-    def handle(number: int, frame: Any) -> None:
-        if not stop.requested:
-            print(f"\n{signal.Signals(number).name}: finishing the step, then writing a checkpoint", file=sys.stderr)
-        stop.requested = True  # a second one (a terminal and a launcher both send it) changes nothing
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+def _tell(record: RunRecord, run: _Run) -> None:
+    """Write the report and show its table."""
     try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        table = write_report(record, run.folder, find_checkpoint("auto", run.checkpoints.folder))
+    except OSError as error:
+        where = f"{last_good(run.checkpoints.folder)}; free space and resume"
+        raise UserError(f"cannot write the report to {run.folder}: {error}; {where}") from None
+    print(f"\n{table}\n", file=sys.stderr)
+    if record.status == "interrupted":
+        print(f"stopped at step {record.steps}; resume with: {resume_command()}", file=sys.stderr)
+
+
+def _check_written(run: _Run, metrics: Metrics) -> None:
+    if metrics.failure is not None:
+        where = f"{last_good(run.checkpoints.folder)}; free space and resume"
+        raise UserError(f"cannot write metrics to {run.folder}: {metrics.failure}; {where}")
 
 
 def _micro_batches(config: Config, world_size: int) -> int:
@@ -348,24 +357,15 @@ def _micro_batches(config: Config, world_size: int) -> int:
     return per_rank // micro_batch
 
 
-def _write_config(config: Config, folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / "config.yaml")
-    except OSError as error:
-        raise UserError(f"cannot write to run_dir={folder}: {error}; set run_dir to another folder") from None
-
-
 def _arguments(config: Config) -> dict[str, Any]:
     return {key: value for key, value in config.optimizer.items() if key != "name"}
 
 
 def _give_up(run: _Run) -> None:
     run.checkpoints.wait()
-    last = find_checkpoint("auto", run.checkpoints.folder)
     raise UserError(
         f"the loss or the gradient was not finite for {run.progress.bad_in_a_row} steps in a row, up to step "
-        f"{run.progress.step}; these steps changed nothing. Last good checkpoint: {last or 'none'}. Lower "
+        f"{run.progress.step}; these steps changed nothing; {last_good(run.checkpoints.folder)}. Lower "
         "optimizer.lr, lengthen schedule.warmup_steps or lower clip, and resume"
     )
 
@@ -397,11 +397,3 @@ def _greeting(run: _Run, checkpoint: Path | None) -> str:
         f"{config.model.name}: {models.parameter_count(run.model):,} parameters; optimizer {settings}; "
         f"{run.ranks.world_size} rank(s) on {run.ranks.device.type}; {start}"
     )
-
-
-def _resume_command() -> str:
-    """What was typed, to be typed again: the run folder knows where to go on."""
-    words = [word for word in sys.argv if not word.startswith("resume=")]
-    ranks = os.environ.get("LOCAL_WORLD_SIZE")
-    launcher = ["torchrun", "--nproc-per-node", ranks] if ranks else ["python"]
-    return shlex.join([*launcher, *words])

@@ -17,7 +17,7 @@ def param_groups(model: nn.Module, *, rules: Mapping[str, Mapping[str, Any]] | N
     """Parameter groups with roles, for any optimizer of this package; every trainable parameter exactly once.
 
     Roles: ``matrix`` (weight of an ``nn.Linear``), ``embedding``, ``head`` (what ``get_output_embeddings()`` returns,
-    or else a linear layer as wide as an embedding is tall), ``vector`` (everything else: norms, biases). A weight tied
+    or else a linear layer as wide as the tallest embedding), ``vector`` (everything else: norms, biases). A weight tied
     between embedding and head is an ``embedding``. Only role ``matrix`` is updated by a low-rank method. Vectors of one
     dimension get ``weight_decay`` 0 unless a rule says otherwise.
 
@@ -63,10 +63,11 @@ def _roles(model: nn.Module) -> dict[Tensor, str]:
     for module in modules:
         if isinstance(module, nn.Embedding):
             roles[module.weight] = "embedding"
-    heights = {module.num_embeddings for module in modules if isinstance(module, nn.Embedding)}
+    # the tallest embedding is the vocabulary; positions have one of their own
+    vocabulary = max((m.num_embeddings for m in modules if isinstance(m, nn.Embedding)), default=0)
     output = getattr(model, "get_output_embeddings", lambda: None)()
     for module in modules:
         if isinstance(module, nn.Linear):
-            is_head = module is output if output is not None else module.out_features in heights
+            is_head = module is output if output is not None else module.out_features == vocabulary
             roles.setdefault(module.weight, "head" if is_head else "matrix")
     return roles

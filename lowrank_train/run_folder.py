@@ -1,0 +1,49 @@
+"""The folder of a run: one process group at a time in it, and the settings it was trained with."""
+
+from __future__ import annotations
+
+import fcntl
+from pathlib import Path
+from typing import IO, Any
+
+from lowrank_train.config import Config, changed_keys, load_config, save_config
+from lowrank_train.errors import UserError
+
+__all__ = ["RunFolder"]
+
+
+class RunFolder:
+    """Used on the first rank only; its lock ends with the process, however that ends.
+
+    Args:
+        path: made if absent.
+
+    Raises:
+        UserError: it cannot be written, or another run is at work in it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock: IO[str] = (path / "lock").open("a")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is at work in run_dir={path}; wait for it, or set another run_dir") from None
+        except OSError as error:
+            raise UserError(f"cannot write to run_dir={path}: {error}; set run_dir to another folder") from None
+
+    def changes(self, config: Config) -> dict[str, tuple[Any, Any]]:
+        """Keys whose value differs from the settings of the last session: (then, now)."""
+        file = self.path / "config.yaml"
+        if not file.exists():
+            return {}
+        differing = changed_keys(load_config([str(file)]), config)
+        return {key: values for key, values in differing.items() if key not in ("run_dir", "resume")}
+
+    def write_config(self, config: Config) -> None:
+        """Keep the resolved settings of this session."""
+        try:
+            save_config(config, self.path / "config.yaml")
+        except OSError as error:
+            raise UserError(f"cannot write to run_dir={self.path}: {error}; free space and resume") from None
