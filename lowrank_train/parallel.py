@@ -53,6 +53,10 @@ class Ranks:
                 box[0] = work()
             except UserError as error:
                 box[0] = error
+            except Exception as error:  # a defect: its trace is the first rank's, but the others must not wait
+                box[0] = UserError(f"the first rank failed: {error!r}")
+                dist.broadcast_object_list(box, src=0, group=self.patient)
+                raise
         dist.broadcast_object_list(box, src=0, group=self.patient)
         if isinstance(box[0], UserError):
             raise box[0]

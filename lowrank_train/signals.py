@@ -27,7 +27,8 @@ def stop_signals() -> Iterator[Stop]:
     def handle(number: int, frame: Any) -> None:
         if not stop.requested:
             name = signal.Signals(number).name
-            print(f"\n{name}: finishing what is at hand, then writing a checkpoint", file=sys.stderr)
+            # not print: it fails where the signal interrupts a write to the same stream
+            os.write(2, f"\n{name}: finishing what is at hand, then writing a checkpoint\n".encode())
         stop.requested = True  # a second one (a terminal and a launcher both send it) changes nothing
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -95,7 +95,9 @@ class _Run:
     @property
     def about(self) -> dict[str, Any]:
         """What a checkpoint must have in common with the run that loads it, the tensors aside."""
-        model = {key: value for key, value in self.model.config.to_dict().items() if key not in _NOT_ARCHITECTURE}
+        architecture = self.model.config
+        model = {key: value for key, value in architecture.to_dict().items() if key not in _NOT_ARCHITECTURE}
+        model = {"model_type": architecture.model_type, **model}  # first, because the first difference is shown
         return {"optimizer.name": self.config.optimizer["name"], "model": model, **self.data.description}
 
     def set_learning_rate(self, factor: float) -> None:

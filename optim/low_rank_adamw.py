@@ -135,9 +135,9 @@ class DCTAdamW(LowRankAdamW):
     State of an m x n matrix, m >= n: 2 m r elements in the parameter's dtype, 8 r bytes of integers, a step count.
     Communication when sharded: one all-reduce of sum(min(m, n)) numbers per refresh; nothing at other steps.
 
-    We differ from the paper's code: ``refresh_interval`` defaults to 10, not 1 (choosing every step replaces about half
-    of the columns each time, on small models, and costs the full product G Q); moments follow their columns exactly;
-    bias correction is per column; no error feedback.
+    We differ from the paper's code: ``refresh_interval`` defaults to 100, not 1: a column that enters starts from nothing
+    and the product G Q costs d / r times the projection, and on a small LLaMA 100 was better than 10 (docs/quickstart.md);
+    moments follow their columns exactly; bias correction is per column; no error feedback.
     """
 
     basis = DCTBasis()
@@ -148,7 +148,7 @@ class DCTAdamW(LowRankAdamW):
         lr: float | Tensor = 1e-3,
         *,
         rank: int | None = None,
-        refresh_interval: int = 10,
+        refresh_interval: int = 100,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
