@@ -135,8 +135,8 @@ class DCTAdamW(LowRankAdamW):
     State of an m x n matrix, m >= n: 2 m r elements in the parameter's dtype, 8 r bytes of integers, a step count.
     Communication when sharded: one all-reduce of sum(min(m, n)) numbers per refresh; nothing at other steps.
 
-    We differ from the paper's code: ``refresh_interval`` defaults to 100, not 1: a column that enters starts from nothing
-    and the product G Q costs d / r times the projection, and on a small LLaMA 100 was better than 10 (docs/quickstart.md);
+    We differ from the paper's code: ``refresh_interval`` defaults to 100, not 1, because a column that enters starts
+    from nothing and the product G Q costs d / r times the projection (measured on a small LLaMA: docs/quickstart.md);
     moments follow their columns exactly; bias correction is per column; no error feedback.
     """
 
