@@ -5,105 +5,29 @@ from __future__ import annotations
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
-from transformers import PreTrainedModel
 
 import optim
 from lowrank_train import models, parallel
-from lowrank_train.checkpoint import Checkpoints, export_huggingface, find_checkpoint, last_good
+from lowrank_train.checkpoint import export_huggingface, find_checkpoint, last_good
 from lowrank_train.config import Config
-from lowrank_train.data import Data, prepare_data
 from lowrank_train.errors import UserError
 from lowrank_train.evaluation import evaluate
 from lowrank_train.loss import IGNORED
 from lowrank_train.metrics import Metrics
-from lowrank_train.parallel import Ranks
 from lowrank_train.record import RunRecord, peak_memory_gib, perplexity, provenance
 from lowrank_train.report import write_report
+from lowrank_train.run import Progress, Run, build_run, check_settings, micro_batches, optimizer_arguments
 from lowrank_train.run_folder import RunFolder
 from lowrank_train.schedule import learning_rate_factor
 from lowrank_train.signals import Stop, resume_command, stop_signals
 
 __all__ = ["train"]
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
-"""Of the weights; bfloat16 is the dtype of the arithmetic only."""
-
-
-_NOT_ARCHITECTURE = {"dtype", "transformers_version", "_name_or_path", "architectures", "use_cache"}
-"""Keys of a Hugging Face configuration that do not change what a model computes."""
-
-
-@dataclass
-class Progress:
-    """Where a run stands; saved in every checkpoint."""
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    skipped_steps: int = 0
-    bad_in_a_row: int = 0
-    train_loss: float | None = None
-    initial_validation_loss: float | None = None
-    validation_loss: float | None = None
-    validation_step: int | None = None
-    peak_memory_gib: float = 0.0
-
-
-@dataclass
-class _Run:
-    """Everything a run consists of, built once."""
-
-    config: Config
-    ranks: Ranks
-    folder: Path
-    micro_batches: int
-    data: Data
-    model: PreTrainedModel
-    blueprint: PreTrainedModel
-    """The model's shapes, on meta, never sharded."""
-    optimizer: optim.MatrixOptimizer
-    settings: list[dict[str, Any]]
-    """Hyperparameters of each parameter group as configured."""
-    checkpoints: Checkpoints
-    progress: Progress
-
-    def save(self) -> None:
-        """Write a checkpoint of all that a resumed run needs."""
-        extra = {
-            "progress": asdict(self.progress),
-            "data": self.data.train.state_dict(),
-            "random": _random_state(self.ranks),
-        }
-        self.checkpoints.save(self.progress.step, self.model, self.optimizer, extra, self.about)
-
-    def restore(self, checkpoint: Path) -> None:
-        """Continue where a checkpoint was written; hyperparameters stay as configured now."""
-        extra = self.checkpoints.load(checkpoint, self.model, self.optimizer, self.about)
-        self.progress = Progress(**extra["progress"])
-        self.data.train.load_state_dict(extra["data"])
-        _set_random_state(extra["random"], self.ranks)
-        self.set_learning_rate(1.0)
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """What a checkpoint must have in common with the run that loads it, the tensors aside."""
-        architecture = self.model.config
-        model = {key: value for key, value in architecture.to_dict().items() if key not in _NOT_ARCHITECTURE}
-        model = {"model_type": architecture.model_type, **model}  # first, because the first difference is shown
-        return {"optimizer.name": self.config.optimizer["name"], "model": model, **self.data.description}
-
-    def set_learning_rate(self, factor: float) -> None:
-        """Give every group its configured hyperparameters, the learning rate times ``factor``."""
-        for group, configured in zip(self.optimizer.param_groups, self.settings, strict=True):
-            group.update(configured, lr=configured["lr"] * factor)
 
 
 def train(config: Config) -> RunRecord:
@@ -116,11 +40,10 @@ def train(config: Config) -> RunRecord:
         UserError: bad input, a failed checkpoint, or losses that stay non-finite.
     """
     with parallel.start(config.parallel, config.device) as ranks:
-        micro_batches = _micro_batches(config, ranks.world_size)
-        _check_model_and_optimizer(config)
+        check_settings(config, ranks.world_size)
         folder = ranks.on_first(lambda: RunFolder(Path(str(config.run_dir))))
         checkpoint = ranks.first(lambda: find_checkpoint(config.resume, Path(str(config.run_dir)) / "checkpoints"))
-        run = _build(config, ranks, micro_batches)
+        run = build_run(config, ranks)
         if checkpoint is not None:
             run.restore(checkpoint)
         notes = ranks.first(lambda: _settle(_only(folder), config, run.progress))
@@ -133,16 +56,6 @@ def train(config: Config) -> RunRecord:
             finally:
                 metrics.close()
             return _finish(run)
-
-
-def _check_model_and_optimizer(config: Config) -> None:
-    """Raise UserError for what can be known wrong before any text is read: names, shapes, ranks."""
-    dtype = _DTYPES[config.precision]
-    skeleton = models.skeleton(models.architecture(config.model, seq_len=config.seq_len), dtype)
-    try:
-        optim.predicted_state_bytes(config.optimizer["name"], skeleton, **_arguments(config))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"in optimizer: {error}") from None
 
 
 def _settle(folder: RunFolder, config: Config, progress: Progress) -> list[str]:
@@ -163,37 +76,7 @@ def _only(folder: RunFolder | None) -> RunFolder:
     return folder
 
 
-def _build(config: Config, ranks: Ranks, micro_batches: int) -> _Run:
-    folder = Path(str(config.run_dir))
-    data = prepare_data(config, ranks, folder / "data")
-    ids = {key: getattr(data.tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    architecture = models.architecture(config.model, vocab_size=len(data.tokenizer), seq_len=config.seq_len, **ids)
-
-    # shapes, then shards, then weights
-    name = config.optimizer["name"]
-    blueprint = models.skeleton(architecture, _DTYPES[config.precision])
-    model = models.skeleton(architecture, _DTYPES[config.precision])
-    parallel.shard_model(model, ranks.mesh, optim.find(name), config.precision)
-    if config.model.name in models.SIZES:
-        models.initialize(model, blueprint, ranks.device, config.seed)
-    else:
-        models.load_weights(model, config.model.name, ranks.device)
-    if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
-
-    optimizer = optim.create(name, model, **_arguments(config))
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    checkpoints = Checkpoints(
-        folder / "checkpoints", ranks, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
-    )
-    torch.manual_seed(config.seed + ranks.rank)
-    return _Run(
-        config, ranks, folder, micro_batches, data, model, blueprint, optimizer, settings, checkpoints, Progress()
-    )
-
-
-def _loop(run: _Run, metrics: Metrics, stop: Stop) -> None:
+def _loop(run: Run, metrics: Metrics, stop: Stop) -> None:
     config, ranks, progress = run.config, run.ranks, run.progress
     rate_factor = learning_rate_factor(config.schedule, config.steps)
     stopping = False
@@ -244,7 +127,7 @@ def _loop(run: _Run, metrics: Metrics, stop: Stop) -> None:
     run.checkpoints.wait()
 
 
-def _gradients(run: _Run) -> tuple[float, float]:
+def _gradients(run: Run) -> tuple[float, float]:
     """Gradients of one step's mean loss, clipped; returns (loss, gradient norm before clipping), the same on all ranks.
 
     Each micro-batch's gradient is reduced at once: accumulating whole gradients instead would save messages and cost
@@ -255,7 +138,7 @@ def _gradients(run: _Run) -> tuple[float, float]:
     blocks = ranks.each(lambda: run.data.train.take(sequences, ranks.rank, ranks.world_size)).to(ranks.device)
     tokens = blocks.shape[0] * config.seq_len
     total = torch.zeros((), device=ranks.device)
-    for part in blocks.chunk(run.micro_batches):
+    for part in blocks.chunk(micro_batches(config, ranks.world_size)):
         loss = run.model.token_loss(part[:, :-1], part[:, 1:], config.loss_chunk) / tokens
         loss.backward()
         total = total + loss.detach()
@@ -269,7 +152,7 @@ def _gradients(run: _Run) -> tuple[float, float]:
     return figures[0], figures[1]
 
 
-def _evaluate_and_log(run: _Run, metrics: Metrics) -> None:
+def _evaluate_and_log(run: Run, metrics: Metrics) -> None:
     loss = evaluate(run.model, run.data.validation, run.config, run.ranks)
     progress = run.progress
     progress.validation_loss, progress.validation_step = loss, progress.step
@@ -278,14 +161,18 @@ def _evaluate_and_log(run: _Run, metrics: Metrics) -> None:
     metrics.log(progress.step, {"eval/loss": loss, "eval/perplexity": perplexity(loss)})
 
 
-def _finish(run: _Run) -> RunRecord:
+def _finish(run: Run) -> RunRecord:
     config, ranks, progress = run.config, run.ranks, run.progress
     finished = progress.step >= config.steps
     if finished:
         export_huggingface(run.model, run.data.tokenizer, run.folder / "huggingface", ranks)
     shards = ranks.mesh.size(ranks.mesh.ndim - 1)
     predicted = optim.predicted_state_bytes(
-        config.optimizer["name"], run.blueprint, world_size=shards, shard=ranks.rank % shards, **_arguments(config)
+        config.optimizer["name"],
+        run.blueprint,
+        world_size=shards,
+        shard=ranks.rank % shards,
+        **optimizer_arguments(config),
     )
     record = RunRecord(
         status="finished" if finished else "interrupted",
@@ -316,7 +203,7 @@ def _finish(run: _Run) -> RunRecord:
     return record
 
 
-def _tell(record: RunRecord, run: _Run) -> None:
+def _tell(record: RunRecord, run: Run) -> None:
     """Write the report and show its table."""
     try:
         table = write_report(record, run.folder, find_checkpoint("auto", run.checkpoints.folder))
@@ -328,42 +215,13 @@ def _tell(record: RunRecord, run: _Run) -> None:
         print(f"stopped at step {record.steps}; resume with: {resume_command()}", file=sys.stderr)
 
 
-def _check_written(run: _Run, metrics: Metrics) -> None:
+def _check_written(run: Run, metrics: Metrics) -> None:
     if metrics.failure is not None:
         where = f"{last_good(run.checkpoints.folder)}; free space and resume"
         raise UserError(f"cannot write metrics to {run.folder}: {metrics.failure}; {where}")
 
 
-def _micro_batches(config: Config, world_size: int) -> int:
-    """Forward passes per rank and step. Raises UserError for numbers that do not divide."""
-    if config.tokens_per_step % config.seq_len:
-        raise UserError(
-            f"tokens_per_step={config.tokens_per_step} is not a multiple of seq_len={config.seq_len}; use "
-            f"{max(1, round(config.tokens_per_step / config.seq_len)) * config.seq_len}"
-        )
-    sequences = config.tokens_per_step // config.seq_len
-    if sequences % world_size:
-        per_rank = max(1, round(sequences / world_size))
-        raise UserError(
-            f"a step of {sequences} sequences (tokens_per_step / seq_len) does not divide by {world_size} ranks; use "
-            f"tokens_per_step={per_rank * world_size * config.seq_len}"
-        )
-    per_rank = sequences // world_size
-    micro_batch = min(config.micro_batch, per_rank)
-    if per_rank % micro_batch:
-        divisor = max(d for d in range(1, micro_batch + 1) if per_rank % d == 0)
-        raise UserError(
-            f"micro_batch={config.micro_batch} does not divide the {per_rank} sequences of a rank's step; use "
-            f"micro_batch={divisor}"
-        )
-    return per_rank // micro_batch
-
-
-def _arguments(config: Config) -> dict[str, Any]:
-    return {key: value for key, value in config.optimizer.items() if key != "name"}
-
-
-def _give_up(run: _Run) -> None:
+def _give_up(run: Run) -> None:
     run.checkpoints.wait()
     raise UserError(
         f"the loss or the gradient was not finite for {run.progress.bad_in_a_row} steps in a row, up to step "
@@ -376,22 +234,7 @@ def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _random_state(ranks: Ranks) -> dict[str, Tensor]:
-    state = {f"cpu_{ranks.rank}": torch.get_rng_state()}
-    if ranks.device.type == "cuda":
-        state[f"cuda_{ranks.rank}"] = torch.cuda.get_rng_state(ranks.device)
-    return state
-
-
-def _set_random_state(saved: dict[str, Tensor], ranks: Ranks) -> None:
-    """Continue this rank's random numbers; a rank the checkpoint did not have keeps its fresh seed."""
-    if f"cpu_{ranks.rank}" in saved:
-        torch.set_rng_state(saved[f"cpu_{ranks.rank}"])
-    if ranks.device.type == "cuda" and f"cuda_{ranks.rank}" in saved:
-        torch.cuda.set_rng_state(saved[f"cuda_{ranks.rank}"], ranks.device)
-
-
-def _greeting(run: _Run, checkpoint: Path | None) -> str:
+def _greeting(run: Run, checkpoint: Path | None) -> str:
     config = run.config
     settings = ", ".join(f"{key} {value}" for key, value in config.optimizer.items())
     start = f"resuming from {checkpoint}" if checkpoint else f"writing to {config.run_dir}"

@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as dist
 
 from lowrank_train import checkpoint as checkpoint_module
-from lowrank_train import trainer
+from lowrank_train import run as run_module
 from lowrank_train.metrics import read_metrics
 from tests.distributed import DistributedFailure
 from tests.train.helpers import (
@@ -276,7 +276,7 @@ def test_a_signal_before_training_ends_the_process_at_once(text: Path, tmp_path:
     """Reading text may take hours, and there is nothing to keep yet but what was there before."""
 
     def while_reading() -> None:
-        trainer.prepare_data = lambda *_: send(signal.SIGTERM)()  # type: ignore[assignment]
+        run_module.prepare_data = lambda *_: send(signal.SIGTERM)()  # type: ignore[assignment]
 
     with pytest.raises(DistributedFailure, match="died without an answer"):
         train_on(1, arguments(text, tmp_path, "steps=9"), while_reading)

@@ -1,0 +1,177 @@
+"""A run: everything it consists of, built from the configuration, saved and restored as one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import optim
+from lowrank_train import models, parallel
+from lowrank_train.checkpoint import Checkpoints
+from lowrank_train.config import Config
+from lowrank_train.data import Data, prepare_data
+from lowrank_train.errors import UserError
+from lowrank_train.parallel import Ranks
+
+__all__ = ["Progress", "Run", "build_run", "check_settings", "micro_batches", "optimizer_arguments"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
+"""Of the weights; bfloat16 is the dtype of the arithmetic only."""
+
+
+_NOT_ARCHITECTURE = {"dtype", "transformers_version", "_name_or_path", "architectures", "use_cache"}
+"""Keys of a Hugging Face configuration that do not change what a model computes."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved in every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped_steps: int = 0
+    bad_in_a_row: int = 0
+    train_loss: float | None = None
+    initial_validation_loss: float | None = None
+    validation_loss: float | None = None
+    validation_step: int | None = None
+    peak_memory_gib: float = 0.0
+
+
+@dataclass
+class Run:
+    """Everything a run consists of, built once."""
+
+    config: Config
+    ranks: Ranks
+    folder: Path
+    data: Data
+    model: PreTrainedModel
+    blueprint: PreTrainedModel
+    """The model's shapes, on meta, never sharded."""
+    optimizer: optim.MatrixOptimizer
+    settings: list[dict[str, Any]]
+    """Hyperparameters of each parameter group as configured."""
+    checkpoints: Checkpoints
+    progress: Progress
+
+    def save(self) -> None:
+        """Write a checkpoint of all that a resumed run needs."""
+        extra = {
+            "progress": asdict(self.progress),
+            "data": self.data.train.state_dict(),
+            "random": _random_state(self.ranks),
+        }
+        self.checkpoints.save(self.progress.step, self.model, self.optimizer, extra, self.about)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Continue where a checkpoint was written; hyperparameters stay as configured now."""
+        extra = self.checkpoints.load(checkpoint, self.model, self.optimizer, self.about)
+        self.progress = Progress(**extra["progress"])
+        self.data.train.load_state_dict(extra["data"])
+        _set_random_state(extra["random"], self.ranks)
+        self.set_learning_rate(1.0)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with the run that loads it, the tensors aside."""
+        architecture = self.model.config
+        model = {key: value for key, value in architecture.to_dict().items() if key not in _NOT_ARCHITECTURE}
+        model = {"model_type": architecture.model_type, **model}  # first, because the first difference is shown
+        return {"optimizer.name": self.config.optimizer["name"], "model": model, **self.data.description}
+
+    def set_learning_rate(self, factor: float) -> None:
+        """Give every group its configured hyperparameters, the learning rate times ``factor``."""
+        for group, configured in zip(self.optimizer.param_groups, self.settings, strict=True):
+            group.update(configured, lr=configured["lr"] * factor)
+
+
+def check_settings(config: Config, world_size: int) -> None:
+    """Raise UserError for what can be known wrong before any text is read: names, shapes, ranks, batch."""
+    micro_batches(config, world_size)
+    dtype = _DTYPES[config.precision]
+    skeleton = models.skeleton(models.architecture(config.model, seq_len=config.seq_len), dtype)
+    try:
+        optim.predicted_state_bytes(config.optimizer["name"], skeleton, **optimizer_arguments(config))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"in optimizer: {error}") from None
+
+
+def build_run(config: Config, ranks: Ranks) -> Run:
+    """Tokens, model, shards, weights, optimizer. Raises UserError for whatever of them cannot be had."""
+    folder = Path(str(config.run_dir))
+    data = prepare_data(config, ranks, folder / "data")
+    ids = {key: getattr(data.tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    architecture = models.architecture(config.model, vocab_size=len(data.tokenizer), seq_len=config.seq_len, **ids)
+
+    # shapes, then shards, then weights
+    name = config.optimizer["name"]
+    blueprint = models.skeleton(architecture, _DTYPES[config.precision])
+    model = models.skeleton(architecture, _DTYPES[config.precision])
+    parallel.shard_model(model, ranks.mesh, optim.find(name), config.precision)
+    if config.model.name in models.SIZES:
+        models.initialize(model, blueprint, ranks.device, config.seed)
+    else:
+        models.load_weights(model, config.model.name, ranks.device)
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+
+    optimizer = optim.create(name, model, **optimizer_arguments(config))
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    checkpoints = Checkpoints(
+        folder / "checkpoints", ranks, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
+    )
+    torch.manual_seed(config.seed + ranks.rank)
+    return Run(config, ranks, folder, data, model, blueprint, optimizer, settings, checkpoints, Progress())
+
+
+def micro_batches(config: Config, world_size: int) -> int:
+    """Forward passes per rank and step. Raises UserError for numbers that do not divide."""
+    if config.tokens_per_step % config.seq_len:
+        raise UserError(
+            f"tokens_per_step={config.tokens_per_step} is not a multiple of seq_len={config.seq_len}; use "
+            f"{max(1, round(config.tokens_per_step / config.seq_len)) * config.seq_len}"
+        )
+    sequences = config.tokens_per_step // config.seq_len
+    if sequences % world_size:
+        per_rank = max(1, round(sequences / world_size))
+        raise UserError(
+            f"a step of {sequences} sequences (tokens_per_step / seq_len) does not divide by {world_size} ranks; use "
+            f"tokens_per_step={per_rank * world_size * config.seq_len}"
+        )
+    per_rank = sequences // world_size
+    micro_batch = min(config.micro_batch, per_rank)
+    if per_rank % micro_batch:
+        divisor = max(d for d in range(1, micro_batch + 1) if per_rank % d == 0)
+        raise UserError(
+            f"micro_batch={config.micro_batch} does not divide the {per_rank} sequences of a rank's step; use "
+            f"micro_batch={divisor}"
+        )
+    return per_rank // micro_batch
+
+
+def optimizer_arguments(config: Config) -> dict[str, Any]:
+    """What the optimizer's constructor is given."""
+    return {key: value for key, value in config.optimizer.items() if key != "name"}
+
+
+def _random_state(ranks: Ranks) -> dict[str, Tensor]:
+    state = {f"cpu_{ranks.rank}": torch.get_rng_state()}
+    if ranks.device.type == "cuda":
+        state[f"cuda_{ranks.rank}"] = torch.cuda.get_rng_state(ranks.device)
+    return state
+
+
+def _set_random_state(saved: dict[str, Tensor], ranks: Ranks) -> None:
+    """Continue this rank's random numbers; a rank the checkpoint did not have keeps its fresh seed."""
+    if f"cpu_{ranks.rank}" in saved:
+        torch.set_rng_state(saved[f"cpu_{ranks.rank}"])
+    if ranks.device.type == "cuda" and f"cuda_{ranks.rank}" in saved:
+        torch.cuda.set_rng_state(saved[f"cuda_{ranks.rank}"], ranks.device)
