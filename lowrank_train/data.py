@@ -26,6 +26,7 @@ from lowrank_train.config import Config, DataConfig
 from lowrank_train.errors import UserError
 from lowrank_train.loss import IGNORED
 from lowrank_train.parallel import Ranks
+from lowrank_train.progress import show_progress
 from lowrank_train.text import embedded_documents, local_documents, lot, open_stream, texts
 from lowrank_train.tokenizer import encode, prepare_tokenizer
 
@@ -219,7 +220,7 @@ def _write(
     """Write token ids of all documents (or until ``limit`` tokens) into a new file; returns how many."""
     total = 0
     with file.open("wb") as out:
-        for batch in _batched(documents):
+        for batch in _batched(show_progress(documents, f"tokenizing {file.stem} text", "documents")):
             for ids in encode(tokenizer, batch):
                 data = np.asarray(ids if limit is None else ids[: limit - total], dtype=dtype).tobytes()
                 out.write(data)

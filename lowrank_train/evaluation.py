@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from lowrank_train.config import Config
 from lowrank_train.loss import IGNORED
 from lowrank_train.parallel import Ranks, reshard
+from lowrank_train.progress import show_progress
 
 __all__ = ["evaluate"]
 
@@ -28,7 +29,7 @@ def evaluate(model: PreTrainedModel, blocks: Tensor, config: Config, ranks: Rank
     padding = blocks.new_full((share * ranks.world_size - blocks.shape[0], blocks.shape[1]), IGNORED)
     mine = torch.cat([blocks, padding])[ranks.rank :: ranks.world_size]  # equal counts: each forward is a collective
     total = torch.zeros(2, dtype=torch.float64)
-    for batch in mine.split(config.micro_batch):
+    for batch in show_progress(mine.split(config.micro_batch), "evaluating", "batches", active=ranks.is_first):
         inputs, labels = batch[:, :-1].clamp_min(0).to(ranks.device), batch[:, 1:].to(ranks.device)
         loss = model.token_loss(inputs, labels, config.loss_chunk)
         total += torch.tensor([loss.item(), int((labels != IGNORED).sum())], dtype=torch.float64)

@@ -29,8 +29,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=exact, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=exact) if needs_weight else None
-        for rows in torch.arange(hidden.shape[0], device=hidden.device).split(chunk):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
+        for start in range(0, hidden.shape[0], chunk):
+            part = slice(start, start + chunk)
             logits = (hidden[part] @ weight.mT).to(exact)
             target = labels[part]
             total += functional.cross_entropy(logits, target, ignore_index=IGNORED, reduction="sum")

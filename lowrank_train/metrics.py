@@ -12,6 +12,8 @@ from typing import Any
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
+from lowrank_train.progress import bar_style
+
 __all__ = ["Metrics", "read_metrics"]
 
 
@@ -36,14 +38,12 @@ class Metrics:
         self.path.write_text("".join(_line(row) for row in kept))
         self._file = self.path.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else 0)
-        live = sys.stderr.isatty()
         self._bar = tqdm(
             total=steps,
             initial=start,
             unit="step",
-            dynamic_ncols=live,
-            mininterval=0.2 if live else 10,
             bar_format="{desc}{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+            **bar_style(),
         )
 
     def log(self, step: int, scalars: dict[str, float]) -> None:

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from lowrank_train.config import DataConfig
 from lowrank_train.errors import UserError
+from lowrank_train.progress import show_progress
 from lowrank_train.text import check_exists
 
 __all__ = ["encode", "prepare_tokenizer"]
@@ -67,7 +68,9 @@ def _train_bpe(documents: Iterator[str], vocab_size: int) -> PreTrainedTokenizer
         raise UserError("there is no training text for the tokenizer; check data.path")
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(
-        _up_to(itertools.chain([first], documents), _TRAINING_CHARACTERS),
+        show_progress(
+            _up_to(itertools.chain([first], documents), _TRAINING_CHARACTERS), "training the tokenizer", "documents"
+        ),
         vocab_size=vocab_size,
         special_tokens=[_END],
         show_progress=False,
