@@ -172,8 +172,9 @@ def save_config(config: Config, path: Path) -> None:
 
 def changed_keys(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
     """Keys whose values differ, with (before, after)."""
-    then, now = ({name: value for name, value, _ in _keys(config)} for config in (before, after))
-    return {name: (then[name], now[name]) for name in now if then[name] != now[name]}
+    then, now = dict(_values(before)), dict(_values(after))
+    names = [*now, *(name for name in then if name not in now)]
+    return {name: (then.get(name), now.get(name)) for name in names if then.get(name) != now.get(name)}
 
 
 def help_text() -> str:
@@ -194,6 +195,14 @@ def _keys(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
             yield from _keys(value, f"{prefix}{f.name}.")
         else:
             yield f"{prefix}{f.name}", value, f.metadata["help"]
+
+
+def _values(config: Config) -> Iterator[tuple[str, Any]]:
+    for name, value, _ in _keys(config):
+        if isinstance(value, dict):
+            yield from ((f"{name}.{key}", entry) for key, entry in value.items())
+        else:
+            yield name, value
 
 
 def _read_yaml(file: str) -> Any:

@@ -357,5 +357,5 @@ def test_a_finished_run_does_not_take_other_settings(text: Path, tmp_path: Path)
     train_on(1, arguments(text, tmp_path, "steps=2"))
     before = (tmp_path / "config.yaml").read_text()
     message = failure(arguments(text, tmp_path, "steps=2", "optimizer.lr=0.5"))
-    assert "optimizer was {'name': 'adamw', 'lr': 0.003}, is {'name': 'adamw', 'lr': 0.5}" in message
+    assert "optimizer.lr was 0.003, is 0.5" in message
     assert (tmp_path / "config.yaml").read_text() == before
