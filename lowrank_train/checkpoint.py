@@ -178,11 +178,14 @@ class Checkpoints:
         if not self.ranks.is_first:
             return
         final = scratch.with_suffix("")
-        if final.exists():  # the same step, saved again after a resume
-            _delete(final)
-        scratch.rename(final)
-        for old in _published(self.folder)[: -self.keep]:
-            _delete(old)
+        try:
+            if final.exists():  # the same step, saved again after a resume
+                _delete(final)
+            scratch.rename(final)
+            for old in _published(self.folder)[: -self.keep]:
+                _delete(old)
+        except OSError as error:
+            raise self._failure(scratch, error) from None
 
     def _failure(self, scratch: Path, error: BaseException) -> UserError:
         free = shutil.disk_usage(self.folder).free / 2**20

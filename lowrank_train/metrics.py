@@ -12,6 +12,7 @@ from typing import Any
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
+from lowrank_train.errors import UserError
 from lowrank_train.progress import bar_style
 
 __all__ = ["Metrics", "read_metrics"]
@@ -25,6 +26,9 @@ class Metrics:
         start: steps already done; later rows of an earlier session are dropped.
         steps: of the whole run.
         active: False on all ranks but the first: every call does nothing.
+
+    Raises:
+        UserError: the files cannot be written.
     """
 
     def __init__(self, folder: Path, *, start: int, steps: int, active: bool) -> None:
@@ -33,11 +37,15 @@ class Metrics:
         """What kept the last row from being written (a full disk); training may still reach a checkpoint."""
         if not active:
             return
-        self.path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(folder) if row["step"] <= start] if start else []
-        self.path.write_text("".join(_line(row) for row in kept))
-        self._file = self.path.open("a")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else 0)
+        path, scratch = folder / "metrics.jsonl", folder / "metrics.jsonl.tmp"
+        try:
+            scratch.write_text("".join(_line(row) for row in kept))
+            scratch.replace(path)  # at once: a kill or a full disk here must not cost the rows of earlier sessions
+            self._file = path.open("a")
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else 0)
+        except OSError as error:
+            raise UserError(f"cannot write metrics to {folder}: {error}; free space and resume") from None
         self._bar = tqdm(
             total=steps,
             initial=start,

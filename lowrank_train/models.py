@@ -152,7 +152,7 @@ def _check_known(overrides: dict[str, Any], config: PretrainedConfig) -> None:
 
 
 def _check_sizes(overrides: dict[str, Any]) -> None:
-    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+    for key in _SIZE_KEYS:
         if key in overrides and (not isinstance(overrides[key], int) or overrides[key] < 1):
             raise UserError(f"model.overrides.{key}={overrides[key]}; expected a whole number >= 1")
 

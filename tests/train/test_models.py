@@ -265,3 +265,10 @@ def test_weights_of_another_shape_or_none(folders: dict[str, str], tmp_path: Pat
     for overrides, weights in (({"num_hidden_layers": 3}, folder), ({"intermediate_size": 64}, folder), ({}, tmp_path)):
         with pytest.raises(UserError, match=r"model\.name="):
             filled(ModelConfig(name=folder, overrides=overrides), folder=str(weights))
+
+
+@pytest.mark.parametrize("key", ["num_key_value_heads", "intermediate_size", "hidden_size", "max_position_embeddings"])
+@pytest.mark.parametrize("value", [0, -1, 1.5])
+def test_sizes_below_one_are_refused(key: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"model.overrides.{key}={value}; expected a whole number >= 1"):
+        models.architecture(ModelConfig(name="llama_9m", overrides={key: value}))
