@@ -33,6 +33,7 @@ class AdamW(MatrixOptimizer):
     State: two moments like the parameter, in its dtype, and a step count.
     """
 
+    source = "Loshchilov & Hutter, arXiv 1711.05101"
     needs_roles = False
 
     def __init__(

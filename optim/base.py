@@ -22,7 +22,7 @@ from torch.optim.optimizer import ParamsT
 from optim import rules
 from optim.sharding import StateTensor, allocate, copy_into, local
 
-__all__ = ["ROLES", "MatrixOptimizer", "Slot", "adamw_state", "dense_gradient"]
+__all__ = ["ROLES", "MatrixOptimizer", "Slot", "Traffic", "adamw_state", "dense_gradient"]
 
 ROLES = ("matrix", "embedding", "head", "vector")
 
@@ -36,6 +36,15 @@ class Slot(NamedTuple):
     group: dict[str, Any]
 
 
+class Traffic(NamedTuple):
+    """Bytes one matrix makes a rank hand to collectives, when it is sharded as ``shard_dim`` advises."""
+
+    step_bytes: int = 0
+    """At every step."""
+    refresh_bytes: int = 0
+    """More of them at a step that chooses new directions."""
+
+
 class MatrixOptimizer(torch.optim.Optimizer, ABC):
     """Abstract: updates matrices by a method and every other parameter by AdamW.
 
@@ -44,8 +53,14 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
     group; weight decay is decoupled and applied first.
     """
 
+    source: str
+    """Where the method is published: authors and arXiv number."""
+
     needs_roles = True
     """False for a method that treats all roles alike, and so accepts plain ``model.parameters()``."""
+
+    method_roles: frozenset[str] = frozenset({"matrix"})
+    """The roles the method itself updates; parameters of the others get AdamW."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         super().__init__(params, {"role": None if self.needs_roles else "vector", **defaults})
@@ -63,6 +78,10 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         """The dimension to shard a parameter along for the least communication in ``step``; advice, never required."""
         return 0
 
+    def traffic(self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int) -> Traffic:
+        """What one matrix of this group costs in communication; nothing for a method that works element by element."""
+        return Traffic()
+
     # ---------------------------------------------------------------------------------------------------------- step
 
     @torch.no_grad()
@@ -79,7 +98,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         matrices: list[Slot] = []
         for group in self.param_groups:
             slots = list(self._slots(group))
-            if group["role"] == "matrix":
+            if group["role"] in self.method_roles:
                 matrices.extend(slots)
             else:
                 self.step_adamw(slots)
@@ -123,7 +142,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
 
     def state_layout(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
         """The state tensors of one parameter, by global shape."""
-        if group["role"] == "matrix":
+        if group["role"] in self.method_roles:
             return self.matrix_state(name, param, group)
         return adamw_state(param)
 

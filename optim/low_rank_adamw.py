@@ -140,6 +140,7 @@ class DCTAdamW(LowRankAdamW):
     moments follow their columns exactly; bias correction is per column; no error feedback.
     """
 
+    source = "Modoranu et al., arXiv 2505.17967"
     basis = DCTBasis()
 
     def __init__(
