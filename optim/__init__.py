@@ -6,18 +6,21 @@ optimizer = DCTAdamW(param_groups(model), lr=1e-3, rank=256, weight_decay=0.1)
 
 from optim.adamw import AdamW
 from optim.base import MatrixOptimizer
-from optim.basis import Basis, DCTBasis
-from optim.low_rank_adamw import DCTAdamW, LowRankAdamW
+from optim.low_rank_adamw import APOLLO, FRUGAL, APOLLOMini, DCTAdamW, Fira, GaLoreAdamW, LDAdam, LowRankAdamW
 from optim.memory import predicted_state_bytes, state_bytes
 from optim.param_groups import param_groups
 from optim.registry import check_arguments, create, describe, find, names
 from optim.sharding import preferred_shard_dim
 
 __all__ = [
+    "APOLLO",
+    "FRUGAL",
+    "APOLLOMini",
     "AdamW",
-    "Basis",
     "DCTAdamW",
-    "DCTBasis",
+    "Fira",
+    "GaLoreAdamW",
+    "LDAdam",
     "LowRankAdamW",
     "MatrixOptimizer",
     "check_arguments",

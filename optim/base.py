@@ -20,9 +20,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from optim import rules
-from optim.sharding import StateTensor, allocate, copy_into, local
+from optim.blocks import row_blocks
+from optim.quantization import as_stored, read, write
+from optim.sharding import StateTensor, allocate, copy_into, first_column, local, max_over_shards
 
-__all__ = ["ROLES", "MatrixOptimizer", "Slot", "Traffic", "adamw_state", "dense_gradient"]
+__all__ = ["ROLES", "MatrixOptimizer", "Slot", "Traffic", "adamw_state", "dense_gradient", "is_number"]
 
 ROLES = ("matrix", "embedding", "head", "vector")
 
@@ -111,18 +113,59 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         slots = [slot for slot in slots if slot.param.grad is not None]
         if not slots:
             return
-        group = slots[0].group
+        plain = [slot for slot in slots if slot.state["exp_avg"].dtype == slot.param.dtype]
+        if plain:
+            self._adamw(
+                slots[0].group,
+                [local(slot.param) for slot in plain],
+                [local(dense_gradient(slot)) for slot in plain],
+                [local(slot.state["exp_avg"]) for slot in plain],
+                [local(slot.state["exp_avg_sq"]) for slot in plain],
+                [slot.state["step"] for slot in plain],
+            )
+        for slot in slots:
+            if slot.state["exp_avg"].dtype != slot.param.dtype:
+                self._adamw_in_blocks(slot)
+
+    @staticmethod
+    def _adamw(
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        steps: list[Tensor],
+    ) -> None:
         rules.adamw_(
-            [local(slot.param) for slot in slots],
-            [local(dense_gradient(slot)) for slot in slots],
-            [local(slot.state["exp_avg"]) for slot in slots],
-            [local(slot.state["exp_avg_sq"]) for slot in slots],
-            [slot.state["step"] for slot in slots],
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            steps,
             lr=group["lr"],
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
         )
+
+    def _adamw_in_blocks(self, slot: Slot) -> None:
+        """Where moments are stored in another dtype than the parameter's: converted there and back, rows at a time."""
+        dtype = torch.promote_types(slot.param.dtype, torch.float32)
+        param, grad, state = local(slot.param), local(dense_gradient(slot)), slot.state
+        offset = first_column(slot.param)
+        last_step = state["step"].clone()
+        width = math.prod(param.shape[1:])
+        # Columns that are shared with other ranks share scales, in a collective: one block, the same on all of them.
+        blocks = [slice(None)] if offset is not None else row_blocks(param.shape[0], width, param.device)
+        for rows in blocks:
+            weight = param[rows].to(dtype)
+            exp_avg = read(state, "exp_avg", rows, dtype, offset or 0)
+            exp_avg_sq = read(state, "exp_avg_sq", rows, dtype, offset or 0)
+            state["step"].copy_(last_step)  # the rule counts one update, whatever the number of blocks
+            self._adamw(slot.group, [weight], [grad[rows].to(dtype)], [exp_avg], [exp_avg_sq], [state["step"]])
+            param[rows].copy_(weight)
+            for key, value in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+                write(state, key, rows, value, offset or 0, lambda scale: max_over_shards(slot.param, scale))
 
     # --------------------------------------------------------------------------------------------------------- state
 
@@ -142,9 +185,8 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
 
     def state_layout(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
         """The state tensors of one parameter, by global shape."""
-        if group["role"] in self.method_roles:
-            return self.matrix_state(name, param, group)
-        return adamw_state(param)
+        layout = self.matrix_state(name, param, group) if group["role"] in self.method_roles else adamw_state(param)
+        return as_stored(layout, group.get("state_dtype"))
 
     def _allocate(self, name: str, param: Tensor, group: dict[str, Any]) -> None:
         layout = self.state_layout(name, param, group)
@@ -228,22 +270,24 @@ def _check_group(group: dict[str, Any], index: int) -> None:
         )
     for key in ("lr", "weight_decay", "eps"):
         value = group[key]
-        if not isinstance(value, Tensor) and not (_is_number(value) and value >= 0):
+        if not isinstance(value, Tensor) and not (is_number(value) and value >= 0):
             raise ValueError(f"parameter group {index} has {key}={value!r}; expected a number >= 0")
     betas = group["betas"]
-    if not isinstance(betas, Sequence) or len(betas) != 2 or not all(_is_number(b) and 0 <= b < 1 for b in betas):
+    if not isinstance(betas, Sequence) or len(betas) != 2 or not all(is_number(b) and 0 <= b < 1 for b in betas):
         raise ValueError(f"parameter group {index} has betas={betas!r}; expected two numbers in [0, 1)")
     group["betas"] = tuple(betas)
     if role == "matrix":
         for name, param in _named_parameters(group):
-            if param.ndim != 2 or math.prod(param.shape) == 0:
+            if param.ndim < 2 or math.prod(param.shape) == 0:
                 raise ValueError(
-                    f"{name!r} has role 'matrix' and shape {tuple(param.shape)}; expected two non-empty dimensions: "
-                    "give it role 'vector' with rules={...} in optim.param_groups"
+                    f"{name!r} has role 'matrix' and shape {tuple(param.shape)}; expected two non-empty dimensions, or "
+                    "more (taken as the first by all others): give it role 'vector' with rules={...} in "
+                    "optim.param_groups"
                 )
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """An int or float, not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

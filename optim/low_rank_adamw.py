@@ -1,147 +1,101 @@
-"""Adam in a low-rank basis: moments of r directions instead of all of them.
-
-For a weight W (R, C), oriented so that its smaller dimension is the last one: G (m, d), m = max(R, C), d = min(R, C).
-
-    every ``refresh_interval`` steps, from the gradient G of that step:
-        new directions Q_r from statistics(G);  M, V, age <- transported from the old directions to the new
-    g   = project(G) = G Q_r                                          (m, r)
-    M  <- b1 M + (1 - b1) g;   V <- b2 V + (1 - b2) g^2;   age <- age + 1
-    u   = (M / (1 - b1^age)) / (sqrt(V / (1 - b2^age)) + eps)         (m, r), age per column
-    W  <- (1 - lr wd) W - lr lift(u),   lift(u) = u Q_r^T             (m, d)
-
-Sharded, with m split over the ranks, each line is local but the choice of directions, which costs one all-reduce of
-sum(d) numbers over all matrices due. Every matrix due takes part in it, with zeros if it has no gradient here.
-
-Bias correction is per column (``age``): a direction that enters at step t starts from M = V = 0, and with the global
-step count its first update would be (1 - b1) / sqrt(1 - b2) = 3.2 times too long.
-
-A zero gradient (of a parameter not used yet, or made by checkpoint code) never chooses directions: until one that is
-finite and not zero arrives, the matrix is left alone and its clock stands at 0.
-"""
+"""The published low-rank methods, each a row of choices for the engine (``optim.low_rank``), and the open form."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optim import rules
-from optim.base import MatrixOptimizer, Slot, dense_gradient
-from optim.basis import Basis, DCTBasis
-from optim.sharding import StateTensor, add_tall, local, preferred_shard_dim, sum_over_shards, tall
+from optim.low_rank import LowRankOptimizer
 
-__all__ = ["DCTAdamW", "LowRankAdamW"]
+__all__ = ["APOLLO", "FRUGAL", "APOLLOMini", "DCTAdamW", "Fira", "GaLoreAdamW", "LDAdam", "LowRankAdamW"]
 
 
-class LowRankAdamW(MatrixOptimizer):
-    """Abstract: a concrete class names the basis and the paper's defaults.
+class LowRankAdamW(LowRankOptimizer):
+    """Adam in a low-rank basis, every part of it chosen by name: for experiments, and for the best combination found.
 
-    State of a matrix: ``exp_avg``, ``exp_avg_sq`` (m, r) in the parameter's dtype, sharded with its rows;
-    ``column_age`` (r,) int32; what the basis stores; ``step``, the updates since the first directions were chosen,
-    in CPU memory because Python must compare it with ``refresh_interval`` without waiting for the device.
+    Source: the equations of ``optim.low_rank``.
+
+    Args:
+        params: groups from ``optim.param_groups(model)``, before or after ``fully_shard``.
+        lr: learning rate, a step of about ``lr`` per coordinate; float or tensor.
+        rank: directions kept per matrix, 1 .. min(m, n); None keeps a quarter of them (at least 1).
+        basis: how they are chosen, a name of ``optim.basis.BASES``.
+        residual: what becomes of the rest of the gradient, a name of ``optim.residual.RESIDUALS``.
+        moments: what becomes of Adam's moments when directions change: keep, reset or rotate.
+        refresh_interval: steps between two choices of directions.
+        scale: factor of the part inside the directions.
+        residual_scale: factor of the part outside, where the treatment has one (sign, normalized).
+        seed: of the random bases.
+        betas: decay of the first and second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, per unit of ``lr``.
+        state_dtype: of the moments, those of embeddings and head included: None (the parameter's), "float32",
+            "bfloat16" or "8bit".
+
+    Raises:
+        ValueError: at construction, for groups without roles, unknown names, parts that do not go together, and a rank
+            or basis that does not fit a matrix (named).
+
+    State of an m x n matrix, m >= n: 2 m r elements, 4 r bytes of ages, 8 bytes of counters, basis and residual.
     """
 
-    basis: Basis
+    source = "this project"
 
-    @classmethod
-    def shard_dim(cls, role: str, shape: Sequence[int], world_size: int) -> int:
-        """A matrix: its unprojected dimension, so that project and lift are local."""
-        return preferred_shard_dim(shape, world_size) if role == "matrix" else 0
-
-    def matrix_state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
-        """Moments, ages, the basis's own tensors; raises ValueError for a rank or interval that does not fit."""
-        m, d = max(param.shape), min(param.shape)
-        r = _rank(name, tuple(param.shape), group["rank"])
-        interval = group["refresh_interval"]
-        if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
-            raise ValueError(f"refresh_interval={interval!r} for {name!r}; expected a whole number of steps >= 1")
-        return {
-            "step": StateTensor((), torch.float32, "host"),
-            "exp_avg": StateTensor((m, r), param.dtype, "rows"),
-            "exp_avg_sq": StateTensor((m, r), param.dtype, "rows"),
-            "column_age": StateTensor((r,), torch.int32, "replicated"),
-            **self.basis.state_tensors(d, r),
-        }
-
-    def step_matrices(self, slots: list[Slot]) -> None:
-        """The update of the module's docstring, matrix by matrix."""
-        due = [slot for slot in slots if int(slot.state["step"]) % slot.group["refresh_interval"] == 0]
-        chosen = dict(zip([slot.param for slot in due], self._refresh(due), strict=True))
-        for slot in slots:
-            if not slot.state["step"] and not chosen[slot.param]:
-                continue  # no directions yet
-            slot.state["step"] += 1
-            if slot.param.grad is not None:
-                self._update(slot)
-
-    def _refresh(self, slots: list[Slot]) -> list[bool]:
-        """Choose new directions for every matrix; False where the gradient is zero or not finite and all stays."""
-        if not slots:
-            return []
-        local_statistics = [self.basis.statistics(_tall_gradient(slot)) for slot in slots]
-        statistics = sum_over_shards([slot.param for slot in slots], local_statistics)
-        totals = torch.stack([s.abs().sum().double() for s in statistics])
-        usable: list[bool] = (totals.isfinite() & (totals > 0)).tolist()  # the one host sync, once per refresh
-        for slot, statistic, use in zip(slots, statistics, usable, strict=True):
-            if use:
-                self._change_directions(slot.state, self.basis.choose(statistic, slot.state["column_age"].numel()))
-        return usable
-
-    def _change_directions(self, state: dict[str, Tensor], new: dict[str, Tensor]) -> None:
-        old = {key: state[key] for key in new}
-        for key in ("exp_avg", "exp_avg_sq", "column_age"):
-            carried = local(state[key])
-            carried.copy_(self.basis.transport(carried, old, new))
-        for key, value in new.items():
-            state[key].copy_(value)
-
-    def _update(self, slot: Slot) -> None:
-        state, group = slot.state, slot.group
-        state["column_age"] += 1
-        update = rules.adam_update(
-            self.basis.project(_tall_gradient(slot), state),
-            local(state["exp_avg"]),
-            local(state["exp_avg_sq"]),
-            state["column_age"],
-            lr=group["lr"],
-            betas=group["betas"],
-            eps=group["eps"],
-        )
-        if group["weight_decay"]:
-            local(slot.param).mul_(1 - group["lr"] * group["weight_decay"])
-        add_tall(slot.param, self.basis.lift(update, state, min(slot.param.shape)))
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        *,
+        rank: int | None = None,
+        basis: str = "dct",
+        residual: str = "normalized",
+        moments: str = "rotate",
+        refresh_interval: int = 100,
+        scale: float = 1.0,
+        residual_scale: float = 1.0,
+        seed: int = 0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        state_dtype: str | None = None,
+    ) -> None:
+        parts = {"basis": basis, "residual": residual, "moments": moments, "refresh_interval": refresh_interval}
+        scales = {"lr": lr, "rank": rank, "scale": scale, "residual_scale": residual_scale, "seed": seed}
+        adam = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "state_dtype": state_dtype}
+        super().__init__(params, {**parts, **scales, **adam})
 
 
-class DCTAdamW(LowRankAdamW):
+class DCTAdamW(LowRankOptimizer):
     """AdamW whose moments live on r columns of the discrete cosine transform; the projector costs r integers.
 
-    Source: Modoranu et al. (arXiv 2505.17967), DCT-AdamW. See ``optim.basis.dct`` for the basis and how it differs.
+    Source: Modoranu et al. (arXiv 2505.17967), DCT-AdamW. See ``optim.basis`` for the bases and how they differ.
 
     Args:
         params: groups from ``optim.param_groups(model)``, before or after ``fully_shard``.
         lr: learning rate, a step of about ``lr`` per coordinate; float or tensor.
         rank: directions kept per matrix, 1 .. min(m, n); None keeps a quarter of them (at least 1).
         refresh_interval: steps between two choices of columns.
+        basis: dct, or dct_l1 for the paper's ranking.
+        residual: drop, or error_feedback, error_feedback_8bit, error_feedback_4bit as the paper's option.
+        moments: rotate (by index, exact), keep or reset.
         betas: decay of the first and second moment.
         eps: added to the root of the second moment.
         weight_decay: decoupled, per unit of ``lr``.
+        state_dtype: of the moments: None (the parameter's), "float32", "bfloat16" or "8bit".
 
     Raises:
         ValueError: at construction, for groups without roles and for a rank that does not fit a matrix (named).
 
-    State of an m x n matrix, m >= n: 2 m r elements in the parameter's dtype, 8 r bytes of integers, a step count.
+    State of an m x n matrix, m >= n: 2 m r elements in the parameter's dtype, 8 r bytes of integers, two counters.
     Communication when sharded: one all-reduce of sum(min(m, n)) numbers per refresh; nothing at other steps.
 
     We differ from the paper's code: ``refresh_interval`` defaults to 100, not 1, because a column that enters starts
-    from nothing and the product G Q costs d / r times the projection (measured on a small LLaMA: docs/quickstart.md);
-    moments follow their columns exactly; bias correction is per column; no error feedback.
+    from nothing (measured on a small LLaMA: docs/quickstart.md); moments follow their columns exactly, where it
+    multiplies them by a matrix in place, or by default not at all; bias correction is per column; columns are ranked by
+    l2; no error feedback unless asked, and then with all 256 (16) levels; more than two dimensions are not skipped.
     """
 
     source = "Modoranu et al., arXiv 2505.17967"
-    basis = DCTBasis()
 
     def __init__(
         self,
@@ -150,30 +104,310 @@ class DCTAdamW(LowRankAdamW):
         *,
         rank: int | None = None,
         refresh_interval: int = 100,
+        basis: str = "dct",
+        residual: str = "drop",
+        moments: str = "rotate",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        state_dtype: str | None = None,
     ) -> None:
-        defaults = {"lr": lr, "rank": rank, "refresh_interval": refresh_interval}
-        super().__init__(params, {**defaults, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        parts = {"basis": basis, "residual": residual, "moments": moments, "refresh_interval": refresh_interval}
+        adam = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "state_dtype": state_dtype}
+        super().__init__(params, {"lr": lr, "rank": rank, **parts, **adam})
 
 
-def _tall_gradient(slot: Slot) -> Tensor:
-    """Gradient (m_local, d) in the dtype of the arithmetic, at least float32; zeros if there is none."""
-    gradient = torch.zeros_like(slot.param) if slot.param.grad is None else dense_gradient(slot)
-    block = tall(slot.param, gradient)
-    return block.float() if block.element_size() < 4 else block
+class GaLoreAdamW(LowRankOptimizer):
+    """AdamW on the projection of the gradient onto its leading singular vectors; the rest is dropped.
+
+    Source: Zhao et al. (arXiv 2403.03507), Algorithm 2.
+
+    Args:
+        params: groups from ``optim.param_groups(model)``, before or after ``fully_shard``.
+        lr: learning rate of everything; matrices move by ``lr * scale``.
+        rank: directions kept per matrix, 1 .. min(m, n); None keeps a quarter of them, as the paper does up to 1B.
+        refresh_interval: steps between two choices of directions (the paper's T).
+        scale: the paper's alpha.
+        basis: subspace (two rounds of subspace iteration from the old directions) or svd (exact).
+        moments: keep (the paper), reset or rotate.
+        betas: decay of the first and second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, per unit of ``lr``.
+        state_dtype: of the moments: None (the parameter's), "float32", "bfloat16" or "8bit".
+
+    Raises:
+        ValueError: at construction, for groups without roles and for a rank that does not fit a matrix (named).
+
+    State of an m x n matrix, m >= n: 2 m r + n r elements in the parameter's dtype.
+    Communication when sharded: n r numbers summed and n r broadcast per round of a refresh (svd: n^2 summed).
+
+    We differ: directions by subspace iteration unless ``basis="svd"``; one orientation rule, also where rank equals a
+    dimension; rank above min(m, n) is an error, not a silent clamp; weight decay comes first, as torch's.
+    """
+
+    source = "Zhao et al., arXiv 2403.03507"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        *,
+        rank: int | None = None,
+        refresh_interval: int = 200,
+        scale: float = 0.25,
+        basis: str = "subspace",
+        moments: str = "keep",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        state_dtype: str | None = None,
+    ) -> None:
+        parts = {"basis": basis, "residual": "drop", "moments": moments, "refresh_interval": refresh_interval}
+        adam = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "state_dtype": state_dtype}
+        super().__init__(params, {"lr": lr, "rank": rank, "scale": scale, **parts, **adam})
 
 
-def _rank(name: str, shape: tuple[int, ...], rank: int | None) -> int:
-    largest = min(shape)
-    if rank is None:
-        return max(1, largest // 4)
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"rank={rank!r} for {name!r} of shape {shape}; expected a whole number from 1 to {largest}")
-    if rank > largest:
-        raise ValueError(
-            f"rank={rank} exceeds min(m, n)={largest} for {name!r} of shape {shape}; lower the rank, or give this "
-            "matrix its own with rules={...} in optim.param_groups"
-        )
-    return rank
+class Fira(LowRankOptimizer):
+    """GaLore, and the rest of the gradient scaled row by row as Adam scaled the projection, with a limit on its growth.
+
+    Source: Chen et al. (arXiv 2410.01623), Algorithm 1.
+
+    Args:
+        params: groups from ``optim.param_groups(model)``, before or after ``fully_shard``.
+        lr: learning rate of everything.
+        rank: directions kept per matrix, 1 .. min(m, n); None keeps a quarter of them.
+        refresh_interval: steps between two choices of directions.
+        scale: the paper's alpha, of the part inside the directions.
+        basis: subspace or svd, as for GaLore, or any orthonormal one.
+        residual: fira (the paper), or fira_released: the released code removes only ``scale`` of the inside from what
+            it calls the rest.
+        moments: keep (the paper), reset or rotate.
+        betas: decay of the first and second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, per unit of ``lr``.
+        state_dtype: of the moments: None (the parameter's), "float32", "bfloat16" or "8bit".
+
+    Raises:
+        ValueError: at construction, for groups without roles and for a rank that does not fit a matrix (named).
+
+    State of an m x n matrix, m >= n: 2 m r + n r elements in the parameter's dtype and one norm.
+    Communication when sharded: as GaLore, and one number per matrix at every step.
+    """
+
+    source = "Chen et al., arXiv 2410.01623"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        *,
+        rank: int | None = None,
+        refresh_interval: int = 200,
+        scale: float = 0.25,
+        basis: str = "subspace",
+        residual: str = "fira",
+        moments: str = "keep",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        state_dtype: str | None = None,
+    ) -> None:
+        parts = {"basis": basis, "residual": residual, "moments": moments, "refresh_interval": refresh_interval}
+        adam = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "state_dtype": state_dtype}
+        super().__init__(params, {"lr": lr, "rank": rank, "scale": scale, **parts, **adam})
+
+
+class FRUGAL(LowRankOptimizer):
+    """AdamW on a random quarter of the columns of every matrix, the sign of the gradient on the others.
+
+    Source: Zmushko et al. (arXiv 2411.07837), column-wise splitting.
+
+    Args:
+        params: groups from ``optim.param_groups(model)``, before or after ``fully_shard``.
+        lr: learning rate of everything.
+        rank: columns with Adam state per matrix, 1 .. min(m, n); None keeps a quarter (the paper's density 0.25).
+        refresh_interval: steps between two draws of columns.
+        basis: random_columns, or random, svd, subspace, as the paper compares.
+        residual_scale: of the sign part: 1 for pretraining, 0.1 for fine-tuning in the paper.
+        seed: of the draws.
+        betas: decay of the first and second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, per unit of ``lr``.
+        state_dtype: of the moments: None (the parameter's), "float32", "bfloat16" or "8bit".
+
+    Raises:
+        ValueError: at construction, for groups without roles and for a rank that does not fit a matrix (named).
+
+    State of an m x n matrix, m >= n: 2 m r elements in the parameter's dtype, 8 r bytes of integers.
+    Communication when sharded: one number per matrix at a refresh.
+
+    We differ: the density is spent on columns of every matrix, not on a drawn set of whole matrices, so that state does
+    not move between parameters.
+    """
+
+    source = "Zmushko et al., arXiv 2411.07837"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        *,
+        rank: int | None = None,
+        refresh_interval: int = 200,
+        basis: str = "random_columns",
+        residual_scale: float = 1.0,
+        seed: int = 0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        state_dtype: str | None = None,
+    ) -> None:
+        parts = {"basis": basis, "residual": "sign", "moments": "reset", "refresh_interval": refresh_interval}
+        scales = {"lr": lr, "rank": rank, "residual_scale": residual_scale, "seed": seed}
+        adam = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "state_dtype": state_dtype}
+        super().__init__(params, {**scales, **parts, **adam})
+
+
+class APOLLO(LowRankOptimizer):
+    """The gradient itself, each row scaled as Adam scales its random projection: full-rank steps, low-rank state.
+
+    Source: Zhu et al. (arXiv 2412.05270), Algorithm 1.
+
+    Args:
+        params: groups from ``optim.param_groups(model)``, before or after ``fully_shard``.
+        lr: learning rate of everything; matrices move by ``lr * scale``.
+        rank: directions per matrix, 1 .. min(m, n); None keeps a quarter of them, as the paper does up to 1B.
+        refresh_interval: steps between two draws of directions.
+        scale: multiplies the step. The released code takes the root of its argument of this name, ours does not.
+        basis: gaussian (the paper), random (orthonormal), or any other.
+        seed: of the draws.
+        betas: decay of the first and second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, per unit of ``lr``.
+        state_dtype: of the moments: None (the parameter's), "float32", "bfloat16" or "8bit".
+
+    Raises:
+        ValueError: at construction, for groups without roles and for a rank that does not fit a matrix (named).
+
+    State of an m x n matrix, m >= n: 2 m r elements in the parameter's dtype, a seed and a norm.
+    Communication when sharded: one number per matrix at every step.
+
+    We differ: directions are drawn alike on every device and rank (``optim.basis.random``).
+    """
+
+    source = "Zhu et al., arXiv 2412.05270"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        *,
+        rank: int | None = None,
+        refresh_interval: int = 200,
+        scale: float = 1.0,
+        basis: str = "gaussian",
+        seed: int = 0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        state_dtype: str | None = None,
+    ) -> None:
+        parts = {"basis": basis, "residual": "apollo", "moments": "keep", "refresh_interval": refresh_interval}
+        scales = {"lr": lr, "rank": rank, "scale": scale, "seed": seed}
+        adam = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "state_dtype": state_dtype}
+        super().__init__(params, {**scales, **parts, **adam})
+
+
+class APOLLOMini(LowRankOptimizer):
+    """The gradient itself, scaled by one number as Adam scales its projection on one random direction: SGD's memory.
+
+    Source: Zhu et al. (arXiv 2412.05270), APOLLO-Mini.
+
+    Args:
+        params: groups from ``optim.param_groups(model)``, before or after ``fully_shard``.
+        lr: learning rate of everything; matrices move by ``lr * scale``.
+        rank: directions per matrix.
+        refresh_interval: steps between two draws of directions.
+        scale: multiplies the step; the root of the 128 that the released code is given.
+        seed: of the draws.
+        betas: decay of the first and second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, per unit of ``lr``.
+        state_dtype: of the moments: None (the parameter's), "float32", "bfloat16" or "8bit".
+
+    Raises:
+        ValueError: at construction, for groups without roles and for a rank that does not fit a matrix (named).
+
+    State of an m x n matrix, m >= n: 2 m elements in the parameter's dtype, a seed and a norm.
+    Communication when sharded: three numbers per matrix at every step.
+    """
+
+    source = "Zhu et al., arXiv 2412.05270"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        *,
+        rank: int = 1,
+        refresh_interval: int = 200,
+        scale: float = 128**0.5,
+        seed: int = 0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        state_dtype: str | None = None,
+    ) -> None:
+        parts = {
+            "basis": "gaussian",
+            "residual": "apollo_mini",
+            "moments": "keep",
+            "refresh_interval": refresh_interval,
+        }
+        scales = {"lr": lr, "rank": rank, "scale": scale, "seed": seed}
+        adam = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "state_dtype": state_dtype}
+        super().__init__(params, {**scales, **parts, **adam})
+
+
+class LDAdam(LowRankOptimizer):
+    """Adam in directions that follow the gradient at every step, with rotated moments and error feedback.
+
+    Source: Robert et al. (arXiv 2410.16103), Algorithm 1.
+
+    Args:
+        params: groups from ``optim.param_groups(model)``, before or after ``fully_shard``.
+        lr: learning rate of everything.
+        rank: directions per matrix, 1 .. min(m, n); None keeps a quarter of them.
+        rho: share of the old momentum in the matrix whose leading directions are followed.
+        betas: decay of the first and second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, per unit of ``lr``.
+        state_dtype: of the moments: None (the parameter's), "float32", "bfloat16" or "8bit".
+
+    Raises:
+        ValueError: at construction, for groups without roles and for a rank that does not fit a matrix (named).
+
+    State of an m x n matrix, m >= n: m n (error feedback) + 2 m r + n r elements in the parameter's dtype.
+    Communication when sharded: n r numbers summed and n r broadcast at every step.
+
+    We differ: error feedback is state of its own, where the released code keeps it in ``p.grad`` and so breaks
+    clipping and ``zero_grad``; the first directions come from six rounds of subspace iteration, not from an SVD.
+    """
+
+    source = "Robert et al., arXiv 2410.16103"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        *,
+        rank: int | None = None,
+        rho: float = 0.908,
+        betas: tuple[float, float] = (0.908, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        state_dtype: str | None = None,
+    ) -> None:
+        parts = {"basis": "power", "residual": "ldadam", "moments": "rotate", "refresh_interval": 1}
+        adam = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "state_dtype": state_dtype}
+        super().__init__(params, {"lr": lr, "rank": rank, "rho": rho, **parts, **adam})

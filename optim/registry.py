@@ -11,14 +11,21 @@ from torch import Tensor, nn
 
 from optim.adamw import AdamW
 from optim.base import MatrixOptimizer
-from optim.low_rank_adamw import DCTAdamW
+from optim.low_rank_adamw import APOLLO, FRUGAL, APOLLOMini, DCTAdamW, Fira, GaLoreAdamW, LDAdam, LowRankAdamW
 from optim.param_groups import param_groups
 
 __all__ = ["check_arguments", "create", "describe", "find", "names"]
 
 _TABLE: dict[str, type[MatrixOptimizer]] = {
     "adamw": AdamW,
+    "apollo": APOLLO,
+    "apollo_mini": APOLLOMini,
     "dct_adamw": DCTAdamW,
+    "fira": Fira,
+    "frugal": FRUGAL,
+    "galore_adamw": GaLoreAdamW,
+    "ldadam": LDAdam,
+    "low_rank_adamw": LowRankAdamW,
 }
 
 

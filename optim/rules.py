@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as _torch_adamw
 
-__all__ = ["adam_update", "adamw_"]
+__all__ = ["adam_direction", "adamw_"]
 
 
 def adamw_(
@@ -46,29 +46,21 @@ def adamw_(
     )
 
 
-def adam_update(
+def adam_direction(
     grad: Tensor,  # (m, r)
-    exp_avg: Tensor,  # (m, r), updated in place
-    exp_avg_sq: Tensor,  # (m, r), updated in place
-    age: Tensor,  # (r,), updates each column has seen, this one included
+    exp_avg: Tensor,  # (m, r), of the gradient's dtype, updated in place
+    exp_avg_sq: Tensor,  # (m, r), likewise
+    bias_correction1: Tensor,  # (r,), 1 - beta1^age
+    bias_correction2_sqrt: Tensor,  # (r,), sqrt(1 - beta2^age)
     *,
-    lr: float | Tensor,
     betas: tuple[float, float],
     eps: float,
 ) -> Tensor:
-    """Adam's step -lr * m_hat / (sqrt(v_hat) + eps), with a bias correction per column; returns (m, r).
+    """Adam's m_hat / (sqrt(v_hat) + eps), with a bias correction per column; returns (m, r).
 
-    m <- beta1 m + (1 - beta1) g;  v <- beta2 v + (1 - beta2) g^2;  m_hat = m / (1 - beta1^age), v_hat alike.
-    Moments are kept in their own dtype and the arithmetic is done in the gradient's.
+    m <- beta1 m + (1 - beta1) g;  v <- beta2 v + (1 - beta2) g^2.
     """
-    beta1, beta2 = betas
-    m = exp_avg.to(grad.dtype).lerp_(grad, 1 - beta1)
-    v = exp_avg_sq.to(grad.dtype).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    if exp_avg.dtype != grad.dtype:
-        exp_avg.copy_(m)
-        exp_avg_sq.copy_(v)
-    age = age.double()
-    bias_correction1 = 1 - beta1**age
-    bias_correction2_sqrt = (1 - beta2**age).sqrt()
-    denominator = v.sqrt().div_(bias_correction2_sqrt.to(grad.dtype)).add_(eps)
-    return (m * (-lr / bias_correction1).to(grad.dtype)).div_(denominator)
+    exp_avg.lerp_(grad, 1 - betas[0])
+    exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+    denominator = exp_avg_sq.sqrt().div_(bias_correction2_sqrt).add_(eps)
+    return (exp_avg / bias_correction1).div_(denominator)

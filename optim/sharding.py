@@ -9,7 +9,7 @@ all-to-all turns the shards over, and one turns the update back. Either way the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,12 +22,18 @@ from torch.distributed.tensor.placement_types import Placement
 
 __all__ = [
     "StateTensor",
+    "accumulator",
     "add_tall",
     "allocate",
     "chunk_sizes",
+    "commit",
     "copy_into",
+    "decide_on_one_rank",
+    "first_column",
     "local",
     "local_shape",
+    "matrix_shape",
+    "max_over_shards",
     "preferred_shard_dim",
     "projected_dim",
     "sum_over_shards",
@@ -42,13 +48,14 @@ class StateTensor:
     layout:
         ``parameter``  an element-wise twin of the parameter, sharded as it is
         ``rows``       first dimension = the matrix's unprojected dimension, sharded over the same ranks
+        ``leading``    first dimension = the parameter's first; sharded where that is, else equal on every rank
         ``replicated`` equal on every rank, on the parameter's device
         ``host``       equal on every rank, in CPU memory: what Python must read without a device sync
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    layout: Literal["parameter", "rows", "replicated", "host"]
+    layout: Literal["parameter", "rows", "leading", "replicated", "host"]
 
 
 @dataclass(frozen=True)
@@ -72,12 +79,18 @@ class _ShardInfo:
         return self.mesh.size(self.axis)
 
 
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """A parameter of more than two dimensions, where its role is ``matrix``: the first by all the others together."""
+    return shape[0], math.prod(shape[1:])
+
+
 def projected_dim(shape: Sequence[int]) -> int:
     """The dimension a low-rank method projects: the smaller one (columns when square), from the global shape only.
 
     Never from the number of ranks, or a checkpoint could not be loaded on another number of them.
     """
-    return 1 if shape[0] >= shape[1] else 0
+    rows, columns = matrix_shape(shape)
+    return 1 if rows >= columns else 0
 
 
 def preferred_shard_dim(shape: Sequence[int], world_size: int) -> int:
@@ -86,6 +99,8 @@ def preferred_shard_dim(shape: Sequence[int], world_size: int) -> int:
     FSDP2 refuses uneven shards on any dimension but 0; there the answer is 0, and the optimizer turns the shards over.
     """
     unprojected = 1 - projected_dim(shape)
+    if len(shape) > 2:
+        return 0
     return unprojected if shape[unprojected] % world_size == 0 else 0
 
 
@@ -102,7 +117,7 @@ def chunk_sizes(size: int, parts: int) -> list[int]:
 
 def local_shape(spec: StateTensor, shard_dim: int, index: int, parts: int) -> tuple[int, ...]:
     """Shape of shard ``index`` of ``parts`` of a state tensor whose parameter is sharded along ``shard_dim``."""
-    if spec.layout in ("replicated", "host") or not spec.shape:
+    if spec.layout in ("replicated", "host") or not spec.shape or (spec.layout == "leading" and shard_dim != 0):
         return spec.shape
     dim = shard_dim if spec.layout == "parameter" else 0
     shape = list(spec.shape)
@@ -127,6 +142,8 @@ def allocate(spec: StateTensor, param: Tensor) -> Tensor:
         shape = local_shape(spec, info.dim, info.index, info.count)
         if spec.layout == "rows":
             placements[info.axis] = Shard(0)
+        if spec.layout == "leading" and info.dim != 0:
+            placements[info.axis] = Replicate()
     return DTensor.from_local(
         torch.zeros(shape, dtype=spec.dtype, device=device),
         param.device_mesh,
@@ -172,18 +189,98 @@ def sum_over_shards(params: Sequence[Tensor], statistics: Sequence[Tensor]) -> l
     return totals
 
 
+def first_column(param: Tensor) -> int | None:
+    """Where this rank's columns begin, if the parameter is sharded along its last dimension (and has another)."""
+    info = _shard_info(param)
+    if info is None or info.count == 1 or param.ndim != 2 or info.dim != 1:
+        return None
+    return sum(chunk_sizes(param.shape[1], info.count)[: info.index])
+
+
+def max_over_shards(param: Tensor, value: Tensor) -> Tensor:
+    """Largest of each number over the ranks that share rows of a parameter; no communication if none do."""
+    info = _shard_info(param)
+    if info is not None and first_column(param) is not None:
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=info.group)
+    return value
+
+
+def decide_on_one_rank(
+    params: Sequence[Tensor],
+    statistics: Sequence[Tensor],  # of this rank's shard, summed over the ranks on the way
+    decide: Callable[[int, Tensor], dict[str, Tensor]],  # what only one rank may do, for params[i] and its sum
+    like: Sequence[dict[str, Tensor]],  # shape, dtype and device of the decisions
+) -> list[dict[str, Tensor]]:
+    """Decisions equal on all ranks, each made by one of them: matrices are dealt round, one each at a time.
+
+    Every rank must call this with the same parameters in the same order. Over replicas too (HSDP) one rank decides.
+    """
+    decisions: list[dict[str, Tensor]] = [{} for _ in params]
+    infos = [_shard_info(param) for param in params]
+    width = max((info.count for info in infos if info is not None), default=1)
+    for start in range(0, len(params), width):
+        dealt = range(start, min(start + width, len(params)))
+        for i in dealt:
+            info = infos[i]
+            owner = i % info.count if info is not None else 0
+            if info is not None and info.count > 1:
+                dist.reduce(statistics[i], group=info.group, group_dst=owner)
+            if info is None or info.index == owner:
+                decisions[i] = decide(i, statistics[i])
+            else:
+                decisions[i] = {key: torch.empty_like(value) for key, value in like[i].items()}
+        for i in dealt:
+            for key, value in decisions[i].items():
+                value = value.to(like[i][key].dtype).contiguous()
+                _broadcast(params[i], infos[i], value, i)
+                decisions[i][key] = value
+    return decisions
+
+
+def _broadcast(param: Tensor, info: _ShardInfo | None, value: Tensor, i: int) -> None:
+    """From the owner to its shard group, then from the first replica to the others."""
+    if not isinstance(param, DTensor):
+        return
+    if info is not None and info.count > 1:
+        dist.broadcast(value, group=info.group, group_src=i % info.count)
+    for axis in range(param.device_mesh.ndim):
+        if (info is None or axis != info.axis) and param.device_mesh.size(axis) > 1:
+            dist.broadcast(value, group=param.device_mesh.get_group(axis), group_src=0)
+
+
 def tall(param: Tensor, tensor: Tensor) -> Tensor:
     """Local tall block (m_local, d) of a tensor shaped and sharded as ``param``; m is the unprojected dimension.
 
     Where ``param`` is sharded along its projected dimension this is a collective, to be entered by every rank.
     """
-    block = _tall_view(param, local(tensor))
+    block = _tall_view(param, _flat(local(tensor)))
     info = _shard_info(param)
     if info is None or not _is_turned(param, info):
         return block
     rows, columns = _turned_sizes(param, info)
     arriving = [(rows[info.index], width) for width in columns]
     return torch.cat(_all_to_all(block.split(rows), arriving, info.group), dim=1)
+
+
+def accumulator(param: Tensor, dtype: torch.dtype) -> Tensor:
+    """Tall (m_local, d) tensor to add an update into: a view of the weight where that is one, else zeros of ``dtype``.
+
+    Whatever it is, ``commit`` must follow, and is a collective where ``tall`` is.
+    """
+    info = _shard_info(param)
+    if _is_direct(param, info):
+        weight = local(param)
+        return _tall_view(param, weight.view(weight.shape[0], math.prod(weight.shape[1:])))
+    rows = local(param).shape[0] if projected_dim(param.shape) == 1 else matrix_shape(param.shape)[1]
+    if info is not None and _is_turned(param, info):
+        rows = _turned_sizes(param, info)[0][info.index]
+    return torch.zeros(rows, min(matrix_shape(param.shape)), dtype=dtype, device=local(param).device)
+
+
+def commit(param: Tensor, update: Tensor) -> None:
+    """Bring what was added to an ``accumulator`` into the weight, if it is not there yet."""
+    if not _is_direct(param, _shard_info(param)):
+        add_tall(param, update)
 
 
 def add_tall(param: Tensor, update: Tensor) -> None:
@@ -193,21 +290,38 @@ def add_tall(param: Tensor, update: Tensor) -> None:
         rows, columns = _turned_sizes(param, info)
         arriving = [(height, columns[info.index]) for height in rows]
         update = torch.cat(_all_to_all(update.split(columns, dim=1), arriving, info.group), dim=0)
-    _tall_view(param, local(param)).add_(update)
+    weight = local(param)
+    weight.add_(_tall_view(param, update).reshape(weight.shape))
+
+
+def _flat(block: Tensor) -> Tensor:
+    """Two dimensions; a view unless the memory format forbids it."""
+    return block if block.ndim == 2 else block.reshape(block.shape[0], math.prod(block.shape[1:]))
 
 
 def _tall_view(param: Tensor, block: Tensor) -> Tensor:
     return block if projected_dim(param.shape) == 1 else block.mT
 
 
+def _is_direct(param: Tensor, info: _ShardInfo | None) -> bool:
+    """Whether the weight in memory can be seen as its tall block."""
+    return not (info is not None and _is_turned(param, info)) and (param.ndim == 2 or local(param).is_contiguous())
+
+
 def _is_turned(param: Tensor, info: _ShardInfo) -> bool:
     """Whether a parameter is really split, and along the dimension that is projected."""
+    if param.ndim > 2 and info.dim > 0:
+        raise ValueError(
+            f"cannot project a parameter of shape {tuple(param.shape)} sharded along dimension {info.dim}: with more "
+            "than two dimensions it must be sharded along the first, as FSDP2 does by default"
+        )
     return info.count > 1 and info.dim == projected_dim(param.shape)
 
 
 def _turned_sizes(param: Tensor, info: _ShardInfo) -> tuple[list[int], list[int]]:
     """Shares of the ranks in the unprojected (m) and in the projected dimension (d)."""
-    return chunk_sizes(max(param.shape), info.count), chunk_sizes(min(param.shape), info.count)
+    d, m = sorted(matrix_shape(param.shape))
+    return chunk_sizes(m, info.count), chunk_sizes(d, info.count)
 
 
 def _all_to_all(outgoing: Sequence[Tensor], arriving: list[tuple[int, int]], group: dist.ProcessGroup) -> list[Tensor]:

@@ -1,6 +1,37 @@
-"""Bases a low-rank optimizer can project on."""
+"""Bases by name: how the directions of a low-rank method are chosen. A literal table, like that of the optimizers."""
 
-from optim.basis.base import Basis
-from optim.basis.dct import DCTBasis, dct_matrix
+from __future__ import annotations
 
-__all__ = ["Basis", "DCTBasis", "dct_matrix"]
+import difflib
+
+from optim.basis.base import Basis, Directions, Moments
+from optim.basis.columns import ColumnBasis
+from optim.basis.dct import DCT, dct_matrix
+from optim.basis.hadamard import Hadamard, hadamard_matrix
+from optim.basis.identity import Identity, RandomColumns
+from optim.basis.random import RandomVectors
+from optim.basis.svd import ExactSVD, SubspaceIteration
+
+__all__ = ["BASES", "Basis", "Directions", "Moments", "dct_matrix", "find_basis", "hadamard_matrix"]
+
+BASES: dict[str, Basis] = {
+    "dct": ColumnBasis(DCT()),
+    "dct_l1": ColumnBasis(DCT(), ranking="l1"),
+    "gaussian": RandomVectors(orthonormal=False),
+    "hadamard": ColumnBasis(Hadamard()),
+    "identity": ColumnBasis(Identity()),
+    "power": SubspaceIteration(warm_rounds=1),
+    "random": RandomVectors(orthonormal=True),
+    "random_columns": RandomColumns(),
+    "subspace": SubspaceIteration(warm_rounds=2),
+    "svd": ExactSVD(),
+}
+
+
+def find_basis(name: str) -> Basis:
+    """The basis of a name; raises ValueError with the nearest names for an unknown one."""
+    if name not in BASES:
+        close = difflib.get_close_matches(str(name), BASES, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"basis={name!r}; {hint}expected one of {', '.join(BASES)}")
+    return BASES[name]

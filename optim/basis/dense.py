@@ -1,0 +1,29 @@
+"""Moments carried between two arbitrary sets of directions.
+
+    R = Q_old^T Q_new                                                      (r, r)
+    M_hat' = M_hat R
+    V_hat' = | (V_hat - M_hat^2) (R * R) + (M_hat R)^2 |
+
+The estimator takes the coordinates' variances, V_hat - M_hat^2, as uncorrelated, and adds the square of the new mean.
+
+Source: Robert et al., LDAdam (arXiv 2410.16103), projection-aware update of the second moment.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from optim.basis.base import Moments
+
+__all__ = ["rotate"]
+
+
+def rotate(moments: Moments, overlap: Tensor, betas: tuple[float, float]) -> Moments:
+    """Moments after the change of directions whose overlap R (r, r) is given; all columns have one age, which stays."""
+    exp_avg, exp_avg_sq, age = moments
+    bias_correction1 = (1 - betas[0] ** age.double()).to(exp_avg.dtype)
+    bias_correction2 = (1 - betas[1] ** age.double()).to(exp_avg.dtype)
+    mean, square = exp_avg / bias_correction1, exp_avg_sq / bias_correction2
+    new_mean = mean @ overlap
+    new_square = ((square - mean.square()) @ overlap.square()).add_(new_mean.square()).abs_()
+    return Moments(new_mean * bias_correction1, new_square * bias_correction2, age)

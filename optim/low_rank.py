@@ -1,0 +1,437 @@
+"""The low-rank engine: Adam on r directions of every matrix, put together from parts that are chosen by name.
+
+For a weight W (R, C), oriented so that its smaller dimension is the last one: G (m, d), m = max(R, C), d = min(R, C).
+
+    A   = recall(G)                                  G, or G + error feedback
+    every ``refresh_interval`` steps:
+        Q_r <- basis, from statistics of (1 - rho) A + rho lift(M_hat)        rho = 0 but in LDAdam
+        M, V, age <- kept, reset or rotated to the new directions
+    g   = project(A) = A Q_r                                          (m, r)
+    M  <- b1 M + (1 - b1) g;   V <- b2 V + (1 - b2) g^2;   age <- age + 1
+    u   = (M / (1 - b1^age)) / (sqrt(V / (1 - b2^age)) + eps)         (m, r), age per column
+    W  <- (1 - lr wd) W - lr (scale lift(u) + residual(A - lift(g)))
+
+basis: ``optim.basis``; residual: ``optim.residual``; moments at a refresh: ``keep``, ``reset``, ``rotate``. The
+published methods are rows of these choices, in ``optim.low_rank_adamw``.
+
+Sharded, with m split over the ranks, each line is local but the choice of directions, which costs one sum of the
+basis's statistics over the ranks for all matrices due, and what few numbers the residual has to sum. Every matrix
+takes part in that, with zeros if it has no gradient here.
+
+Bias correction is per column (``age``): a direction that enters at step t starts from M = V = 0, and with the global
+step count its first update would be (1 - b1) / sqrt(1 - b2) = 3.2 times too long.
+
+A zero gradient (of a parameter not used yet, or made by checkpoint code) never chooses directions, nor does one that is
+not finite: the old ones stay, which is counted in the state (``skipped_refreshes``) and warned of. Until the first
+directions have been chosen the matrix is left alone and its clock stands at 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from abc import ABC
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+from torch.optim.optimizer import ParamsT
+
+from optim import rules
+from optim.base import MatrixOptimizer, Slot, Traffic, dense_gradient, is_number
+from optim.basis import Basis, Directions, Moments, find_basis
+from optim.blocks import row_blocks
+from optim.quantization import read, replace, write
+from optim.residual import Block, Previous, Rates, Residual, find_residual
+from optim.sharding import (
+    StateTensor,
+    accumulator,
+    commit,
+    decide_on_one_rank,
+    local,
+    matrix_shape,
+    preferred_shard_dim,
+    sum_over_shards,
+    tall,
+)
+
+__all__ = ["LowRankOptimizer"]
+
+MOMENTS = ("keep", "reset", "rotate")
+
+_CHUNK_NUMBERS = 2**24
+"""Coordinates, in all, of the matrices whose residual sums share one all-reduce: bounds what waits for it."""
+
+
+class LowRankOptimizer(MatrixOptimizer, ABC):
+    """Abstract: a concrete class names the published method and its defaults.
+
+    State of a matrix: ``exp_avg``, ``exp_avg_sq`` (m, r), sharded with its rows; ``column_age`` (r,) int32; what the
+    basis and the residual store; ``step``, the updates since the first directions were chosen, in CPU memory because
+    Python must compare it with ``refresh_interval`` without waiting for the device; ``skipped_refreshes``.
+    """
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        common = {"scale": 1.0, "residual_scale": 1.0, "rho": 0.0, "seed": 0, "state_dtype": None}
+        super().__init__(params, {**common, **defaults})
+
+    @classmethod
+    def shard_dim(cls, role: str, shape: Sequence[int], world_size: int) -> int:
+        """A matrix: its unprojected dimension, so that project and lift are local."""
+        return preferred_shard_dim(shape, world_size) if role == "matrix" else 0
+
+    def matrix_state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
+        """Moments, ages, the tensors of basis and residual; raises ValueError for settings that do not fit."""
+        d, m = sorted(matrix_shape(param.shape))
+        _check_settings(name, group)
+        r = _rank(name, tuple(param.shape), group["rank"])
+        basis = find_basis(group["basis"])
+        objection = basis.objection(d, r)
+        if objection is not None:
+            raise ValueError(f"basis={group['basis']!r} for {name!r} of shape {tuple(param.shape)}: {objection}")
+        return {
+            "step": StateTensor((), torch.float32, "host"),
+            "skipped_refreshes": StateTensor((), torch.int32, "host"),
+            "exp_avg": StateTensor((m, r), param.dtype, "rows"),
+            "exp_avg_sq": StateTensor((m, r), param.dtype, "rows"),
+            "column_age": StateTensor((r,), torch.int32, "replicated"),
+            **basis.state_tensors(d, r, param.dtype),
+            **find_residual(group["residual"]).state_tensors(m, d, param.dtype),
+        }
+
+    def traffic(self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int) -> Traffic:
+        """The basis's statistics (and its decision, if one rank makes it) at a refresh; the residual's sums always."""
+        d, _ = sorted(matrix_shape(shape))
+        r = _rank("", tuple(shape), group["rank"])
+        basis, size = find_basis(group["basis"]), torch.promote_types(dtype, torch.float32)
+        statistics = (
+            math.prod(basis.statistics_shape(d, r)) * torch.promote_types(size, basis.statistics_dtype).itemsize
+        )
+        decision = basis.state_tensors(d, r, size).values() if basis.owner_computed else ()
+        decision_bytes = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in decision)
+        return Traffic(
+            step_bytes=find_residual(group["residual"]).sums * size.itemsize,
+            refresh_bytes=basis.rounds(1) * (statistics + decision_bytes),
+        )
+
+    @property
+    def skipped_refreshes(self) -> int:
+        """Refreshes that did not happen because a gradient was zero or not finite, over all matrices."""
+        return sum(int(state["skipped_refreshes"]) for state in self.state.values() if "skipped_refreshes" in state)
+
+    # ---------------------------------------------------------------------------------------------------------- step
+
+    def step_matrices(self, slots: list[Slot]) -> None:
+        """The update of the module's docstring."""
+        matrices = [_Matrix(slot) for slot in slots]
+        self._refresh([matrix for matrix in matrices if matrix.is_due])
+        for chunk in _chunks([matrix for matrix in matrices if matrix.has_directions]):
+            self._update(chunk)
+
+    def _refresh(self, matrices: list[_Matrix]) -> None:
+        """Choose new directions for every matrix, unless its gradient is zero or not finite."""
+        if not matrices:
+            return
+        proposals: list[Mapping[str, Tensor]] = [matrix.starting_directions() for matrix in matrices]
+        targets = [matrix.target() for matrix in matrices]
+        usable = torch.ones(len(matrices), dtype=torch.bool, device=targets[0].device)
+        rounds = [matrix.basis.rounds(matrix.steps) for matrix in matrices]
+        for round_ in range(max(rounds)):
+            active = [i for i in range(len(matrices)) if round_ < rounds[i]]
+            for owner_computed in (False, True):
+                members = [i for i in active if matrices[i].basis.owner_computed == owner_computed]
+                if not members:
+                    continue
+                decide = _decide_on_one_rank if owner_computed else _decide_on_every_rank
+                decisions, good = decide(
+                    [matrices[i] for i in members], [targets[i] for i in members], [proposals[i] for i in members]
+                )
+                usable[torch.tensor(members, device=usable.device)] &= good
+                for i, decision in zip(members, decisions, strict=True):
+                    proposals[i] = decision
+        for matrix, proposal, use in zip(matrices, proposals, usable.tolist(), strict=True):  # the one host sync
+            if use:
+                matrix.change_directions(proposal)
+            else:
+                matrix.keep_directions()
+
+    def _update(self, matrices: list[_Matrix]) -> None:
+        """One step in the present directions."""
+        for matrix in matrices:
+            matrix.advance()
+        summed = [matrix for matrix in matrices if matrix.residual.sums]
+        if summed:
+            totals = sum_over_shards([m.slot.param for m in summed], [m.first_pass() for m in summed])
+            for matrix, total in zip(summed, totals, strict=True):
+                matrix.second_pass(total)
+        for matrix in matrices:
+            if not matrix.residual.sums:
+                matrix.single_pass()
+
+
+class _Matrix:
+    """One matrix during one step: its slot with the parts it is made of."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+        self.state = slot.state
+        self.group = slot.group
+        self.basis: Basis = find_basis(slot.group["basis"])
+        self.residual: Residual = find_residual(slot.group["residual"])
+        self.steps = int(slot.state["step"])
+        self.d, _ = sorted(matrix_shape(slot.param.shape))
+        self.r = slot.state["column_age"].numel()
+        self.is_due = self.steps % slot.group["refresh_interval"] == 0
+        self.has_directions = self.steps > 0
+        self.had_gradient = slot.param.grad is not None
+        self.dtype = torch.promote_types(slot.param.dtype, torch.float32)
+        self.previous: Previous | None = None
+        self.waiting: list[tuple[slice, Block]] = []
+        self._gradient: Tensor | None = None
+
+    # ------------------------------------------------------------------------------------------------ its tensors
+
+    @property
+    def gradient(self) -> Tensor:
+        """G (m_local, d), zeros if there is none; turned over only once."""
+        if self._gradient is None:
+            param = self.slot.param
+            self._gradient = tall(param, dense_gradient(self.slot) if self.had_gradient else torch.zeros_like(param))
+        return self._gradient
+
+    @property
+    def basis_keys(self) -> list[str]:
+        return list(self.basis.state_tensors(self.d, self.r, self.dtype))
+
+    def residual_rows(self, rows: slice) -> dict[str, Tensor]:
+        keys = self.residual.state_tensors(1, self.d, self.dtype)
+        return {key: local(self.state[key])[rows] for key, spec in keys.items() if spec.layout == "rows"}
+
+    def blocks(self) -> Iterator[slice]:
+        yield from row_blocks(self.gradient.shape[0], self.d, self.gradient.device)
+
+    def directions(self, state: Mapping[str, Tensor]) -> Directions:
+        like = torch.empty((), dtype=self.dtype, device=self.gradient.device)
+        return self.basis.directions(state, self.d, self.r, like)
+
+    # ------------------------------------------------------------------------------------------------- refreshing
+
+    def starting_directions(self) -> Mapping[str, Tensor]:
+        if self.steps:
+            return {key: self.state[key] for key in self.basis_keys}
+        return self.basis.start(
+            self.d, self.r, torch.empty((), dtype=self.dtype, device=self.gradient.device), self.seed
+        )
+
+    @property
+    def seed(self) -> int:
+        return int(self.group["seed"]) + self.steps
+
+    def target(self) -> Tensor:
+        """What directions are chosen for: (1 - rho) A + rho lift(M_hat), (m_local, d)."""
+        everything = slice(None)
+        target = self.residual.recall(self.gradient.to(self.dtype), self.residual_rows(everything))
+        rho = self.group["rho"]
+        if not rho or not self.steps:
+            return target
+        age = self.state["column_age"].double()
+        mean = read(self.state, "exp_avg", everything, self.dtype) / (1 - self.group["betas"][0] ** age).to(self.dtype)
+        return self.directions(self.state).lift(mean).mul_(rho).add_(target, alpha=1 - rho)
+
+    def change_directions(self, new: Mapping[str, Tensor]) -> None:
+        old = {key: self.state[key].clone() for key in self.basis_keys}
+        if self.steps:
+            everything = slice(None)
+            exp_avg, exp_avg_sq = (read(self.state, key, everything, self.dtype) for key in ("exp_avg", "exp_avg_sq"))
+            age = self.state["column_age"]
+            if self.residual.tracks_momentum:
+                self.previous = Previous(self.directions(old), exp_avg.clone())
+            moments = self._carried(Moments(exp_avg, exp_avg_sq, age), old, new)
+            if moments is not None:
+                replace(self.state, "exp_avg", moments.exp_avg)
+                replace(self.state, "exp_avg_sq", moments.exp_avg_sq)
+                age.copy_(moments.age)
+        for key, value in new.items():
+            self.state[key].copy_(value)
+        self.has_directions = True
+
+    def _carried(self, moments: Moments, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> Moments | None:
+        if self.group["moments"] == "keep":
+            return None
+        if self.group["moments"] == "reset":
+            return Moments(*map(torch.zeros_like, moments))
+        return self.basis.carry(moments, old, new, self.d, self.group["betas"])
+
+    def keep_directions(self) -> None:
+        finite = bool(self.gradient.isfinite().all()) if self.gradient.numel() else True
+        if self.steps or not finite:
+            self.state["skipped_refreshes"] += 1
+            reason = "zero" if finite else "not finite"
+            warnings.warn(
+                f"the gradient of {self.slot.name!r} is {reason}: its directions were not chosen anew "
+                f"({int(self.state['skipped_refreshes'])} times now)",
+                stacklevel=2,
+            )
+
+    # --------------------------------------------------------------------------------------------------- updating
+
+    @property
+    def rates(self) -> Rates:
+        group = self.group
+        return Rates(group["lr"], group["scale"], group["residual_scale"], group["betas"][0])
+
+    def advance(self) -> None:
+        self.state["step"] += 1
+        if self.had_gradient:
+            self.state["column_age"] += 1
+
+    def adam(self) -> Iterator[tuple[slice, Block]]:
+        """Moments and coordinates, block by block."""
+        state, group = self.state, self.group
+        age = state["column_age"].double()
+        bias_correction1 = (1 - group["betas"][0] ** age).to(self.dtype)
+        bias_correction2_sqrt = (1 - group["betas"][1] ** age).sqrt().to(self.dtype)
+        directions = self.directions(state)
+        self.weight = accumulator(self.slot.param, self.dtype)
+        if group["weight_decay"]:
+            local(self.slot.param).mul_(1 - group["lr"] * group["weight_decay"])
+        for rows in self.blocks():
+            gradient = self.residual.recall(self.gradient[rows].to(self.dtype), self.residual_rows(rows))
+            coordinates = directions.project(gradient)
+            exp_avg = read(state, "exp_avg", rows, self.dtype)
+            exp_avg_sq = read(state, "exp_avg_sq", rows, self.dtype)
+            carried, previous = None, None
+            if self.previous is not None:
+                carried = exp_avg.clone()
+                previous = Previous(self.previous.directions, self.previous.exp_avg[rows])
+            update = rules.adam_direction(
+                coordinates,
+                exp_avg,
+                exp_avg_sq,
+                bias_correction1,
+                bias_correction2_sqrt,
+                betas=group["betas"],
+                eps=group["eps"],
+            )
+            write(state, "exp_avg", rows, exp_avg)
+            write(state, "exp_avg_sq", rows, exp_avg_sq)
+            yield rows, Block(gradient, coordinates, update, directions, self.weight[rows], carried, previous)
+
+    def single_pass(self) -> None:
+        if not self.had_gradient:
+            return
+        for rows, block in self.adam():
+            self.residual.add_(block, self.rates, self.residual_rows(rows), None)
+        commit(self.slot.param, self.weight)
+
+    def first_pass(self) -> Tensor:
+        total = torch.zeros(self.residual.sums, dtype=self.dtype, device=self.gradient.device)
+        if self.had_gradient:
+            for rows, block in self.adam():
+                total += self.residual.partial_sums(block, self.rates)
+                self.waiting.append((rows, block._replace(gradient=total)))  # its gradient is cheaper to read again
+        return total
+
+    def second_pass(self, total: Tensor) -> None:
+        if not self.had_gradient:
+            return
+        factor = self.residual.factor(total, self.state)
+        for rows, block in self.waiting:
+            gradient = self.gradient[rows].to(self.dtype)
+            self.residual.add_(block._replace(gradient=gradient), self.rates, self.residual_rows(rows), factor)
+        commit(self.slot.param, self.weight)
+
+
+def _decide_on_every_rank(
+    matrices: list[_Matrix], targets: list[Tensor], proposals: list[Mapping[str, Tensor]]
+) -> tuple[list[dict[str, Tensor]], Tensor]:
+    """New directions, and whether they can be used, from statistics summed for all matrices at once."""
+    statistics = [m.basis.statistics(t, p) for m, t, p in zip(matrices, targets, proposals, strict=True)]
+    totals = sum_over_shards([matrix.slot.param for matrix in matrices], statistics)
+    decisions = [m.basis.choose(total, m.d, m.r, m.seed) for m, total in zip(matrices, totals, strict=True)]
+    return decisions, torch.stack([_is_usable(total) for total in totals])
+
+
+def _decide_on_one_rank(
+    matrices: list[_Matrix], targets: list[Tensor], proposals: list[Mapping[str, Tensor]]
+) -> tuple[list[dict[str, Tensor]], Tensor]:
+    """As ``_decide_on_every_rank``, where the choice is costly or not unique; a choice that failed is nan."""
+    like = [
+        {
+            key: torch.empty(spec.shape, dtype=matrix.dtype, device=matrix.gradient.device)
+            for key, spec in matrix.basis.state_tensors(matrix.d, matrix.r, matrix.dtype).items()
+        }
+        for matrix in matrices
+    ]
+
+    def decide(i: int, total: Tensor) -> dict[str, Tensor]:
+        matrix = matrices[i]
+        if _is_usable(total):
+            with contextlib.suppress(LinAlgError):
+                return matrix.basis.choose(total, matrix.d, matrix.r, matrix.seed)
+        return {key: torch.full_like(value, torch.nan) for key, value in like[i].items()}
+
+    statistics = [m.basis.statistics(t, p) for m, t, p in zip(matrices, targets, proposals, strict=True)]
+    decisions = decide_on_one_rank([matrix.slot.param for matrix in matrices], statistics, decide, like)
+    good = [torch.stack([value.isfinite().all() for value in decision.values()]).all() for decision in decisions]
+    return decisions, torch.stack(good)
+
+
+def _is_usable(statistics: Tensor) -> Tensor:
+    total = statistics.abs().sum()
+    return total.isfinite() & (total > 0)
+
+
+def _chunks(matrices: list[_Matrix]) -> Iterator[list[_Matrix]]:
+    """Runs of matrices of bounded size, cut alike on every rank."""
+    chunk: list[_Matrix] = []
+    numbers = 0
+    for matrix in matrices:
+        size = max(matrix_shape(matrix.slot.param.shape)) * matrix.r
+        if chunk and numbers + size > _CHUNK_NUMBERS:
+            yield chunk
+            chunk, numbers = [], 0
+        chunk.append(matrix)
+        numbers += size
+    if chunk:
+        yield chunk
+
+
+def _check_settings(name: str, group: dict[str, Any]) -> None:
+    interval = group["refresh_interval"]
+    if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
+        raise ValueError(f"refresh_interval={interval!r} for {name!r}; expected a whole number of steps >= 1")
+    if group["moments"] not in MOMENTS:
+        raise ValueError(f"moments={group['moments']!r} for {name!r}; expected one of {', '.join(MOMENTS)}")
+    for key in ("scale", "residual_scale"):
+        if not is_number(group[key]) or group[key] < 0:
+            raise ValueError(f"{key}={group[key]!r} for {name!r}; expected a number >= 0")
+    if not is_number(group["rho"]) or not 0 <= group["rho"] < 1:
+        raise ValueError(f"rho={group['rho']!r} for {name!r}; expected a number in [0, 1)")
+    if not isinstance(group["seed"], int) or isinstance(group["seed"], bool) or group["seed"] < 0:
+        raise ValueError(f"seed={group['seed']!r} for {name!r}; expected a whole number >= 0")
+    basis, residual = find_basis(group["basis"]), find_residual(group["residual"])
+    if not basis.is_orthonormal:
+        for key, conflict in (("residual", residual.needs_orthonormal), ("moments", group["moments"] == "rotate")):
+            if conflict:
+                raise ValueError(
+                    f"{key}={group[key]!r} for {name!r} needs orthonormal directions, and those of "
+                    f"basis={group['basis']!r} are not; use basis='random', or another {key}"
+                )
+
+
+def _rank(name: str, shape: tuple[int, ...], rank: int | None) -> int:
+    largest = min(matrix_shape(shape))
+    if rank is None:
+        return max(1, largest // 4)
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"rank={rank!r} for {name!r} of shape {shape}; expected a whole number from 1 to {largest}")
+    if rank > largest:
+        raise ValueError(
+            f"rank={rank} exceeds min(m, n)={largest} for {name!r} of shape {shape}; lower the rank, or give this "
+            "matrix its own with rules={...} in optim.param_groups"
+        )
+    return rank

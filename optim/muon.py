@@ -1,0 +1,146 @@
+"""Muon: momentum, orthogonalized; the step of a matrix has the same length in every direction.
+
+    M <- mu M + (1 - mu) G
+    X  = mu M + (1 - mu) G    (Nesterov; else X = M)
+    O  = NewtonSchulz(X)      singular vectors of X, singular values of about 1: see ``optim.orthogonalize``
+    W <- (1 - lr wd) W - lr s O,   s = sqrt(max(1, R / C))   ("original", Jordan et al.)
+                                   s = 0.2 sqrt(max(R, C))   ("match_rms_adamw", Liu et al.: s O is as long as Adam's)
+
+    W, G, M, X, O (R, C), each worked on tall: (m, d) with m = max(R, C), d = min(R, C).
+
+Sharded, with m split over the ranks, all is local but X^T X, whose d x d numbers are summed once per step. A matrix
+sharded along d instead is turned over and back. A rank on which a gradient is missing adds nothing to the sum and
+leaves its part of the matrix alone.
+
+Sources: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024
+(kellerjordan.github.io/posts/muon); Liu et al., "Muon is Scalable for LLM Training" (arXiv 2502.16982), the second
+scale. Defaults and order of operations are those of ``torch.optim.Muon``, which cannot work on shards.
+
+We differ:
+  * Newton-Schulz in float32 instead of bfloat16, so that one sum over the ranks is enough: closer to the exact
+    iteration, and slower on GPUs, where it is only worth it because no rank ever gathers a matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from optim.base import MatrixOptimizer, Slot, Traffic, dense_gradient
+from optim.orthogonalize import chunks, orthogonalized
+from optim.sharding import (
+    StateTensor,
+    add_tall,
+    local,
+    matrix_shape,
+    preferred_shard_dim,
+    projected_dim,
+    tall,
+)
+
+__all__ = ["Muon"]
+
+_SCALES: dict[str, Callable[[int, int], float]] = {
+    "original": lambda rows, columns: math.sqrt(max(1, rows / columns)),
+    "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
+}
+
+
+class Muon(MatrixOptimizer):
+    """Muon on matrices, AdamW on embeddings, head, norms and biases.
+
+    Args:
+        params: groups from ``optim.param_groups(model)``, before or after ``fully_shard``.
+        lr: learning rate of all groups; float or tensor. With ``adjust_lr="original"`` matrices usually want 5 to 20
+            times the rate of the rest: give their group its own.
+        momentum: decay of the average of gradients.
+        nesterov: whether to step with the average as it would be after one more such gradient.
+        adjust_lr: how ``lr`` depends on a matrix's shape; with ``"match_rms_adamw"`` a rate tuned for AdamW fits.
+        betas: decay of AdamW's moments, for what is not a matrix.
+        eps: added to the root of AdamW's second moment.
+        weight_decay: decoupled, per unit of ``lr``.
+
+    Raises:
+        ValueError: at construction, for groups without roles and for values out of range.
+
+    State of a matrix: ``momentum``, like the parameter; a step count.
+    Communication when sharded: one float32 sum of min(R, C)^2 numbers per matrix and step, many matrices at a time.
+    """
+
+    source = "Jordan et al., 2024 (kellerjordan.github.io/posts/muon); Liu et al., arXiv 2502.16982"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        *,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        adjust_lr: Literal["original", "match_rms_adamw"] = "original",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "adjust_lr": adjust_lr}
+        super().__init__(params, {**defaults, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @classmethod
+    def shard_dim(cls, role: str, shape: Sequence[int], world_size: int) -> int:
+        """A matrix: its longer dimension, so that only X^T X is communicated."""
+        return preferred_shard_dim(shape, world_size) if role == "matrix" else 0
+
+    def matrix_state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
+        """One average; raises ValueError for hyperparameters out of range."""
+        if not 0 <= group["momentum"] < 1:
+            raise ValueError(f"momentum={group['momentum']!r} for {name!r}; expected a number in [0, 1)")
+        if group["adjust_lr"] not in _SCALES:
+            raise ValueError(f"adjust_lr={group['adjust_lr']!r} for {name!r}; expected one of {', '.join(_SCALES)}")
+        return {
+            "step": StateTensor((), torch.float32, "host"),
+            "momentum": StateTensor(tuple(param.shape), param.dtype, "parameter"),
+        }
+
+    def traffic(self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int) -> Traffic:
+        """X^T X; and X and the update of a matrix that can only be sharded along its shorter dimension."""
+        if world_size == 1:
+            return Traffic()
+        d, m = sorted(matrix_shape(shape))
+        numbers = d * d
+        if self.shard_dim("matrix", shape, world_size) == projected_dim(shape):
+            numbers += m * math.ceil(d / world_size) + math.ceil(m / world_size) * d
+        return Traffic(step_bytes=numbers * torch.promote_types(dtype, torch.float32).itemsize)
+
+    def step_matrices(self, slots: list[Slot]) -> None:
+        """The update of the module's docstring; every rank goes through the same matrices, with or without gradient."""
+        for chunk in chunks(slots, [slot.param.numel() for slot in slots]):
+            params = [slot.param for slot in chunk]
+            blocks = [tall(slot.param, _averaged(slot)) for slot in chunk]
+            for slot, update in zip(chunk, orthogonalized(params, blocks), strict=True):
+                _apply(slot, update)
+
+
+def _averaged(slot: Slot) -> Tensor:
+    """X, this rank's part of it shaped as the parameter; updates M."""
+    dtype = torch.promote_types(slot.param.dtype, torch.float32)
+    if slot.param.grad is None:
+        return torch.zeros_like(local(slot.param), dtype=dtype)
+    stored, mu = local(slot.state["momentum"]), slot.group["momentum"]
+    gradient = local(dense_gradient(slot)).to(dtype)
+    average = stored.to(dtype).lerp_(gradient, 1 - mu)
+    if average.dtype != stored.dtype:
+        stored.copy_(average)
+    return gradient.lerp(average, mu) if slot.group["nesterov"] else average
+
+
+def _apply(slot: Slot, update: Tensor) -> None:
+    group = slot.group
+    slot.state["step"] += 1
+    if group["weight_decay"] and slot.param.grad is not None:
+        local(slot.param).mul_(1 - group["lr"] * group["weight_decay"])
+    scale = _SCALES[group["adjust_lr"]](*matrix_shape(slot.param.shape))
+    add_tall(slot.param, update * (-scale * group["lr"]))

@@ -1,0 +1,172 @@
+"""Optimizer state in fewer bits.
+
+Moments, block-wise (``state_dtype="8bit"``): blocks of 128 numbers along the last dimension of the *global* tensor,
+s = largest magnitude of the block (float32), and codes that are finer near zero, as moments are:
+
+    first moment,  signed:    x = s sgn(c) (c / 127)^2,   c = -127 .. 127
+    second moment, unsigned:  x = s (c / 255)^4,          c = 0 .. 255;  a positive number never becomes 0
+
+Error feedback, row-wise and uniform: x = s c with s = largest magnitude of the row / 127 (8 bits) or / 7 (4 bits, two
+codes a byte).
+
+Which tensors are quantised, and in what blocks, follows from global shapes alone, so precision never depends on the
+number of ranks. torchao's 8-bit state decides by the size of the local shard and needs it to be a multiple of its
+block, which low-rank moments (m, r) seldom are; hence a storage of our own.
+
+Sources: block-wise quantisation, Dettmers et al. (arXiv 2110.02861); rows for error feedback, Modoranu et al.
+(arXiv 2505.17967), whose released 8-bit code uses 16 levels and whose 4-bit code returns numbers in another order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from optim.sharding import StateTensor, local
+
+__all__ = ["STATE_DTYPES", "RowCodec", "as_stored", "dequantize", "quantize", "read", "replace", "write"]
+
+BLOCK = 128
+_MIN_NUMBERS = 4096
+"""Smaller tensors stay as they are: their bytes do not matter (the threshold of bitsandbytes, on the global size)."""
+
+STATE_DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": torch.int8}
+"""Values of ``state_dtype``, beside None for the parameter's own dtype."""
+
+_MOMENTS = {"exp_avg": torch.int8, "momentum": torch.int8, "exp_avg_sq": torch.uint8}
+
+
+def as_stored(layout: Mapping[str, StateTensor], state_dtype: str | None) -> dict[str, StateTensor]:
+    """The tensors in which a layout is really kept; moments only are affected. Raises ValueError for a wrong dtype."""
+    if state_dtype is None:
+        return dict(layout)
+    if state_dtype not in STATE_DTYPES:
+        raise ValueError(f"state_dtype={state_dtype!r}; expected None or one of {', '.join(STATE_DTYPES)}")
+    stored: dict[str, StateTensor] = {}
+    for key, spec in layout.items():
+        if key not in _MOMENTS:
+            stored[key] = spec
+        elif state_dtype != "8bit":
+            stored[key] = StateTensor(spec.shape, STATE_DTYPES[state_dtype], spec.layout)
+        elif len(spec.shape) != 2 or math.prod(spec.shape) < _MIN_NUMBERS or spec.shape[1] < BLOCK // 4:
+            stored[key] = spec
+        else:
+            blocks = math.ceil(spec.shape[1] / BLOCK)
+            stored[key] = StateTensor(spec.shape, _MOMENTS[key], spec.layout)
+            scale_layout = "leading" if spec.layout == "parameter" else spec.layout
+            stored[f"{key}_scale"] = StateTensor((spec.shape[0], blocks), torch.float32, scale_layout)
+    return stored
+
+
+def read(state: Mapping[str, Tensor], key: str, rows: slice, dtype: torch.dtype, offset: int = 0) -> Tensor:
+    """Rows of a moment in ``dtype``: the stored tensor itself, to be changed in place, if it has that type.
+
+    ``offset``: global index of this shard's first column, not 0 only where columns are sharded.
+    """
+    stored = local(state[key])[rows]
+    if f"{key}_scale" not in state:
+        return stored if stored.dtype == dtype else stored.to(dtype)
+    return dequantize(stored, local(state[f"{key}_scale"])[rows], dtype, offset)
+
+
+def write(
+    state: Mapping[str, Tensor],
+    key: str,
+    rows: slice,
+    value: Tensor,
+    offset: int = 0,
+    maximum: Callable[[Tensor], Tensor] = lambda scale: scale,
+) -> None:
+    """Store what ``read`` gave, after it was changed.
+
+    ``maximum``: largest over the ranks that share a row, where columns are sharded.
+    """
+    stored = local(state[key])[rows]
+    if f"{key}_scale" in state:
+        quantize(value, stored, local(state[f"{key}_scale"])[rows], offset, maximum)
+    elif stored.dtype != value.dtype:
+        stored.copy_(value)
+
+
+def replace(state: Mapping[str, Tensor], key: str, value: Tensor) -> None:
+    """Store a whole moment (the local rows of it) computed anew."""
+    stored = local(state[key])
+    if f"{key}_scale" in state:
+        quantize(value, stored, local(state[f"{key}_scale"]))
+    else:
+        stored.copy_(value)
+
+
+def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype, offset: int = 0) -> Tensor:
+    """Numbers (m, n) from codes (m, n), int8 or uint8, and scales (m, blocks)."""
+    value = codes.to(dtype)
+    if codes.dtype == torch.int8:
+        value.div_(127)
+        value.mul_(value.abs())
+    else:
+        value.div_(255).square_().square_()
+    return value.mul_(_spread(scale.to(dtype), codes.shape[1], offset))
+
+
+def quantize(
+    value: Tensor,  # (m, n)
+    codes: Tensor,  # (m, n) int8 or uint8, written
+    scale: Tensor,  # (m, blocks) float32, written
+    offset: int = 0,
+    maximum: Callable[[Tensor], Tensor] = lambda scale: scale,
+) -> None:
+    """Codes and scales of numbers; those of an unsigned code must not be negative."""
+    scale.copy_(maximum(_block_maxima(value, scale.shape[1], offset)))
+    unit = value / _spread(scale.to(value.dtype), value.shape[1], offset).clamp_min(torch.finfo(torch.float32).tiny)
+    if codes.dtype == torch.int8:
+        codes.copy_(unit.abs().sqrt_().copysign_(unit).mul_(127).round_())
+    else:
+        positive = unit > 0
+        codes.copy_(unit.sqrt_().sqrt_().mul_(255).round_().clamp_(max=255).maximum(positive.to(unit.dtype)))
+
+
+def _block_maxima(value: Tensor, blocks: int, offset: int) -> Tensor:
+    m, n = value.shape
+    padded = torch.nn.functional.pad(value, (offset, blocks * BLOCK - offset - n))
+    return padded.view(m, blocks, BLOCK).abs().amax(2).float()
+
+
+def _spread(scale: Tensor, n: int, offset: int) -> Tensor:
+    """Scales (m, blocks) repeated to columns offset .. offset + n - 1."""
+    return scale.repeat_interleave(BLOCK, dim=1)[:, offset : offset + n]
+
+
+class RowCodec:
+    """Rows of numbers in 8 or 4 bits, with one scale each."""
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+        self.levels = 2 ** (bits - 1) - 1
+
+    def state_tensors(self, key: str, m: int, d: int, scale_dtype: torch.dtype) -> dict[str, StateTensor]:
+        """Codes and scales of an (m, d) matrix whose rows are sharded."""
+        codes = (
+            StateTensor((m, d), torch.int8, "rows")
+            if self.bits == 8
+            else StateTensor((m, math.ceil(d / 2)), torch.uint8, "rows")
+        )
+        return {key: codes, f"{key}_scale": StateTensor((m, 1), scale_dtype, "rows")}
+
+    def encode(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and scales of rows (m, d)."""
+        scale = value.abs().amax(1, keepdim=True) / self.levels
+        codes = (value / torch.where(scale > 0, scale, 1)).round_().to(torch.int8)
+        if self.bits == 8:
+            return codes, scale
+        nibbles = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2)).add_(8).to(torch.uint8)
+        return nibbles[:, ::2] | (nibbles[:, 1::2] << 4), scale
+
+    def decode(self, codes: Tensor, scale: Tensor, d: int, dtype: torch.dtype) -> Tensor:
+        """Rows (m, d) from codes and scales."""
+        if self.bits == 4:
+            pairs = torch.stack([codes & 15, codes >> 4], dim=2)
+            codes = pairs.flatten(1)[:, :d].to(torch.int8) - 8
+        return codes.to(dtype).mul_(scale.to(dtype))
