@@ -5,6 +5,7 @@ optimizer = DCTAdamW(param_groups(model), lr=1e-3, rank=256, weight_decay=0.1)
 """
 
 from optim.adamw import AdamW
+from optim.backward import attach_to_backward
 from optim.base import MatrixOptimizer
 from optim.low_rank_adamw import APOLLO, FRUGAL, APOLLOMini, DCTAdamW, Fira, GaLoreAdamW, LDAdam, LowRankAdamW
 from optim.memory import predicted_state_bytes, state_bytes
@@ -23,6 +24,7 @@ __all__ = [
     "LDAdam",
     "LowRankAdamW",
     "MatrixOptimizer",
+    "attach_to_backward",
     "check_arguments",
     "create",
     "describe",

@@ -1,4 +1,4 @@
-"""AdamW: the baseline, equal to ``torch.optim.AdamW`` bit for bit, as one more optimizer of this package.
+"""AdamW: the baseline, equal to ``torch.optim.AdamW(fused=True)`` bit for bit, as one more optimizer of this package.
 
     theta <- (1 - lr wd) theta;  m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
     theta <- theta - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from optim import rules
 from optim.blocks import row_blocks
 from optim.quantization import as_stored, read, write
 from optim.sharding import StateTensor, allocate, copy_into, first_column, local, max_over_shards
+
+if TYPE_CHECKING:
+    from optim.backward import BackwardUpdates
 
 __all__ = ["ROLES", "MatrixOptimizer", "Slot", "Traffic", "adamw_state", "dense_gradient", "is_number"]
 
@@ -61,8 +64,13 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
     needs_roles = True
     """False for a method that treats all roles alike, and so accepts plain ``model.parameters()``."""
 
+    structural_settings: tuple[str, ...] = ()
+    """Hyperparameters that say what the state means, so that a checkpoint must have been written with the same."""
+
     method_roles: frozenset[str] = frozenset({"matrix"})
     """The roles the method itself updates; parameters of the others get AdamW."""
+
+    in_backward: BackwardUpdates | None = None  # of the class, because torch's copies and pickles drop attributes
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         super().__init__(params, {"role": None if self.needs_roles else "vector", **defaults})
@@ -97,16 +105,35 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
             with torch.enable_grad():
                 loss = closure()
         self._adopt_replaced_parameters()
-        matrices: list[Slot] = []
+        if self.in_backward is not None:
+            self.in_backward.finish()
+        else:
+            self.step_slots(list(self.slots()))
+        return loss
+
+    def step_slots(self, slots: list[Slot]) -> None:
+        """Update these parameters from their gradients."""
+        matrices = [slot for slot in slots if slot.group["role"] in self.method_roles]
         for group in self.param_groups:
-            slots = list(self._slots(group))
-            if group["role"] in self.method_roles:
-                matrices.extend(slots)
-            else:
-                self.step_adamw(slots)
+            if group["role"] not in self.method_roles:
+                self.step_adamw([slot for slot in slots if slot.group is group])
         if matrices:
             self.step_matrices(matrices)
-        return loss
+
+    def coordinates_suffice(self, slot: Slot) -> bool:
+        """Whether the update of a parameter needs no more of its gradient than ``project_gradient`` returns."""
+        return False
+
+    def project_gradient(self, slot: Slot, *, refresh: bool) -> Tensor | None:
+        """Coordinates of the present gradient, linear in it; chooses directions first if they are due and it may.
+
+        None while no directions have been chosen. A collective where ``step`` is.
+        """
+        raise NotImplementedError
+
+    def step_coordinates(self, slot: Slot, coordinates: Tensor) -> None:
+        """Update one parameter from (sums of) what ``project_gradient`` returned."""
+        raise NotImplementedError
 
     def step_adamw(self, slots: list[Slot]) -> None:
         """AdamW on parameters of one group, shard by shard."""
@@ -192,9 +219,11 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         layout = self.state_layout(name, param, group)
         self.state[param] = {key: allocate(spec, param) for key, spec in layout.items()}
 
-    def _slots(self, group: dict[str, Any]) -> Iterator[Slot]:
-        for name, param in _named_parameters(group):
-            yield Slot(name, param, self.state[param], group)
+    def slots(self) -> Iterator[Slot]:
+        """All parameters with their state, group by group."""
+        for group in self.param_groups:
+            for name, param in _named_parameters(group):
+                yield Slot(name, param, self.state[param], group)
 
     def _adopt_replaced_parameters(self) -> None:
         """Allocate anew if a framework sharded the model, and swapped the parameters, after building the optimizer."""
@@ -227,10 +256,17 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         """
         self._adopt_replaced_parameters()
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        slots = [slot for group in self.param_groups for slot in self._slots(group)]
+        slots = list(self.slots())
         if len(saved_ids) == len(slots):  # torch words the error for a mismatch
             for i, slot in zip(saved_ids, slots, strict=True):
                 _check_loadable(slot, state_dict["state"].get(i, {}))
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            for key in self.structural_settings if group["role"] in self.method_roles else ():
+                if saved.get(key, group[key]) != group[key]:
+                    raise ValueError(
+                        f"the checkpoint was written with {key}={saved[key]!r} and this optimizer has "
+                        f"{key}={group[key]!r}, so its state means something else; load it with the same"
+                    )
         super().load_state_dict(state_dict)
         for i, slot in zip(saved_ids, slots, strict=True):
             for key, value in state_dict["state"].get(i, {}).items():

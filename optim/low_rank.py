@@ -61,6 +61,7 @@ from optim.sharding import (
 __all__ = ["LowRankOptimizer"]
 
 MOMENTS = ("keep", "reset", "rotate")
+_ZERO = "zero"
 
 _CHUNK_NUMBERS = 2**24
 """Coordinates, in all, of the matrices whose residual sums share one all-reduce: bounds what waits for it."""
@@ -73,6 +74,8 @@ class LowRankOptimizer(MatrixOptimizer, ABC):
     basis and the residual store; ``step``, the updates since the first directions were chosen, in CPU memory because
     Python must compare it with ``refresh_interval`` without waiting for the device; ``skipped_refreshes``.
     """
+
+    structural_settings = ("basis", "residual")
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         common = {"scale": 1.0, "residual_scale": 1.0, "rho": 0.0, "seed": 0, "state_dtype": None}
@@ -131,13 +134,30 @@ class LowRankOptimizer(MatrixOptimizer, ABC):
         for chunk in _chunks([matrix for matrix in matrices if matrix.has_directions]):
             self._update(chunk)
 
+    def coordinates_suffice(self, slot: Slot) -> bool:
+        """With the rest dropped, for a matrix."""
+        return slot.group["role"] in self.method_roles and not find_residual(slot.group["residual"]).whole_gradient
+
+    def project_gradient(self, slot: Slot, *, refresh: bool) -> Tensor | None:
+        """(m_local, r), summed over nothing: each rank has the coordinates of its rows."""
+        matrix = _Matrix(slot)
+        if refresh and matrix.is_due:
+            self._refresh([matrix])
+        return matrix.project() if matrix.has_directions else None
+
+    def step_coordinates(self, slot: Slot, coordinates: Tensor) -> None:
+        """The update, with g given."""
+        matrix = _Matrix(slot, coordinates)
+        matrix.advance()
+        matrix.single_pass()
+
     def _refresh(self, matrices: list[_Matrix]) -> None:
         """Choose new directions for every matrix, unless its gradient is zero or not finite."""
         if not matrices:
             return
         proposals: list[Mapping[str, Tensor]] = [matrix.starting_directions() for matrix in matrices]
         targets = [matrix.target() for matrix in matrices]
-        usable = torch.ones(len(matrices), dtype=torch.bool, device=targets[0].device)
+        signs = torch.ones(len(matrices), device=targets[0].device)
         rounds = [matrix.basis.rounds(matrix.steps) for matrix in matrices]
         for round_ in range(max(rounds)):
             active = [i for i in range(len(matrices)) if round_ < rounds[i]]
@@ -146,17 +166,17 @@ class LowRankOptimizer(MatrixOptimizer, ABC):
                 if not members:
                     continue
                 decide = _decide_on_one_rank if owner_computed else _decide_on_every_rank
-                decisions, good = decide(
+                decisions, found = decide(
                     [matrices[i] for i in members], [targets[i] for i in members], [proposals[i] for i in members]
                 )
-                usable[torch.tensor(members, device=usable.device)] &= good
-                for i, decision in zip(members, decisions, strict=True):
+                for i, decision, sign in zip(members, decisions, found, strict=True):
                     proposals[i] = decision
-        for matrix, proposal, use in zip(matrices, proposals, usable.tolist(), strict=True):  # the one host sync
-            if use:
+                    signs[i] *= sign
+        for matrix, proposal, sign in zip(matrices, proposals, signs.tolist(), strict=True):  # the one host sync
+            if sign > 0:
                 matrix.change_directions(proposal)
             else:
-                matrix.keep_directions()
+                matrix.keep_directions(_ZERO if sign == 0 else "not finite")
 
     def _update(self, matrices: list[_Matrix]) -> None:
         """One step in the present directions."""
@@ -175,8 +195,9 @@ class LowRankOptimizer(MatrixOptimizer, ABC):
 class _Matrix:
     """One matrix during one step: its slot with the parts it is made of."""
 
-    def __init__(self, slot: Slot) -> None:
+    def __init__(self, slot: Slot, coordinates: Tensor | None = None) -> None:
         self.slot = slot
+        self.given = coordinates
         self.state = slot.state
         self.group = slot.group
         self.basis: Basis = find_basis(slot.group["basis"])
@@ -186,8 +207,9 @@ class _Matrix:
         self.r = slot.state["column_age"].numel()
         self.is_due = self.steps % slot.group["refresh_interval"] == 0
         self.has_directions = self.steps > 0
-        self.had_gradient = slot.param.grad is not None
+        self.had_gradient = slot.param.grad is not None or coordinates is not None
         self.dtype = torch.promote_types(slot.param.dtype, torch.float32)
+        self.like = torch.empty((), dtype=self.dtype, device=slot.param.device)
         self.previous: Previous | None = None
         self.waiting: list[tuple[slice, Block]] = []
         self._gradient: Tensor | None = None
@@ -211,20 +233,17 @@ class _Matrix:
         return {key: local(self.state[key])[rows] for key, spec in keys.items() if spec.layout == "rows"}
 
     def blocks(self) -> Iterator[slice]:
-        yield from row_blocks(self.gradient.shape[0], self.d, self.gradient.device)
+        yield from row_blocks(local(self.state["exp_avg"]).shape[0], self.d, self.like.device)
 
     def directions(self, state: Mapping[str, Tensor]) -> Directions:
-        like = torch.empty((), dtype=self.dtype, device=self.gradient.device)
-        return self.basis.directions(state, self.d, self.r, like)
+        return self.basis.directions(state, self.d, self.r, self.like)
 
     # ------------------------------------------------------------------------------------------------- refreshing
 
     def starting_directions(self) -> Mapping[str, Tensor]:
         if self.steps:
             return {key: self.state[key] for key in self.basis_keys}
-        return self.basis.start(
-            self.d, self.r, torch.empty((), dtype=self.dtype, device=self.gradient.device), self.seed
-        )
+        return self.basis.start(self.d, self.r, self.like, self.seed)
 
     @property
     def seed(self) -> int:
@@ -265,11 +284,9 @@ class _Matrix:
             return Moments(*map(torch.zeros_like, moments))
         return self.basis.carry(moments, old, new, self.d, self.group["betas"])
 
-    def keep_directions(self) -> None:
-        finite = bool(self.gradient.isfinite().all()) if self.gradient.numel() else True
-        if self.steps or not finite:
+    def keep_directions(self, reason: str) -> None:
+        if self.steps or reason != _ZERO:
             self.state["skipped_refreshes"] += 1
-            reason = "zero" if finite else "not finite"
             warnings.warn(
                 f"the gradient of {self.slot.name!r} is {reason}: its directions were not chosen anew "
                 f"({int(self.state['skipped_refreshes'])} times now)",
@@ -288,6 +305,12 @@ class _Matrix:
         if self.had_gradient:
             self.state["column_age"] += 1
 
+    def project(self) -> Tensor:
+        """Coordinates of the whole gradient, (m_local, r)."""
+        directions = self.directions(self.state)
+        blocks = [directions.project(self.gradient[rows].to(self.dtype)) for rows in self.blocks()]
+        return torch.cat(blocks) if blocks else self.like.new_zeros(0, self.r)
+
     def adam(self) -> Iterator[tuple[slice, Block]]:
         """Moments and coordinates, block by block."""
         state, group = self.state, self.group
@@ -299,8 +322,11 @@ class _Matrix:
         if group["weight_decay"]:
             local(self.slot.param).mul_(1 - group["lr"] * group["weight_decay"])
         for rows in self.blocks():
-            gradient = self.residual.recall(self.gradient[rows].to(self.dtype), self.residual_rows(rows))
-            coordinates = directions.project(gradient)
+            if self.given is None:
+                gradient = self.residual.recall(self.gradient[rows].to(self.dtype), self.residual_rows(rows))
+                coordinates = directions.project(gradient)
+            else:
+                gradient = coordinates = self.given[rows]  # of the gradient itself nothing is needed
             exp_avg = read(state, "exp_avg", rows, self.dtype)
             exp_avg_sq = read(state, "exp_avg_sq", rows, self.dtype)
             carried, previous = None, None
@@ -328,7 +354,7 @@ class _Matrix:
         commit(self.slot.param, self.weight)
 
     def first_pass(self) -> Tensor:
-        total = torch.zeros(self.residual.sums, dtype=self.dtype, device=self.gradient.device)
+        total = torch.zeros(self.residual.sums, dtype=self.dtype, device=self.like.device)
         if self.had_gradient:
             for rows, block in self.adam():
                 total += self.residual.partial_sums(block, self.rates)
@@ -347,18 +373,21 @@ class _Matrix:
 
 def _decide_on_every_rank(
     matrices: list[_Matrix], targets: list[Tensor], proposals: list[Mapping[str, Tensor]]
-) -> tuple[list[dict[str, Tensor]], Tensor]:
-    """New directions, and whether they can be used, from statistics summed for all matrices at once."""
+) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
+    """New directions, from statistics summed for all matrices at once, and their ``_magnitude``."""
     statistics = [m.basis.statistics(t, p) for m, t, p in zip(matrices, targets, proposals, strict=True)]
     totals = sum_over_shards([matrix.slot.param for matrix in matrices], statistics)
     decisions = [m.basis.choose(total, m.d, m.r, m.seed) for m, total in zip(matrices, totals, strict=True)]
-    return decisions, torch.stack([_is_usable(total) for total in totals])
+    return decisions, [_magnitude(total) for total in totals]
 
 
 def _decide_on_one_rank(
     matrices: list[_Matrix], targets: list[Tensor], proposals: list[Mapping[str, Tensor]]
-) -> tuple[list[dict[str, Tensor]], Tensor]:
-    """As ``_decide_on_every_rank``, where the choice is costly or not unique; a choice that failed is nan."""
+) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
+    """As ``_decide_on_every_rank``, where the choice is costly or not unique.
+
+    The others learn from the directions themselves that there were none to choose (0) or that it failed (nan).
+    """
     like = [
         {
             key: torch.empty(spec.shape, dtype=matrix.dtype, device=matrix.gradient.device)
@@ -368,21 +397,21 @@ def _decide_on_one_rank(
     ]
 
     def decide(i: int, total: Tensor) -> dict[str, Tensor]:
-        matrix = matrices[i]
-        if _is_usable(total):
+        matrix, magnitude = matrices[i], float(_magnitude(total))
+        if magnitude > 0:
             with contextlib.suppress(LinAlgError):
                 return matrix.basis.choose(total, matrix.d, matrix.r, matrix.seed)
-        return {key: torch.full_like(value, torch.nan) for key, value in like[i].items()}
+        return {key: torch.full_like(value, 0 if magnitude == 0 else torch.nan) for key, value in like[i].items()}
 
     statistics = [m.basis.statistics(t, p) for m, t, p in zip(matrices, targets, proposals, strict=True)]
     decisions = decide_on_one_rank([matrix.slot.param for matrix in matrices], statistics, decide, like)
-    good = [torch.stack([value.isfinite().all() for value in decision.values()]).all() for decision in decisions]
-    return decisions, torch.stack(good)
+    return decisions, [_magnitude(torch.cat([v.flatten() for v in decision.values()])) for decision in decisions]
 
 
-def _is_usable(statistics: Tensor) -> Tensor:
-    total = statistics.abs().sum()
-    return total.isfinite() & (total > 0)
+def _magnitude(values: Tensor) -> Tensor:
+    """1, or 0 if all are zero, or nan if one is not finite."""
+    total = values.abs().sum()
+    return torch.where(total.isfinite(), total.sign(), torch.nan)
 
 
 def _chunks(matrices: list[_Matrix]) -> Iterator[list[_Matrix]]:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optim.base import MatrixOptimizer, Slot, Traffic, dense_gradient
+from optim.base import MatrixOptimizer, Slot, Traffic, dense_gradient, is_number
 from optim.orthogonalize import chunks, orthogonalized
 from optim.sharding import (
     StateTensor,
@@ -96,7 +96,7 @@ class Muon(MatrixOptimizer):
 
     def matrix_state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
         """One average; raises ValueError for hyperparameters out of range."""
-        if not 0 <= group["momentum"] < 1:
+        if not (is_number(group["momentum"]) and 0 <= group["momentum"] < 1):
             raise ValueError(f"momentum={group['momentum']!r} for {name!r}; expected a number in [0, 1)")
         if group["adjust_lr"] not in _SCALES:
             raise ValueError(f"adjust_lr={group['adjust_lr']!r} for {name!r}; expected one of {', '.join(_SCALES)}")

@@ -21,11 +21,11 @@ def adamw_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """AdamW (Loshchilov & Hutter 2019, Algorithm 2), in place: torch's own kernels, fused on CUDA.
+    """AdamW (Loshchilov & Hutter 2019, Algorithm 2), in place: the fused kernels of ``torch.optim.AdamW(fused=True)``.
 
-    On CPU this is the path ``torch.optim.AdamW`` takes by default, so results are bitwise equal to it.
+    Several times faster than torch's default on CPUs too, and equal to it up to the rounding of single elements.
     """
-    fused = all(p.is_cuda for p in params)
+    fused = all(p.device.type in ("cpu", "cuda") for p in params)
     _torch_adamw(
         params,
         grads,

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optim.base import MatrixOptimizer, Slot, Traffic, dense_gradient
+from optim.base import MatrixOptimizer, Slot, Traffic, dense_gradient, is_number
 from optim.sharding import StateTensor, _shard_info, local, sum_over_shards
 
 __all__ = ["SCALE"]
@@ -73,7 +73,7 @@ class SCALE(MatrixOptimizer):
 
     def matrix_state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
         """The head's average; raises ValueError for a momentum out of range or a shape without outputs."""
-        if not 0 <= group["momentum"] < 1:
+        if not (is_number(group["momentum"]) and 0 <= group["momentum"] < 1):
             raise ValueError(f"momentum={group['momentum']!r} for {name!r}; expected a number in [0, 1)")
         if param.ndim < 2:
             raise ValueError(

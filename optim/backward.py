@@ -1,0 +1,200 @@
+"""The update fused into the backward pass: a full-size gradient lives no longer than it takes to use it.
+
+Each parameter's hook runs when its gradient is complete (under FSDP2: reduced and sharded). Three cases:
+
+    accumulation_steps = 1                 the parameter is updated at once and its gradient freed
+    accumulation_steps = k, coordinates    coordinates g_i = project(G_i) are summed over the micro-batches and each G_i
+    suffice (residual "drop")              freed: (m, r) numbers wait instead of (m, d); exact, since project is linear.
+                                           Directions due are chosen from the first micro-batch
+    accumulation_steps = k, otherwise      gradients are summed in ``param.grad`` as always, and freed by the update in
+                                           the last backward
+
+Clipping by the global norm needs every gradient before the first update. With ``max_norm`` the coordinates and squared
+norms are collected in backward, and the update happens in ``step()``; embeddings, head and vectors keep their gradients
+until then. The norm is that of the whole gradient for one micro-batch; for several, that of the summed coordinates.
+
+Sources: LOMO, Lv et al. (arXiv 2306.09782), and GaLore's per-layer update (arXiv 2403.03507), which neither accumulate
+nor clip, and have one optimizer and one schedule per parameter. Here there is one, and one ``step()`` per real step.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from optim.base import MatrixOptimizer, Slot, dense_gradient, is_number
+from optim.sharding import local, sum_over_shards
+
+__all__ = ["BackwardUpdates", "attach_to_backward"]
+
+
+def attach_to_backward(
+    model: nn.Module,
+    optimizer: MatrixOptimizer,
+    *,
+    accumulation_steps: int = 1,
+    max_norm: float | None = None,
+    clip: Literal["global", "parameter"] = "global",
+) -> BackwardUpdates:
+    """Update parameters during ``loss.backward()``; call ``optimizer.step()`` and the scheduler as ever.
+
+    Args:
+        model: after ``fully_shard``, if it is to be sharded.
+        optimizer: any of this package, built for this model.
+        accumulation_steps: backward passes per ``step()``. A ``step()`` that comes earlier uses what there is.
+        max_norm: clip gradients to this norm; None does not. ``clip_grad_norm_`` would come too late.
+        clip: ``global``, the norm over all parameters; ``parameter``, each gradient by its own norm.
+
+    Returns:
+        A handle: ``handle.detach()`` ends it, ``handle.grad_norm`` is the global norm at the last ``step()``.
+
+    Raises:
+        ValueError: for parameters that are not the model's (sharded later?), a model in DistributedDataParallel, which
+            keeps every gradient in its buckets, wrong numbers, or global clipping of a method that needs more of a
+            gradient than its coordinates.
+    """
+    return BackwardUpdates(model, optimizer, accumulation_steps, max_norm, clip)
+
+
+class BackwardUpdates:
+    """What ``attach_to_backward`` returns."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: MatrixOptimizer, accumulation_steps: int, max_norm: float | None, clip: str
+    ) -> None:
+        _check(model, optimizer, accumulation_steps, max_norm, clip)
+        self.grad_norm: Tensor | None = None
+        self._optimizer = optimizer
+        self._accumulation_steps = accumulation_steps
+        self._max_norm = max_norm
+        self._waits_for_norm = max_norm is not None and clip == "global"
+        self._passes: dict[Tensor, int] = {}
+        self._coordinates: dict[Tensor, Tensor] = {}
+        self._squares: dict[Tensor, Tensor] = {}
+        slots = list(optimizer.slots())
+        for slot in slots:
+            if self._waits_for_norm and slot.group["role"] in optimizer.method_roles and not self._projects(slot):
+                raise ValueError(
+                    f"max_norm={max_norm} with clip='global' needs every gradient before the first update, and "
+                    f"{type(optimizer).__name__} needs the whole gradient of {slot.name!r} for it; use "
+                    "clip='parameter', residual='drop', or clip_grad_norm_ without attach_to_backward"
+                )
+        self._slots = {slot.param: slot for slot in slots}
+        self._hooks = [slot.param.register_post_accumulate_grad_hook(self._hook) for slot in slots]
+        optimizer.in_backward = self
+
+    def detach(self) -> None:
+        """Back to gradients that wait for ``step()``."""
+        for hook in self._hooks:
+            hook.remove()
+        self._optimizer.in_backward = None
+
+    def finish(self) -> None:
+        """Called by ``optimizer.step()``: the updates that could not be made in backward."""
+        waiting = [self._slots[param] for param in self._passes]
+        if self._waits_for_norm:
+            self._clip_all(waiting)
+        for slot in waiting:
+            self._update(slot)
+        self._passes.clear()
+
+    @torch.no_grad()
+    def _hook(self, param: Tensor) -> None:
+        slot = self._slots[param]
+        first = param not in self._passes
+        self._passes[param] = self._passes.get(param, 0) + 1
+        last = self._passes[param] == self._accumulation_steps
+        if self._max_norm is not None and not self._waits_for_norm and self._accumulation_steps == 1:
+            _clip_one(slot, self._max_norm)
+        if self._projects(slot) and (self._waits_for_norm or self._accumulation_steps > 1):
+            self._squares[param] = _square_sum(local(dense_gradient(slot)))
+            coordinates = self._optimizer.project_gradient(slot, refresh=first)
+            if coordinates is not None:
+                self._coordinates[param] = coordinates if first else self._coordinates[param].add_(coordinates)
+            param.grad = None
+        if last and not self._waits_for_norm:
+            self._update(slot)
+            del self._passes[param]
+
+    def _projects(self, slot: Slot) -> bool:
+        return self._optimizer.coordinates_suffice(slot)
+
+    @torch.no_grad()
+    def _update(self, slot: Slot) -> None:
+        coordinates = self._coordinates.pop(slot.param, None)
+        if coordinates is not None:
+            if self._max_norm is not None and not self._waits_for_norm:
+                coordinates.mul_(_factor(_norm([slot], [_square_sum(coordinates)]), self._max_norm))
+            self._optimizer.step_coordinates(slot, coordinates)
+        elif slot.param.grad is not None:
+            if self._max_norm is not None and not self._waits_for_norm and self._accumulation_steps > 1:
+                _clip_one(slot, self._max_norm)
+            self._optimizer.step_slots([slot])
+            slot.param.grad = None
+
+    @torch.no_grad()
+    def _clip_all(self, slots: list[Slot]) -> None:
+        squares = []
+        for slot in slots:
+            if slot.param in self._coordinates and self._accumulation_steps > 1:
+                squares.append(_square_sum(self._coordinates[slot.param]))
+            elif slot.param in self._squares:
+                squares.append(self._squares[slot.param])
+            else:
+                squares.append(_square_sum(local(dense_gradient(slot))))
+        self._squares.clear()
+        if not slots:
+            return
+        assert self._max_norm is not None
+        self.grad_norm = _norm(slots, squares)
+        factor = _factor(self.grad_norm, self._max_norm)
+        for slot in slots:
+            if slot.param in self._coordinates:
+                self._coordinates[slot.param].mul_(factor)
+            elif slot.param.grad is not None:
+                local(slot.param.grad).mul_(factor)
+
+
+def _square_sum(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).square().sum()
+
+
+def _norm(slots: list[Slot], squares: list[Tensor]) -> Tensor:
+    return torch.stack(sum_over_shards([slot.param for slot in slots], squares)).sum().sqrt()
+
+
+def _factor(norm: Tensor, max_norm: float) -> Tensor:
+    """As torch.nn.utils.clip_grad_norm_."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def _clip_one(slot: Slot, max_norm: float) -> None:
+    assert slot.param.grad is not None
+    gradient = local(slot.param.grad)
+    gradient.mul_(_factor(_norm([slot], [_square_sum(gradient)]), max_norm))
+
+
+def _check(model: nn.Module, optimizer: MatrixOptimizer, accumulation_steps: Any, max_norm: Any, clip: str) -> None:
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "the model is in DistributedDataParallel, which keeps all gradients in buckets until backward ends; "
+            "expected a bare or fully_shard-ed model: with FSDP2 the update can be fused into backward"
+        )
+    if not isinstance(accumulation_steps, int) or isinstance(accumulation_steps, bool) or accumulation_steps < 1:
+        raise ValueError(f"accumulation_steps={accumulation_steps!r}; expected a whole number >= 1")
+    if max_norm is not None and (not is_number(max_norm) or max_norm <= 0):
+        raise ValueError(f"max_norm={max_norm!r}; expected a number > 0, or None")
+    if clip not in ("global", "parameter"):
+        raise ValueError(f"clip={clip!r}; expected 'global' or 'parameter'")
+    if optimizer.in_backward is not None:
+        raise ValueError("the optimizer is attached to a backward pass already; detach() that handle first")
+    own = set(model.parameters())
+    for slot in optimizer.slots():
+        if slot.param not in own:
+            raise ValueError(
+                f"{slot.name!r} of the optimizer is no parameter of the model; shard the model first, then build the "
+                "optimizer, then attach it"
+            )
