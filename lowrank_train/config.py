@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from omegaconf import OmegaConf
@@ -16,13 +17,25 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 import optim
 from lowrank_train.errors import UserError
 
-__all__ = ["Config", "changed_keys", "help_text", "load_config", "save_config"]
+__all__ = [
+    "Config",
+    "changed_keys",
+    "complete",
+    "help_text",
+    "key_help",
+    "load_config",
+    "load_schema",
+    "save_config",
+    "setting",
+]
+
+T = TypeVar("T")
 
 
-def _key(default: Any, meaning: str) -> Any:
+def setting(default: Any, meaning: str) -> Any:
     """A field with its meaning, shown by ``--help``."""
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata={"help": meaning})
+    if isinstance(default, dict | list):
+        return field(default_factory=lambda: copy.copy(default), metadata={"help": meaning})
     return field(default=default, metadata={"help": meaning})
 
 
@@ -30,75 +43,80 @@ def _key(default: Any, meaning: str) -> Any:
 class ModelConfig:
     """Which network is trained."""
 
-    name: str = _key(
+    name: str = setting(
         "llama_60m", "a size such as llama_60m or opt_125m, or a local Hugging Face folder to continue from"
     )
-    overrides: dict[str, Any] = _key({}, "Hugging Face config keys to change, e.g. model.overrides.num_hidden_layers=2")
-    gradient_checkpointing: bool = _key(False, "recompute activations in backward: less memory, about 1.3x the time")
+    overrides: dict[str, Any] = setting(
+        {}, "Hugging Face config keys to change, e.g. model.overrides.num_hidden_layers=2"
+    )
+    gradient_checkpointing: bool = setting(False, "recompute activations in backward: less memory, about 1.3x the time")
 
 
 @dataclass
 class DataConfig:
     """Where text comes from and how it becomes tokens."""
 
-    path: str | None = _key(
+    path: str | None = setting(
         None,
         "parquet, JSONL or text file(s) or a folder of them, or a Hugging Face dataset such as allenai/c4; "
         "null: the sources and documentation of the running Python",
     )
-    name: str | None = _key(None, "configuration of a Hugging Face dataset, e.g. en")
-    text_key: str = _key("text", "column that holds the text")
-    validation: str | None = _key(
+    name: str | None = setting(None, "configuration of a Hugging Face dataset, e.g. en")
+    text_key: str = setting("text", "column that holds the text")
+    validation: str | None = setting(
         None,
         "file or folder of held-out text, or a split of the Hugging Face dataset; null: documents held out by hash",
     )
-    validation_fraction: float = _key(0.02, "share of documents held out when data.validation is null")
-    tokenizer: str | None = _key(
+    validation_fraction: float = setting(0.02, "share of documents held out when data.validation is null")
+    tokenizer: str | None = setting(
         None,
         "Hugging Face tokenizer, by name or folder; null: the model folder's, or a BPE trained on the text",
     )
-    vocab_size: int = _key(32000, "entries of the trained BPE, at least 257")
-    streaming: bool | None = _key(
+    vocab_size: int = setting(32000, "entries of the trained BPE, at least 257")
+    streaming: bool | None = setting(
         None, "tokenize on the fly instead of once into the run folder; null: only for Hugging Face datasets"
     )
-    streams: int = _key(8, "parallel streams of a streamed dataset; a multiple of the world size")
+    streams: int = setting(8, "parallel streams of a streamed dataset; a multiple of the world size")
+    folder: str | None = setting(
+        None, "folder of the tokens, which runs on the same text share; null: in the run folder"
+    )
 
 
 @dataclass
 class ScheduleConfig:
     """Learning rate over the run, as a factor of optimizer.lr."""
 
-    name: Literal["cosine", "constant", "wsd"] = _key(
+    name: Literal["cosine", "constant", "wsd"] = setting(
         "cosine", "cosine, constant, or wsd (warm-up, stable, linear decay)"
     )
-    warmup_steps: int = _key(100, "steps of linear warm-up")
-    min_ratio: float = _key(0.1, "factor at the end of the run (cosine, wsd)")
-    decay_fraction: float = _key(0.2, "last share of the run in which wsd decays")
+    warmup_steps: int = setting(100, "steps of linear warm-up")
+    min_ratio: float = setting(0.1, "factor at the end of the run (cosine, wsd)")
+    decay_fraction: float = setting(0.2, "last share of the run in which wsd decays")
 
 
 @dataclass
 class ParallelConfig:
     """How ranks share the model: replicas x shards = world size (HSDP when both are above 1)."""
 
-    replicas: int = _key(1, "copies of the sharded model")
-    shards: int | None = _key(None, "ranks that share one copy; null: world size / replicas")
+    replicas: int = setting(1, "copies of the sharded model")
+    shards: int | None = setting(None, "ranks that share one copy; null: world size / replicas")
 
 
 @dataclass
 class EvalConfig:
     """Perplexity on held-out text."""
 
-    every: int = _key(200, "steps between two evaluations; 0: only at start and end")
-    tokens: int = _key(262144, "held-out tokens, always the same ones")
+    every: int = setting(200, "steps between two evaluations; 0: only at start and end")
+    tokens: int = setting(262144, "held-out tokens, always the same ones")
 
 
 @dataclass
 class CheckpointConfig:
     """What is kept to resume from."""
 
-    every: int = _key(500, "steps between two checkpoints; 0: only at the end")
-    keep: int = _key(2, "newest checkpoints kept")
-    asynchronous: bool = _key(True, "write in the background while training goes on")
+    every: int = setting(500, "steps between two checkpoints; 0: only at the end")
+    keep: int = setting(2, "newest checkpoints kept")
+    asynchronous: bool = setting(True, "write in the background while training goes on")
 
 
 @dataclass
@@ -107,30 +125,32 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    optimizer: dict[str, Any] = _key(
-        {"name": "adamw", "lr": 1e-3}, "name and arguments of an optimizer: optimizer.name=dct_adamw optimizer.rank=64"
+    optimizer: dict[str, Any] = setting(
+        {"name": "adamw", "lr": 1e-3},
+        "name and arguments of an optimizer: optimizer.name=dct_adamw optimizer.rank=64; and optimizer.other_lr, the "
+        "rate of the parameters it leaves to AdamW (embeddings, head, norms), where that is not optimizer.lr",
     )
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    steps: int = _key(1000, "optimizer steps")
-    seq_len: int = _key(512, "tokens per sequence")
-    tokens_per_step: int = _key(65536, "tokens per optimizer step, over all ranks and accumulated micro-batches")
-    micro_batch: int = _key(8, "sequences per rank in one forward pass")
-    precision: Literal["float32", "bfloat16", "float64"] = _key(
+    steps: int = setting(1000, "optimizer steps")
+    seq_len: int = setting(512, "tokens per sequence")
+    tokens_per_step: int = setting(65536, "tokens per optimizer step, over all ranks and accumulated micro-batches")
+    micro_batch: int = setting(8, "sequences per rank in one forward pass")
+    precision: Literal["float32", "bfloat16", "float64"] = setting(
         "float32", "of the arithmetic; bfloat16 keeps float32 weights and gradients between steps"
     )
-    clip: float | None = _key(1.0, "largest global gradient norm; null: no clipping")
-    loss_chunk: int = _key(1024, "tokens whose logits exist at one time")
-    seed: int = _key(0, "of initial weights and of the order of the data")
-    device: Literal["auto", "cpu", "cuda"] = _key("auto", "auto: cuda where there is one")
-    run_dir: str | None = _key(None, "folder of everything the run writes; null: runs/<model>-<optimizer>")
-    resume: str = _key(
+    clip: float | None = setting(1.0, "largest global gradient norm; null: no clipping")
+    loss_chunk: int = setting(1024, "tokens whose logits exist at one time")
+    seed: int = setting(0, "of initial weights and of the order of the data")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
+    run_dir: str | None = setting(None, "folder of everything the run writes; null: runs/<model>-<optimizer>")
+    resume: str = setting(
         "auto", "auto: continue the run in run_dir if it has a checkpoint; never; or a checkpoint's path"
     )
-    log_every: int = _key(1, "steps between two rows of metrics.jsonl and TensorBoard")
-    max_bad_steps: int = _key(5, "steps in a row with a loss or gradient that is not finite before the run stops")
+    log_every: int = setting(1, "steps between two rows of metrics.jsonl and TensorBoard")
+    max_bad_steps: int = setting(5, "steps in a row with a loss or gradient that is not finite before the run stops")
 
 
 def load_config(arguments: Sequence[str]) -> Config:
@@ -142,7 +162,12 @@ def load_config(arguments: Sequence[str]) -> Config:
     Raises:
         UserError: unreadable file, unknown key (with the closest match), value of the wrong type or out of range.
     """
-    merged = OmegaConf.structured(Config)
+    return complete(load_schema(Config, arguments))
+
+
+def load_schema(schema: type[T], arguments: Sequence[str]) -> T:
+    """As ``load_config``, for any dataclass whose fields are sections or ``setting``s; values are not checked."""
+    merged = OmegaConf.structured(schema)
     files = [a for a in arguments if "=" not in a or (a.endswith((".yaml", ".yml")) and Path(a).is_file())]
     overrides = [a for a in arguments if a not in files]
     for file in files:
@@ -154,9 +179,13 @@ def load_config(arguments: Sequence[str]) -> Config:
             raise UserError(f"cannot read the override {override!r}: {error}; expected key=value") from None
         merged = _merge(merged, parsed, f"in {override!r}")
     try:
-        config: Config = OmegaConf.to_object(merged)
+        return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(f"wrong value for {error.full_key!r}: {str(error).splitlines()[0]}") from None
+
+
+def complete(config: Config) -> Config:
+    """Fill in what follows from other values, and check all. Raises UserError for a value out of range."""
     if config.run_dir is None:
         config.run_dir = f"runs/{Path(config.model.name).name}-{config.optimizer.get('name')}"
     if config.data.tokenizer is None and Path(config.model.name, "config.json").is_file():
@@ -181,11 +210,13 @@ def help_text() -> str:
     """Every key with its default and meaning."""
     lines = ["usage: launch/pretrain.py [FILE.yaml ...] [key=value ...]", "", "optimizers:"]
     lines += [f"  {optim.describe(name)}" for name in optim.names()]
-    lines += ["", "keys (default): meaning"]
-    lines += [
-        f"  {name} ({'null' if default is None else default}): {meaning}" for name, default, meaning in _keys(Config())
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *key_help(Config)])
+
+
+def key_help(schema: type[Any]) -> list[str]:
+    """A line for every key of a schema: default and meaning."""
+    keys = [(name, "null" if value is None else value, meaning) for name, value, meaning in _keys(schema())]
+    return ["keys (default): meaning", *(f"  {name} ({default}): {meaning}" for name, default, meaning in keys)]
 
 
 def _keys(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
@@ -222,7 +253,8 @@ def _merge(base: Any, change: Any, where: str) -> Any:
         return OmegaConf.merge(base, change)
     except ConfigKeyError as error:
         key = error.full_key or str(error.key)
-        known = [name for name, _, _ in _keys(Config())]
+        schema: type[Any] = OmegaConf.get_type(base)
+        known = [name for name, _, _ in _keys(schema())]
         known += {name.split(".")[0] for name in known}
         leaves = {name.split(".")[-1]: name for name in known}
         close = difflib.get_close_matches(key, known, n=1)
@@ -274,8 +306,12 @@ def _check(config: Config) -> None:
         raise UserError(f"seed={config.seed}; expected a number from 0 to {2**32 - 1}")
     if config.clip is not None and not config.clip > 0:
         raise UserError(f"clip={config.clip}; expected a number > 0, or null for no clipping")
+    other_lr = config.optimizer.get("other_lr")
+    is_number = isinstance(other_lr, int | float) and not isinstance(other_lr, bool)
+    if other_lr is not None and not (is_number and other_lr >= 0):
+        raise UserError(f"optimizer.other_lr={other_lr!r}; expected a number >= 0")
     try:
-        arguments = [key for key in config.optimizer if key != "name"]
+        arguments = [key for key in config.optimizer if key not in ("name", "other_lr")]
         optim.check_arguments(str(config.optimizer.get("name")), arguments)
     except ValueError as error:
         raise UserError(f"in optimizer: {error}") from None

@@ -6,11 +6,13 @@ last one is only a label).
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from lowrank_train.tokenizer import encode, prepare_tokenizer
 __all__ = ["Data", "prepare_data"]
 
 _BATCH_OF_DOCUMENTS = 64  # tokenized at one time; larger batches only hold more memory
+_ORDER = ("seq_len", "seed")  # settings of how tokens are read; the others say which they are
 _REMEDY = "delete {folder} and run again: the same text gives the same tokens"
 
 _Opener = Callable[[], Iterator[str]]
@@ -53,6 +56,8 @@ class Data:
 def prepare_data(config: Config, ranks: Ranks, folder: Path) -> Data:
     """Tokenize on the first rank into ``folder`` (once), then open on all.
 
+    If it is ``data.folder``, other runs may be about to do the same: the first tokenizes, the others wait for it.
+
     Raises:
         UserError: text that cannot be read, is empty or too short; ``folder`` holds other data; streams that do not
             divide by the ranks.
@@ -72,10 +77,13 @@ def prepare_data(config: Config, ranks: Ranks, folder: Path) -> Data:
     }
 
     def write() -> dict[str, Any]:
+        shared = config.data.folder is not None
         try:
-            return _write_tokens(config, folder, description, streaming)
+            with _locked(folder) if shared else nullcontext():
+                return _write_tokens(config, folder, description, streaming)
         except OSError as error:
-            raise UserError(f"cannot write tokens to {folder}: {error}; free space, or set run_dir elsewhere") from None
+            key = "data.folder" if shared else "run_dir"
+            raise UserError(f"cannot write tokens to {folder}: {error}; free space, or set {key} elsewhere") from None
 
     found = ranks.first(write)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
@@ -96,7 +104,7 @@ def prepare_data(config: Config, ranks: Ranks, folder: Path) -> Data:
 
 def _write_tokens(config: Config, folder: Path, description: dict[str, Any], streaming: bool) -> dict[str, Any]:
     """Make ``folder`` (tokenizer, token files, data.json) unless it is there; returns what was found in the text."""
-    saved = _read_record(folder, description)
+    saved = _read_record(config, folder, description)
     if saved is not None:
         return saved
     scratch = folder.with_name(folder.name + ".tmp")
@@ -124,7 +132,7 @@ def _write_tokens(config: Config, folder: Path, description: dict[str, Any], str
     return found
 
 
-def _read_record(folder: Path, description: dict[str, Any]) -> dict[str, Any] | None:
+def _read_record(config: Config, folder: Path, description: dict[str, Any]) -> dict[str, Any] | None:
     """What an earlier session found in the same text; None if the tokens are still, or again, to be made."""
     record = folder / "data.json"
     if not record.exists():
@@ -135,14 +143,25 @@ def _read_record(folder: Path, description: dict[str, Any]) -> dict[str, Any] | 
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{record} is damaged ({error}); {_REMEDY.format(folder=folder)}") from None
     other = [key for key, value in description.items() if settings.get(key) != value]
+    if config.data.folder is not None:
+        other = [key for key in other if key not in _ORDER]
     if not other:
         return found
+    differs = f"{other[0]} was {settings.get(other[0])!r}, is {description[other[0]]!r}"
+    if config.data.folder is not None:
+        raise UserError(f"data.folder={folder} holds other tokens: {differs}; set it to another folder")
     if find_checkpoint("auto", folder.parent / "checkpoints") is None:
         return None  # no training was done with it
-    raise UserError(
-        f"{folder.parent} holds a run on other data: {other[0]} was {settings.get(other[0])!r}, is "
-        f"{description[other[0]]!r}; set run_dir to another folder"
-    )
+    raise UserError(f"{folder.parent} holds a run on other data: {differs}; set run_dir to another folder")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Alone at work on a folder that is yet to be made; a lock ends with its process, however that ends."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(folder.name + ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _documents(config: DataConfig, streaming: bool) -> tuple[_Opener, _Opener, float]:

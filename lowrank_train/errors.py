@@ -1,7 +1,11 @@
 """Errors that are the user's to mend: shown as one message, without a stack trace, with exit code 2."""
 
-__all__ = ["UserError"]
+__all__ = ["Diverged", "UserError"]
 
 
 class UserError(ValueError):
     """Says what is wrong, where, what was got, what was expected and how to fix it."""
+
+
+class Diverged(UserError):
+    """The loss or the gradient was not finite for too many steps in a row."""

@@ -37,6 +37,8 @@ class RunRecord:
     """Training tokens seen since the start of the run, over all sessions."""
     seconds: float
     """Of training steps, over all sessions; loading, evaluation and checkpoints aside."""
+    optimizer_seconds: float
+    """Those of them spent in ``optimizer.step()``."""
     tokens_per_second: float
     train_loss: float | None
     initial_validation_loss: float | None

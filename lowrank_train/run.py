@@ -18,7 +18,7 @@ from lowrank_train.data import Data, prepare_data
 from lowrank_train.errors import UserError
 from lowrank_train.parallel import Ranks
 
-__all__ = ["Progress", "Run", "build_run", "check_settings", "micro_batches", "optimizer_arguments"]
+__all__ = ["Progress", "Run", "build_run", "check_settings", "micro_batches", "predicted_state_bytes", "unsharded"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 """Of the weights; bfloat16 is the dtype of the arithmetic only."""
@@ -35,6 +35,7 @@ class Progress:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    optimizer_seconds: float = 0.0
     skipped_steps: int = 0
     bad_in_a_row: int = 0
     train_loss: float | None = None
@@ -95,18 +96,21 @@ class Run:
 def check_settings(config: Config, world_size: int) -> None:
     """Raise UserError for what can be known wrong before any text is read: names, shapes, ranks, batch."""
     micro_batches(config, world_size)
-    dtype = _DTYPES[config.precision]
-    skeleton = models.skeleton(models.architecture(config.model, seq_len=config.seq_len), dtype)
     try:
-        optim.predicted_state_bytes(config.optimizer["name"], skeleton, **optimizer_arguments(config))
+        predicted_state_bytes(config, unsharded(config))
     except (ValueError, TypeError) as error:
         raise UserError(f"in optimizer: {error}") from None
+
+
+def unsharded(config: Config) -> PreTrainedModel:
+    """The model's shapes on meta, with the vocabulary of the original; no text is needed for it."""
+    return models.skeleton(models.architecture(config.model, seq_len=config.seq_len), _DTYPES[config.precision])
 
 
 def build_run(config: Config, ranks: Ranks) -> Run:
     """Tokens, model, shards, weights, optimizer. Raises UserError for whatever of them cannot be had."""
     folder = Path(str(config.run_dir))
-    data = prepare_data(config, ranks, folder / "data")
+    data = prepare_data(config, ranks, Path(config.data.folder or folder / "data"))
     ids = {key: getattr(data.tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     architecture = models.architecture(config.model, vocab_size=len(data.tokenizer), seq_len=config.seq_len, **ids)
 
@@ -123,7 +127,7 @@ def build_run(config: Config, ranks: Ranks) -> Run:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
 
-    optimizer = optim.create(name, model, **optimizer_arguments(config))
+    optimizer = optim.create(name, _parameter_groups(config, model), **_optimizer_arguments(config))
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     checkpoints = Checkpoints(
         folder / "checkpoints", ranks, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
@@ -157,9 +161,39 @@ def micro_batches(config: Config, world_size: int) -> int:
     return per_rank // micro_batch
 
 
-def optimizer_arguments(config: Config) -> dict[str, Any]:
+def predicted_state_bytes(
+    config: Config, model: PreTrainedModel, *, role: str | None = None, world_size: int = 1, shard: int = 0
+) -> int:
+    """Bytes of optimizer state that one rank holds.
+
+    Args:
+        config: of the run.
+        model: never sharded; on meta is enough.
+        role: count the parameters of this role only; None counts all.
+        world_size: ranks a parameter is sharded over.
+        shard: which of them.
+    """
+    groups = [group for group in _parameter_groups(config, model) if role in (None, group["role"])]
+    arguments = _optimizer_arguments(config)
+    return optim.predicted_state_bytes(
+        config.optimizer["name"], groups, world_size=world_size, shard=shard, **arguments
+    )
+
+
+def _parameter_groups(config: Config, model: PreTrainedModel) -> list[dict[str, Any]]:
+    """Parameters by role; those the method does not update itself at ``optimizer.other_lr``, if it is given."""
+    groups = optim.param_groups(model)
+    other_lr, method = config.optimizer.get("other_lr"), optim.find(config.optimizer["name"])
+    if other_lr is not None:
+        for group in groups:
+            if group["role"] not in method.method_roles:
+                group["lr"] = other_lr
+    return groups
+
+
+def _optimizer_arguments(config: Config) -> dict[str, Any]:
     """What the optimizer's constructor is given."""
-    return {key: value for key, value in config.optimizer.items() if key != "name"}
+    return {key: value for key, value in config.optimizer.items() if key not in ("name", "other_lr")}
 
 
 def _random_state(ranks: Ranks) -> dict[str, Tensor]:

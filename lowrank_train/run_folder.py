@@ -9,7 +9,10 @@ from typing import IO, Any
 from lowrank_train.config import Config, changed_keys, load_config, save_config
 from lowrank_train.errors import UserError
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "changed_settings"]
+
+_PLACES = ("run_dir", "resume", "data.folder")
+"""Keys that say where things are, not what a run computes."""
 
 
 class RunFolder:
@@ -33,17 +36,18 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"cannot write to run_dir={path}: {error}; set run_dir to another folder") from None
 
-    def changes(self, config: Config) -> dict[str, tuple[Any, Any]]:
-        """Keys whose value differs from the settings of the last session: (then, now)."""
-        file = self.path / "config.yaml"
-        if not file.exists():
-            return {}
-        differing = changed_keys(load_config([str(file)]), config)
-        return {key: values for key, values in differing.items() if key not in ("run_dir", "resume")}
-
     def write_config(self, config: Config) -> None:
         """Keep the resolved settings of this session."""
         try:
             save_config(config, self.path / "config.yaml")
         except OSError as error:
             raise UserError(f"cannot write to run_dir={self.path}: {error}; free space and resume") from None
+
+
+def changed_settings(folder: Path, config: Config) -> dict[str, tuple[Any, Any]]:
+    """Keys whose value differs from the settings of the last session in a run folder: (then, now)."""
+    file = folder / "config.yaml"
+    if not file.exists():
+        return {}
+    differing = changed_keys(load_config([str(file)]), config)
+    return {key: values for key, values in differing.items() if key not in _PLACES}

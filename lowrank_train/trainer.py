@@ -15,15 +15,16 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 import optim
 from lowrank_train import models, parallel
 from lowrank_train.checkpoint import export_huggingface, find_checkpoint, last_good
+from lowrank_train.clock import DeviceClock
 from lowrank_train.config import Config
-from lowrank_train.errors import UserError
+from lowrank_train.errors import Diverged, UserError
 from lowrank_train.evaluation import evaluate
 from lowrank_train.loss import IGNORED
 from lowrank_train.metrics import Metrics
 from lowrank_train.record import RunRecord, peak_memory_gib, perplexity, provenance
 from lowrank_train.report import write_report
-from lowrank_train.run import Progress, Run, build_run, check_settings, micro_batches, optimizer_arguments
-from lowrank_train.run_folder import RunFolder
+from lowrank_train.run import Progress, Run, build_run, check_settings, micro_batches, predicted_state_bytes
+from lowrank_train.run_folder import RunFolder, changed_settings
 from lowrank_train.schedule import learning_rate_factor
 from lowrank_train.signals import Stop, resume_command, stop_signals
 
@@ -60,7 +61,7 @@ def train(config: Config) -> RunRecord:
 
 def _settle(folder: RunFolder, config: Config, progress: Progress) -> list[str]:
     """Write the settings of this session; returns what changed since the last. A finished run must not change."""
-    changes = folder.changes(config) if progress.step > 0 else {}
+    changes = changed_settings(folder.path, config) if progress.step > 0 else {}
     if changes and progress.step >= config.steps:
         key, (then, now) = next(iter(changes.items()))
         raise UserError(
@@ -79,6 +80,7 @@ def _only(folder: RunFolder | None) -> RunFolder:
 def _loop(run: Run, metrics: Metrics, stop: Stop) -> None:
     config, ranks, progress = run.config, run.ranks, run.progress
     rate_factor = learning_rate_factor(config.schedule, config.steps)
+    optimizer_clock = DeviceClock(ranks.device)
     stopping = False
     if progress.step == 0 or (progress.step >= config.steps and progress.validation_step != progress.step):
         _evaluate_and_log(run, metrics)
@@ -90,7 +92,8 @@ def _loop(run: Run, metrics: Metrics, stop: Stop) -> None:
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             run.set_learning_rate(factor)
-            run.optimizer.step()
+            with optimizer_clock:
+                run.optimizer.step()
             progress.train_loss = loss
         run.optimizer.zero_grad()
         progress.bad_in_a_row = 0 if finite else progress.bad_in_a_row + 1
@@ -99,6 +102,7 @@ def _loop(run: Run, metrics: Metrics, stop: Stop) -> None:
         progress.tokens += config.tokens_per_step
         took = time.perf_counter() - began
         progress.seconds += took
+        progress.optimizer_seconds += optimizer_clock.take()
         progress.peak_memory_gib = max(progress.peak_memory_gib, peak_memory_gib(ranks.device))
 
         metrics.advance(loss, config.tokens_per_step / took)
@@ -106,7 +110,7 @@ def _loop(run: Run, metrics: Metrics, stop: Stop) -> None:
             scalars = {
                 "train/loss": loss,
                 "train/grad_norm": norm,
-                "train/learning_rate": run.settings[0]["lr"] * factor,
+                "train/learning_rate": run.optimizer.defaults["lr"] * factor,
                 "train/tokens": progress.tokens,
                 "train/skipped_steps": progress.skipped_steps,
                 "throughput/tokens_per_second": config.tokens_per_step / took,
@@ -167,13 +171,7 @@ def _finish(run: Run) -> RunRecord:
     if finished:
         export_huggingface(run.model, run.data.tokenizer, run.folder / "huggingface", ranks)
     shards = ranks.mesh.size(ranks.mesh.ndim - 1)
-    predicted = optim.predicted_state_bytes(
-        config.optimizer["name"],
-        run.blueprint,
-        world_size=shards,
-        shard=ranks.rank % shards,
-        **optimizer_arguments(config),
-    )
+    predicted = predicted_state_bytes(config, run.blueprint, world_size=shards, shard=ranks.rank % shards)
     record = RunRecord(
         status="finished" if finished else "interrupted",
         model=config.model.name,
@@ -182,6 +180,7 @@ def _finish(run: Run) -> RunRecord:
         steps=progress.step,
         tokens=progress.tokens,
         seconds=progress.seconds,
+        optimizer_seconds=progress.optimizer_seconds,
         tokens_per_second=progress.tokens / max(progress.seconds, 1e-9),
         train_loss=progress.train_loss,
         initial_validation_loss=progress.initial_validation_loss,
@@ -223,7 +222,7 @@ def _check_written(run: Run, metrics: Metrics) -> None:
 
 def _give_up(run: Run) -> None:
     run.checkpoints.wait()
-    raise UserError(
+    raise Diverged(
         f"the loss or the gradient was not finite for {run.progress.bad_in_a_row} steps in a row, up to step "
         f"{run.progress.step}; these steps changed nothing; {last_good(run.checkpoints.folder)}. Lower "
         "optimizer.lr, lengthen schedule.warmup_steps or lower clip, and resume"

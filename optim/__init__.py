@@ -9,13 +9,17 @@ from optim.backward import attach_to_backward
 from optim.base import MatrixOptimizer
 from optim.low_rank_adamw import APOLLO, FRUGAL, APOLLOMini, DCTAdamW, Fira, GaLoreAdamW, LDAdam, LowRankAdamW
 from optim.memory import predicted_state_bytes, state_bytes
+from optim.muon import Muon
 from optim.param_groups import param_groups
 from optim.registry import check_arguments, create, describe, find, names
+from optim.scale import SCALE
 from optim.sharding import preferred_shard_dim
+from optim.trion import Trion
 
 __all__ = [
     "APOLLO",
     "FRUGAL",
+    "SCALE",
     "APOLLOMini",
     "AdamW",
     "DCTAdamW",
@@ -24,6 +28,8 @@ __all__ = [
     "LDAdam",
     "LowRankAdamW",
     "MatrixOptimizer",
+    "Muon",
+    "Trion",
     "attach_to_backward",
     "check_arguments",
     "create",

@@ -111,9 +111,12 @@ class BackwardUpdates:
             _clip_one(slot, self._max_norm)
         if self._projects(slot) and (self._waits_for_norm or self._accumulation_steps > 1):
             self._squares[param] = _square_sum(local(dense_gradient(slot)))
-            coordinates = self._optimizer.project_gradient(slot, refresh=first)
-            if coordinates is not None:
-                self._coordinates[param] = coordinates if first else self._coordinates[param].add_(coordinates)
+            if first:
+                coordinates = self._optimizer.project_gradient(slot, refresh=True)
+                if coordinates is not None:
+                    self._coordinates[param] = coordinates
+            elif param in self._coordinates:
+                self._coordinates[param] += self._optimizer.project_gradient(slot, refresh=False)
             param.grad = None
         if last and not self._waits_for_norm:
             self._update(slot)

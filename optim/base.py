@@ -125,9 +125,9 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         return False
 
     def project_gradient(self, slot: Slot, *, refresh: bool) -> Tensor | None:
-        """Coordinates of the present gradient, linear in it; chooses directions first if they are due and it may.
+        """Coordinates of the present gradient, linear in it; with ``refresh``, directions that are due are chosen first.
 
-        None while no directions have been chosen. A collective where ``step`` is.
+        None if there are no directions yet and this gradient gave none. A collective where ``step`` is.
         """
         raise NotImplementedError
 

@@ -41,6 +41,8 @@ class Communication:
     """More of them at a step that chooses new directions."""
     mean_payload: float
     """Of a step, over the refresh interval of every group."""
+    interval: int | None
+    """The shortest of these; None for a method without one."""
 
     @property
     def step_sent(self) -> float:
@@ -85,15 +87,19 @@ def communicated_bytes(
     ]
     optimizer = create(name, groups, **arguments)
     step, refresh, mean = 0.0, 0.0, 0.0
+    intervals = []
     for group in optimizer.param_groups:
-        if group["role"] not in optimizer.method_roles or world_size == 1:
+        if group["role"] not in optimizer.method_roles:
             continue
-        for param in group["params"]:
+        interval = group.get("refresh_interval")
+        if interval is not None:
+            intervals.append(interval)
+        for param in group["params"] if world_size > 1 else ():
             traffic = optimizer.traffic(param.shape, param.dtype, group, world_size)
             step += traffic.step_bytes
             refresh += traffic.refresh_bytes
-            mean += traffic.step_bytes + traffic.refresh_bytes / group.get("refresh_interval", 1)
-    return Communication(world_size, step, refresh, mean)
+            mean += traffic.step_bytes + traffic.refresh_bytes / (interval or 1)
+    return Communication(world_size, step, refresh, mean, min(intervals, default=None))
 
 
 @dataclass(frozen=True)

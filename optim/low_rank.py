@@ -143,7 +143,7 @@ class LowRankOptimizer(MatrixOptimizer, ABC):
         matrix = _Matrix(slot)
         if refresh and matrix.is_due:
             self._refresh([matrix])
-        return matrix.project() if matrix.has_directions else None
+        return matrix.project() if matrix.has_directions or not refresh else None
 
     def step_coordinates(self, slot: Slot, coordinates: Tensor) -> None:
         """The update, with g given."""

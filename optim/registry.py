@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from optim.adamw import AdamW
 from optim.base import MatrixOptimizer
 from optim.low_rank_adamw import APOLLO, FRUGAL, APOLLOMini, DCTAdamW, Fira, GaLoreAdamW, LDAdam, LowRankAdamW
+from optim.muon import Muon
 from optim.param_groups import param_groups
+from optim.scale import SCALE
+from optim.trion import Trion
 
 __all__ = ["check_arguments", "create", "describe", "find", "names"]
 
@@ -26,6 +29,9 @@ _TABLE: dict[str, type[MatrixOptimizer]] = {
     "galore_adamw": GaLoreAdamW,
     "ldadam": LDAdam,
     "low_rank_adamw": LowRankAdamW,
+    "muon": Muon,
+    "scale": SCALE,
+    "trion": Trion,
 }
 
 

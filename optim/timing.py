@@ -34,7 +34,7 @@ __all__ = ["BASELINES", "StepTime", "rank_argument", "refresh_interval", "time_s
 BASELINES: dict[str, dict[str, bool]] = {"fused": {"fused": True}, "foreach": {"foreach": True}}
 """The AdamW that steps are compared with: arguments of ``torch.optim.AdamW``."""
 
-_COMMON = {"lr": 1e-4, "weight_decay": 1e-2}
+_COMMON: dict[str, Any] = {"lr": 1e-4, "weight_decay": 1e-2}
 """Of every optimizer and of AdamW: decay costs a pass over the weights, so all have it or none."""
 
 _NEVER = 2**62
@@ -95,7 +95,7 @@ def time_steps(
     device = torch.device(device)
     params = _weights_with_gradients(shapes, dtype, device)
     timers = [_Timer(name, arguments, params, interval) for name, arguments in settings.items()]
-    adamw = {key: torch.optim.AdamW(params, **_COMMON, **flags) for key, flags in BASELINES.items()}
+    adamw = {key: torch.optim.AdamW(params, **{**_COMMON, **flags}) for key, flags in BASELINES.items()}
     for baseline in adamw.values():
         baseline.step()
     with _no_garbage_collection():
@@ -126,9 +126,7 @@ def refresh_interval(optimizer: MatrixOptimizer) -> int | None:
 class _Timer:
     """One optimizer and what was measured of it."""
 
-    def __init__(
-        self, name: str, arguments: Mapping[str, Any], params: Sequence[Tensor], interval: int | None
-    ) -> None:
+    def __init__(self, name: str, arguments: Mapping[str, Any], params: Sequence[Tensor], interval: int | None) -> None:
         groups = [{"params": [(f"matrix {i}", p) for i, p in enumerate(params)], "role": "matrix"}]
         self.name = name
         self.device = params[0].device

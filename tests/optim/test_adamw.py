@@ -27,7 +27,7 @@ def test_equals_torch_on_plain_parameters(dtype: torch.dtype, lr: Any, settings:
     ours, theirs = pair(dtype)
     before = weights(ours)
     run_steps(ours, optim.AdamW(ours.parameters(), lr=lr, **settings), 0, STEPS)
-    run_steps(theirs, torch.optim.AdamW(theirs.parameters(), lr=lr, **settings), 0, STEPS)
+    run_steps(theirs, torch.optim.AdamW(theirs.parameters(), lr=lr, fused=True, **settings), 0, STEPS)
     assert_equal(weights(ours), weights(theirs))
     assert all(not torch.equal(value, before[name]) for name, value in weights(ours).items())
 
@@ -40,7 +40,7 @@ def test_equals_torch_with_groups_scheduler_and_missing_gradients() -> None:
         vectors = [p for p in model.parameters() if p.ndim == 1]
         return [{"params": matrices, "lr": 3e-3}, {"params": vectors, "weight_decay": 0.0, "betas": (0.5, 0.9)}]
 
-    optimizers = [optim.AdamW(groups(ours)), torch.optim.AdamW(groups(theirs))]
+    optimizers = [optim.AdamW(groups(ours)), torch.optim.AdamW(groups(theirs), fused=True)]
     for model, optimizer in zip([ours, theirs], optimizers, strict=True):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
         for step in range(STEPS):
@@ -60,7 +60,7 @@ def test_roles_change_nothing_but_the_weight_decay_of_vectors() -> None:
     run_steps(ours, build("adamw", ours), 0, STEPS)
     decayed = [p for p in theirs.parameters() if p.ndim == 2]
     others = [{"params": [p for p in theirs.parameters() if p.ndim == 1], "weight_decay": 0.0}]
-    theirs_optimizer = torch.optim.AdamW([{"params": decayed}, *others], lr=1e-2, weight_decay=0.1)
+    theirs_optimizer = torch.optim.AdamW([{"params": decayed}, *others], lr=1e-2, weight_decay=0.1, fused=True)
     run_steps(theirs, theirs_optimizer, 0, STEPS)
     assert_equal(weights(ours), weights(theirs))
 
@@ -86,7 +86,7 @@ def test_closure_is_called_once_with_gradients_enabled_and_its_loss_returned() -
 def test_step_counts_and_state_names_are_those_of_torch() -> None:
     ours, theirs = pair(torch.float32)
     ours_optimizer = optim.AdamW(ours.parameters())
-    theirs_optimizer = torch.optim.AdamW(theirs.parameters())
+    theirs_optimizer = torch.optim.AdamW(theirs.parameters(), fused=True)
     run_steps(ours, ours_optimizer, 0, 3)
     run_steps(theirs, theirs_optimizer, 0, 3)
     for ours_state, theirs_state in zip(ours_optimizer.state.values(), theirs_optimizer.state.values(), strict=True):
@@ -95,7 +95,7 @@ def test_step_counts_and_state_names_are_those_of_torch() -> None:
 
 def test_loads_a_checkpoint_of_torch_adamw() -> None:
     ours, theirs = pair(torch.float32)
-    theirs_optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-2)
+    theirs_optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-2, fused=True)
     run_steps(theirs, theirs_optimizer, 0, 5)
     ours.load_state_dict(theirs.state_dict())
     ours_optimizer = optim.AdamW(ours.parameters(), lr=1e-2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import multiprocessing
 import pickle
 import socket
 from collections import Counter
@@ -525,6 +526,54 @@ def test_other_data_in_the_folder_of_a_trained_run_is_refused(tmp_path: Path, te
     message = error(text, tmp_path, word.replace("ELSEWHERE", elsewhere))
     assert key in message
     assert "set run_dir to another folder" in message
+
+
+def prepare_shared(path: Path, folder: Path, *words: str) -> Data:
+    config = settings(path, f"data.folder={folder}", *words)
+    return prepare_data(config, OneRank(), folder)  # type: ignore[arg-type]
+
+
+def test_runs_may_share_tokens_whatever_their_seed_and_length(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = prepare_shared(text, tmp_path / "tokens")
+    monkeypatch.setattr(data_module, "local_documents", lambda *_: pytest.fail("the text was read again"))
+    second = prepare_shared(text, tmp_path / "tokens", "seed=5", "seq_len=8")
+    assert second.description["sha1"] == first.description["sha1"]
+    assert (first.description["seed"], second.description["seed"]) == (0, 5)
+    assert take(second.train, 1) != take(first.train, 1)
+
+
+def test_other_tokens_in_a_shared_folder_are_never_replaced(tmp_path: Path, text: Path) -> None:
+    prepare_shared(text, tmp_path / "tokens")
+    with pytest.raises(
+        UserError, match=r"data\.folder=.* holds other tokens: data\.tokenizer was 'bpe-300', is 'bpe-310'"
+    ):
+        prepare_shared(text, tmp_path / "tokens", "data.vocab_size=310")
+
+
+def test_one_run_tokenizes_for_those_that_wait(tmp_path: Path, text: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    runs = [context.Process(target=_prepare_and_tell, args=(text, tmp_path / "tokens")) for _ in range(3)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join(60)
+        assert run.exitcode == 0
+    assert (tmp_path / "tokens.told").read_text() == "tokenized\n"
+
+
+def _prepare_and_tell(text: Path, folder: Path) -> None:
+    write = data_module._write
+
+    def telling(file: Path, *more: Any) -> int:
+        if file.stem == "train":
+            with folder.with_name("tokens.told").open("a") as told:
+                told.write("tokenized\n")
+        return write(file, *more)
+
+    data_module._write = telling
+    prepare_shared(text, folder)
 
 
 def test_before_any_training_other_data_simply_replaces_what_was_prepared(tmp_path: Path, text: Path) -> None:

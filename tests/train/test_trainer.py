@@ -146,6 +146,18 @@ def test_streamed_text_trains_the_same_on_any_ranks(runs: Runs) -> None:
     assert alone != pytest.approx(runs.losses(1, **DOUBLE), rel=1e-6)  # in another order
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "dct_adamw"])
+def test_what_a_method_leaves_to_adamw_has_a_rate_of_its_own(runs: Runs, optimizer: str) -> None:
+    """Matrices at a rate of 0 stay where they were; the rest moves, and by the schedule."""
+    still = ("optimizer.lr=0", "optimizer.other_lr=3e-3", "checkpoint.every=10")
+    checkpoints = runs.run_dir(1, *still, optimizer=optimizer) / "checkpoints"
+    before, after = (checkpoint_tensors(checkpoints / f"step-{step}", "model.") for step in (10, 20))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if not name.endswith("_proj.weight")}
+    same = ("optimizer.other_lr=3e-3",)  # as optimizer.lr
+    assert losses(runs.run_dir(1, *same, optimizer=optimizer)) == runs.losses(1, optimizer=optimizer)
+
+
 def test_the_learning_rate_follows_the_schedule(runs: Runs) -> None:
     rows = [row for row in read_metrics(runs.run_dir(1, **DOUBLE)) if "train/learning_rate" in row]
     rates = [row["train/learning_rate"] for row in rows]

@@ -1,0 +1,64 @@
+"""Benchmarks: ``python launch/benchmark.py COMMAND [FILE.yaml ...] [key=value ...]``."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable
+
+try:
+    from lowrank_train import quality
+    from lowrank_train.errors import UserError
+except ModuleNotFoundError as error:
+    if error.name not in ("lowrank_train", "optim"):
+        raise
+    sys.exit("lowrank-train is not installed in this Python: run 'pip install -e .' in its folder")
+
+
+def measure_quality(arguments: list[str]) -> None:
+    """Train the same model on the same tokens with each optimizer, and compare perplexity, state and time."""
+    if {"-h", "--help"} & set(arguments):
+        print(quality.help_text())
+        return
+    settings = quality.load_quality(arguments)
+    print(quality.measure_quality(settings))
+    print(f"\n{settings.output}/quality.md, .json, .png", file=sys.stderr)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"quality": measure_quality}
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code: 0 done, 2 for anything the user must mend, 130 stopped."""
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if command in ("-h", "--help"):
+        print(help_text())
+        return 0
+    try:
+        _find(command)(rest)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def help_text() -> str:
+    """Every command and what it does."""
+    lines = [f"  {name}: {command.__doc__}" for name, command in COMMANDS.items()]
+    usage = "usage: launch/benchmark.py COMMAND [FILE.yaml ...] [key=value ...]; COMMAND --help lists its keys"
+    return "\n".join([usage, "", "commands:", *lines])
+
+
+def _find(command: str) -> Callable[[list[str]], None]:
+    if command in COMMANDS:
+        return COMMANDS[command]
+    close = difflib.get_close_matches(command, COMMANDS, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise UserError(f"unknown command {command!r}; {hint}expected one of {', '.join(COMMANDS)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

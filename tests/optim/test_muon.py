@@ -1,0 +1,261 @@
+"""Muon against its slow reference, against torch's, and its corner cases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import optim
+from optim.muon import Muon
+from tests.distributed import run_distributed
+from tests.optim.models import (
+    MATRIX_SHAPES,
+    MixedModel,
+    assert_equal,
+    gradient,
+    run_steps,
+    set_gradients,
+    states,
+    weights,
+)
+from tests.optim.sharded import AllReduces, Placement, shard, trained
+from tests.reference.muon import ReferenceMuon
+
+STEPS = 20
+SHAPES = [(17, 6), (6, 17), (8, 8), (1, 7), (7, 1)]
+
+
+def build(model: nn.Module, **arguments: Any) -> Muon:
+    return Muon(optim.param_groups(model), **{"lr": 1e-2, **arguments})
+
+
+def matrix(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> nn.Parameter:
+    return nn.Parameter(gradient("initial", torch.Size(shape), 0).to(dtype))
+
+
+def optimizer_of(*params: nn.Parameter, **arguments: Any) -> Muon:
+    return Muon([{"params": list(params), "role": "matrix"}], **arguments)
+
+
+# -------------------------------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("adjust_lr", ["original", "match_rms_adamw"])
+def test_equals_reference(shape: tuple[int, int], nesterov: bool, adjust_lr: Any) -> None:
+    weight = matrix(shape)
+    settings: dict[str, Any] = {"lr": 1e-2, "momentum": 0.9, "nesterov": nesterov, "adjust_lr": adjust_lr}
+    reference = ReferenceMuon(weight.detach().numpy().copy(), weight_decay=0.2, **settings)
+    optimizer = optimizer_of(weight, weight_decay=0.2, **settings)
+    for step in range(STEPS):
+        weight.grad = gradient("weight", weight.shape, step)
+        reference.step(weight.grad.numpy())
+        optimizer.step()
+        np.testing.assert_allclose(weight.detach().numpy(), reference.weight, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(optimizer.state[weight]["momentum"].numpy(), reference.M, rtol=0, atol=1e-12)
+    assert optimizer.state[weight]["step"] == STEPS
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (64, 96), (64, 64)])
+@pytest.mark.parametrize("settings", [{}, {"nesterov": False}, {"adjust_lr": "match_rms_adamw"}, {"momentum": 0.5}])
+def test_with_its_defaults_it_is_torchs_up_to_bfloat16(shape: tuple[int, int], settings: dict[str, Any]) -> None:
+    """torch iterates in bfloat16: 8 bits, of which five steps lose two or three."""
+    ours, theirs = matrix(shape, torch.float32), matrix(shape, torch.float32)
+    optimizer = optimizer_of(ours, **settings)
+    settings = {"adjust_lr_fn" if key == "adjust_lr" else key: value for key, value in settings.items()}
+    oracle = torch.optim.Muon([theirs], **settings)
+    start = ours.detach().clone()
+    for step in range(STEPS):
+        ours.grad = theirs.grad = gradient("weight", ours.shape, step).float()
+        optimizer.step()
+        oracle.step()
+    moved = theirs.detach() - start
+    assert (ours.detach() - theirs.detach()).norm() < 0.02 * moved.norm()
+    torch.testing.assert_close(optimizer.state[ours]["momentum"], oracle.state[theirs]["momentum_buffer"])
+    assert optimizer.defaults["weight_decay"] == oracle.defaults["weight_decay"]
+    assert optimizer.defaults["lr"] == oracle.defaults["lr"]
+
+
+def test_what_is_no_matrix_gets_adamw() -> None:
+    model, twin = MixedModel(), MixedModel()
+    twin.load_state_dict(model.state_dict())
+    settings: dict[str, Any] = {"lr": 3e-3, "betas": (0.8, 0.97), "eps": 1e-6, "weight_decay": 0.3}
+    run_steps(model, build(model, **settings), 0, 5)
+    run_steps(twin, optim.AdamW(optim.param_groups(twin), **settings), 0, 5)
+    matrices = {f"matrix_{r}x{c}.weight" for r, c in MATRIX_SHAPES}
+    for name, value in weights(model).items():
+        assert torch.equal(value, weights(twin)[name]) == (name not in matrices), name
+
+
+def test_without_momentum_every_step_is_the_orthogonal_factor_of_its_gradient() -> None:
+    weight = nn.Parameter(torch.zeros(20, 5, dtype=torch.float64))
+    optimizer = optimizer_of(weight, lr=0.5, momentum=0.0, weight_decay=0.0)
+    orthonormal = torch.linalg.qr(gradient("weight", weight.shape, 0)).Q
+    for length in (1e-3, 7.0):
+        weight.data.zero_()
+        weight.grad = length * orthonormal
+        optimizer.step()
+        steps = weight.detach() / orthonormal
+        # all singular values are equal, so the result is a multiple of the input: by 0.5 sqrt(20 / 5) within NS's error
+        torch.testing.assert_close(steps, steps[0, 0].expand_as(steps), rtol=1e-9, atol=0)
+        assert 0.65 < -steps[0, 0] / (0.5 * 2) < 1.25
+
+
+def test_chunks_do_not_change_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = trained(build, 10)
+    monkeypatch.setattr("optim.orthogonalize._CHUNK_NUMBERS", 70)
+    assert_equal(trained(build, 10), expected, 1e-12)
+
+
+def test_tensor_lr_equals_float_lr() -> None:
+    by_float = trained(lambda model: build(model, lr=3e-3), 10)
+    by_tensor = trained(lambda model: build(model, lr=torch.tensor(3e-3, dtype=torch.float64)), 10)
+    assert_equal(by_tensor, by_float, 1e-14)
+
+
+def test_bfloat16_follows_float32_to_its_precision() -> None:
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = nn.Parameter(torch.zeros(24, 12, dtype=dtype))
+        optimizer = optimizer_of(weight, lr=1e-2)
+        for step in range(8):
+            weight.grad = gradient("weight", weight.shape, step).bfloat16().to(dtype)
+            optimizer.step()
+        assert weight.dtype == optimizer.state[weight]["momentum"].dtype == dtype
+        results.append(weight.detach().float())
+    exact, rounded = results
+    assert (exact - rounded).norm() < 8 * 2**-8 * exact.norm()
+
+
+# ------------------------------------------------------------------------------------------------------- hard gradients
+
+
+def test_a_zero_gradient_decays_and_nothing_else() -> None:
+    model = MixedModel()
+    optimizer = build(model, lr=1e-2, weight_decay=0.5)
+    before = weights(model)
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    for name, value in weights(model).items():
+        decayed = before[name] * (1 if before[name].ndim < 2 else 1 - 1e-2 * 0.5)
+        assert torch.equal(value, decayed), name
+    assert all(not value.any() for name, value in states(model, optimizer).items() if not name.endswith(".step"))
+
+
+def test_a_missing_gradient_leaves_a_matrix_and_its_average_alone() -> None:
+    model = MixedModel()
+    optimizer = build(model)
+    run_steps(model, optimizer, 0, 2)
+    before = {**weights(model), **states(model, optimizer)}
+    set_gradients(model, 2)
+    model.matrix_17x6.weight.grad = None
+    optimizer.step()
+    after = {**weights(model), **states(model, optimizer)}
+    for name in ("matrix_17x6.weight", "matrix_17x6.weight.momentum"):
+        assert torch.equal(after[name], before[name])
+    assert not torch.equal(after["matrix_6x17.weight"], before["matrix_6x17.weight"])
+
+
+def test_gradients_are_never_written() -> None:
+    for dtype in (torch.float64, torch.bfloat16):
+        model = MixedModel(dtype)
+        optimizer = build(model)
+        set_gradients(model, 0)
+        expected = {name: param.grad.clone() for name, param in model.named_parameters()}
+        optimizer.step()
+        assert all(torch.equal(param.grad, expected[name]) for name, param in model.named_parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------- state
+
+
+def test_state_is_one_average_and_a_step_count() -> None:
+    model = MixedModel(torch.bfloat16)
+    optimizer = build(model)
+    matrices = sum(r * c for r, c in MATRIX_SHAPES)
+    others = sum(p.numel() for p in model.parameters()) - matrices
+    assert optim.state_bytes(optimizer) == 2 * matrices + 2 * 2 * others + 4 * len(list(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"momentum": 1.0}, r"momentum=1\.0 for 'matrix_1x8\.weight'; expected a number in \[0, 1\)"),
+        ({"momentum": float("nan")}, r"momentum=nan for"),
+        ({"adjust_lr": "rms"}, r"adjust_lr='rms' for 'matrix_1x8\.weight'; expected one of original, match_rms_adamw"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(MixedModel(), **arguments)
+
+
+# -------------------------------------------------------------------------------------------------------------- sharded
+
+
+@pytest.mark.parametrize("placement", ["preferred", "rows", "columns"])
+def test_sharded_equals_one_process(placement: Placement) -> None:
+    expected = trained(build, STEPS)
+    for result in run_distributed(lambda: trained(build, STEPS, lambda model: shard(model, Muon, placement)), 2):
+        assert_equal(result, expected, 1e-10)
+
+
+@pytest.mark.parametrize("placement", ["preferred", "rows"])
+def test_a_gradient_missing_on_one_rank_does_not_hang(placement: Placement) -> None:
+    def worker() -> tuple[bool, bool, dict[str, Tensor]]:
+        model = MixedModel()
+        shard(model, Muon, placement)
+        optimizer = build(model)
+        run_steps(model, optimizer, 0, 2)
+        missing = model.matrix_12x24.weight
+        before = missing.to_local().clone(), optimizer.state[missing]["momentum"].to_local().clone()
+        set_gradients(model, 2)
+        if dist.get_rank() == 1:
+            missing.grad = None
+        optimizer.step()
+        after = missing.to_local(), optimizer.state[missing]["momentum"].to_local()
+        same = [torch.equal(a, b) for a, b in zip(after, before, strict=True)]
+        run_steps(model, optimizer, 3, 5)
+        return *same, weights(model)
+
+    first, second = run_distributed(worker, 2)
+    assert first[:2] == (False, False)
+    assert second[:2] == (True, True)
+    assert_equal(first[2], second[2])
+    assert all(value.isfinite().all() for value in first[2].values())
+
+
+def test_one_all_reduce_of_what_traffic_promises() -> None:
+    def worker() -> tuple[list[int], int]:
+        MATRIX_SHAPES.remove((6, 17))  # of odd width: it stays on dimension 0, and is turned over
+        model = MixedModel()
+        shard(model, Muon, "preferred")
+        optimizer = build(model)
+        set_gradients(model, 0)
+        with AllReduces() as reduces:
+            optimizer.step()
+        promised = [
+            optimizer.traffic(param.shape, param.dtype, group, 2).step_bytes
+            for group in optimizer.param_groups
+            for param in group["params"]
+            if group["role"] == "matrix"
+        ]
+        return reduces.bytes, sum(promised)
+
+    expected = sum(min(shape) ** 2 * 8 for shape in MATRIX_SHAPES if shape != (6, 17))
+    assert run_distributed(worker, 2) == [([expected], expected)] * 2
+
+
+def test_traffic_counts_a_matrix_that_must_be_turned_over() -> None:
+    group: dict[str, Any] = {}
+    optimizer = optimizer_of(matrix((2, 2)))
+    assert optimizer.traffic((6, 17), torch.bfloat16, group, 1).step_bytes == 0
+    assert optimizer.traffic((6, 18), torch.bfloat16, group, 2).step_bytes == 4 * 36
+    assert optimizer.traffic((6, 17), torch.bfloat16, group, 2).step_bytes == 4 * (36 + 17 * 3 + 9 * 6)

@@ -1,0 +1,286 @@
+"""Trion against its slow reference, against Muon at full rank, and its corner cases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import optim
+from optim.muon import Muon
+from optim.trion import Trion
+from tests.distributed import run_distributed
+from tests.optim.models import (
+    MATRIX_SHAPES,
+    MixedModel,
+    assert_equal,
+    gradient,
+    run_steps,
+    set_gradients,
+    states,
+    weights,
+)
+from tests.optim.sharded import AllReduces, Placement, shard, trained
+from tests.reference.trion import ReferenceTrion
+
+STEPS = 20
+
+
+def build(model: nn.Module, **arguments: Any) -> Trion:
+    return Trion(optim.param_groups(model), **{"lr": 1e-2, **arguments})
+
+
+def matrix(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> nn.Parameter:
+    return nn.Parameter(gradient("initial", torch.Size(shape), 0).to(dtype))
+
+
+def optimizer_of(*params: nn.Parameter, **arguments: Any) -> Trion:
+    return Trion([{"params": list(params), "role": "matrix"}], **arguments)
+
+
+# -------------------------------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize(
+    ("shape", "rank"), [((17, 6), 3), ((6, 17), 3), ((8, 8), 3), ((1, 7), 1), ((7, 1), 1), ((9, 5), 5), ((5, 9), 5)]
+)
+def test_equals_reference(shape: tuple[int, int], rank: int) -> None:
+    weight = matrix(shape)
+    settings: dict[str, Any] = {"lr": 1e-2, "momentum": 0.8, "weight_decay": 0.2, "rank": rank}
+    reference = ReferenceTrion(weight.detach().numpy().copy(), **settings)
+    optimizer = optimizer_of(weight, **settings)
+    chosen = set()
+    for step in range(STEPS):
+        weight.grad = gradient("weight", weight.shape, step)
+        reference.step(weight.grad.numpy())
+        optimizer.step()
+        state = optimizer.state[weight]
+        assert state["basis_index"].tolist() == reference.indices
+        chosen.add(tuple(reference.indices))
+        np.testing.assert_allclose(weight.detach().numpy(), reference.weight, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(state["momentum"].numpy(), reference.M, rtol=0, atol=1e-12)
+    assert state["step"] == STEPS
+    if rank < min(shape):
+        assert len(chosen) >= 3, "the gradients must make the columns change"
+
+
+@pytest.mark.parametrize("basis", ["dct", "dct_l1", "hadamard", "identity"])
+@pytest.mark.parametrize("shape", [(20, 8), (8, 20), (8, 8)])
+def test_at_full_rank_it_is_muon_in_any_basis(basis: str, shape: tuple[int, int]) -> None:
+    """NS(B Q) Q^T = NS(B) for orthonormal Q, and NS does not see that Muon's average is 1 - mu times our sum."""
+    ours, theirs = matrix(shape), matrix(shape)
+    optimizers = (
+        optimizer_of(ours, rank=8, basis=basis, lr=1e-2, weight_decay=0.1),
+        Muon([{"params": [theirs], "role": "matrix"}], nesterov=False, lr=1e-2, weight_decay=0.1),
+    )
+    for step in range(STEPS):
+        ours.grad = theirs.grad = gradient("weight", ours.shape, step)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert (ours - theirs).abs().max() < 1e-11
+
+
+def test_in_the_identity_basis_only_the_columns_with_most_momentum_move() -> None:
+    weight = nn.Parameter(torch.zeros(9, 4, dtype=torch.float64))
+    optimizer = optimizer_of(weight, rank=2, basis="identity", momentum=0.9, weight_decay=0.0)
+    sizes = torch.tensor([1.0, 3.0, 2.0, 0.5], dtype=torch.float64)
+    weight.grad = torch.linalg.qr(gradient("weight", weight.shape, 0)).Q * sizes
+    optimizer.step()
+    assert optimizer.state[weight]["basis_index"].tolist() == [1, 2]
+    assert weight.any(dim=0).tolist() == [False, True, True, False]
+    kept = torch.tensor([1.0, 0.9, 0.9, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(optimizer.state[weight]["momentum"], weight.grad * kept, rtol=1e-12, atol=0)
+
+
+def test_what_is_left_behind_is_stepped_along_in_time() -> None:
+    """Error feedback: a weak column grows in M until it is chosen."""
+    weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.float64))
+    optimizer = optimizer_of(weight, rank=1, basis="identity", momentum=0.5)
+    chosen = []
+    for _ in range(12):
+        weight.grad = torch.diag(torch.tensor([1.0, 0.9, 0.3, 0.0], dtype=torch.float64))
+        optimizer.step()
+        chosen += optimizer.state[weight]["basis_index"].tolist()
+    assert {0, 1, 2} == set(chosen)
+
+
+def test_what_is_no_matrix_gets_adamw() -> None:
+    model, twin = MixedModel(), MixedModel()
+    twin.load_state_dict(model.state_dict())
+    settings: dict[str, Any] = {"lr": 3e-3, "betas": (0.8, 0.97), "eps": 1e-6, "weight_decay": 0.3}
+    run_steps(model, build(model, **settings), 0, 5)
+    run_steps(twin, optim.AdamW(optim.param_groups(twin), **settings), 0, 5)
+    matrices = {f"matrix_{r}x{c}.weight" for r, c in MATRIX_SHAPES}
+    for name, value in weights(model).items():
+        assert torch.equal(value, weights(twin)[name]) == (name not in matrices), name
+
+
+def test_chunks_do_not_change_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = trained(build, 10)
+    monkeypatch.setattr("optim.orthogonalize._CHUNK_NUMBERS", 30)
+    assert_equal(trained(build, 10), expected, 1e-12)
+
+
+def test_tensor_lr_equals_float_lr() -> None:
+    by_float = trained(lambda model: build(model, lr=3e-3), 10)
+    by_tensor = trained(lambda model: build(model, lr=torch.tensor(3e-3, dtype=torch.float64)), 10)
+    assert_equal(by_tensor, by_float, 1e-14)
+
+
+def test_bfloat16_follows_float32_to_its_precision() -> None:
+    """With all columns: which of them are the strongest may hang on the last bit."""
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = nn.Parameter(torch.zeros(24, 12, dtype=dtype))
+        optimizer = optimizer_of(weight, rank=12)
+        for step in range(8):
+            weight.grad = gradient("weight", weight.shape, step).bfloat16().to(dtype)
+            optimizer.step()
+        assert {key: value.dtype for key, value in optimizer.state[weight].items()} == {
+            "step": torch.float32,
+            "momentum": dtype,
+            "basis_index": torch.int32,
+        }
+        results.append(weight.detach().float())
+    exact, rounded = results
+    assert (exact - rounded).norm() < 8 * 2**-8 * exact.norm()
+
+
+# ------------------------------------------------------------------------------------------------------- hard gradients
+
+
+def test_a_zero_gradient_first_decays_and_nothing_else() -> None:
+    model = MixedModel()
+    optimizer = build(model, lr=1e-2, weight_decay=0.5)
+    before = weights(model)
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    for name, value in weights(model).items():
+        decayed = before[name] * (1 if before[name].ndim < 2 else 1 - 1e-2 * 0.5)
+        assert torch.equal(value, decayed), name
+    assert all(not value.any() for name, value in states(model, optimizer).items() if not name.endswith(".step"))
+
+
+def test_a_missing_gradient_leaves_a_matrix_and_its_state_alone() -> None:
+    model = MixedModel()
+    optimizer = build(model)
+    run_steps(model, optimizer, 0, 2)
+    before = {**weights(model), **states(model, optimizer)}
+    set_gradients(model, 2)
+    model.matrix_17x6.weight.grad = None
+    optimizer.step()
+    after = {**weights(model), **states(model, optimizer)}
+    for name in ("matrix_17x6.weight", "matrix_17x6.weight.momentum", "matrix_17x6.weight.basis_index"):
+        assert torch.equal(after[name], before[name])
+    assert not torch.equal(after["matrix_6x17.weight"], before["matrix_6x17.weight"])
+
+
+def test_gradients_are_never_written() -> None:
+    for dtype in (torch.float64, torch.bfloat16):
+        model = MixedModel(dtype)
+        optimizer = build(model)
+        set_gradients(model, 0)
+        expected = {name: param.grad.clone() for name, param in model.named_parameters()}
+        optimizer.step()
+        assert all(torch.equal(param.grad, expected[name]) for name, param in model.named_parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------- state
+
+
+def test_state_is_muons_and_one_index_per_column() -> None:
+    model = MixedModel(torch.bfloat16)
+    optimizer = build(model)
+    matrices = sum(r * c for r, c in MATRIX_SHAPES)
+    columns = sum(max(1, min(shape) // 4) for shape in MATRIX_SHAPES)
+    others = sum(p.numel() for p in model.parameters()) - matrices
+    expected = 2 * matrices + 4 * columns + 2 * 2 * others + 4 * len(list(model.parameters()))
+    assert optim.state_bytes(optimizer) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"momentum": 1.0}, r"momentum=1\.0 for 'matrix_1x8\.weight'; expected a number in \[0, 1\)"),
+        ({"rank": 0}, r"rank=0 for 'matrix_1x8\.weight' of shape \(1, 8\); expected a whole number"),
+        ({"rank": 2}, r"rank=2 exceeds min\(m, n\)=1 for 'matrix_1x8\.weight'"),
+        ({"basis": "svd"}, r"basis='svd' has no columns to choose from at every step; expected dct, dct_l1, hadamard"),
+        ({"basis": "dtc"}, r"basis='dtc'; did you mean 'dct'\?"),
+        ({"basis": "hadamard"}, r"basis='hadamard' for 'matrix_\d+x\d+\.weight' of shape"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(MixedModel(), **arguments)
+
+
+# -------------------------------------------------------------------------------------------------------------- sharded
+
+
+@pytest.mark.parametrize("placement", ["preferred", "rows", "columns"])
+def test_sharded_equals_one_process(placement: Placement) -> None:
+    expected = trained(build, STEPS)
+    for result in run_distributed(lambda: trained(build, STEPS, lambda model: shard(model, Trion, placement)), 2):
+        assert_equal(result, expected, 1e-10)
+
+
+@pytest.mark.parametrize("placement", ["preferred", "rows"])
+def test_a_gradient_missing_on_one_rank_does_not_hang(placement: Placement) -> None:
+    def worker() -> tuple[list[bool], dict[str, Tensor]]:
+        model = MixedModel()
+        shard(model, Trion, placement)
+        optimizer = build(model)
+        run_steps(model, optimizer, 0, 2)
+        missing = model.matrix_24x12.weight  # sharded along its rows in both placements
+        before = missing.to_local().clone(), optimizer.state[missing]["momentum"].to_local().clone()
+        set_gradients(model, 2)
+        if dist.get_rank() == 1:
+            missing.grad = model.matrix_12x24.weight.grad = None
+        optimizer.step()
+        after = missing.to_local(), optimizer.state[missing]["momentum"].to_local()
+        same = [torch.equal(a, b) for a, b in zip(after, before, strict=True)]
+        run_steps(model, optimizer, 3, 5)
+        return same, {**weights(model), **states(model, optimizer)}
+
+    first, second = run_distributed(worker, 2)
+    assert first[0] == [False, False]
+    assert second[0] == [True, True]
+    assert_equal(first[1], second[1])
+    assert all(value.isfinite().all() for value in first[1].values())
+
+
+def test_two_all_reduces_of_what_traffic_promises() -> None:
+    def worker() -> tuple[list[int], int]:
+        MATRIX_SHAPES.remove((6, 17))  # of odd width: it stays on dimension 0, and is turned over
+        model = MixedModel()
+        shard(model, Trion, "preferred")
+        optimizer = build(model)
+        set_gradients(model, 0)
+        with AllReduces() as reduces:
+            optimizer.step()
+        promised = [
+            optimizer.traffic(param.shape, param.dtype, group, 2).step_bytes
+            for group in optimizer.param_groups
+            for param in group["params"]
+            if group["role"] == "matrix"
+        ]
+        return reduces.bytes, sum(promised)
+
+    smaller = [min(shape) for shape in MATRIX_SHAPES if shape != (6, 17)]
+    energies, grams = sum(smaller) * 8, sum(max(1, d // 4) ** 2 for d in smaller) * 8
+    assert run_distributed(worker, 2) == [([energies, grams], energies + grams)] * 2
+
+
+def test_traffic_counts_a_matrix_that_must_be_turned_over() -> None:
+    group = {"rank": 2}
+    optimizer = optimizer_of(matrix((2, 2)))
+    assert optimizer.traffic((6, 17), torch.bfloat16, group, 1).step_bytes == 0
+    assert optimizer.traffic((6, 18), torch.bfloat16, group, 2).step_bytes == 4 * (6 + 4)
+    assert (
+        optimizer.traffic((6, 17), torch.bfloat16, group, 2).step_bytes == 4 * (6 + 4) + 2 * 17 * 3 * 2 + 2 * 9 * 6 * 4
+    )
