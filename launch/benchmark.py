@@ -1,4 +1,4 @@
-"""Benchmarks: ``python launch/benchmark.py COMMAND [FILE.yaml ...] [key=value ...]``."""
+"""Benchmarks: ``python launch/benchmark.py COMMAND [ARGUMENT ...]``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import sys
 from collections.abc import Callable
 
 try:
-    from lowrank_train import quality
+    from lowrank_train import quality, step_benchmark
     from lowrank_train.errors import UserError
+    from optim.__main__ import main as list_optimizers
 except ModuleNotFoundError as error:
     if error.name not in ("lowrank_train", "optim"):
         raise
@@ -25,7 +26,21 @@ def measure_quality(arguments: list[str]) -> None:
     print(f"\n{settings.output}/quality.md, .json, .png", file=sys.stderr)
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"quality": measure_quality}
+def measure_steps(arguments: list[str]) -> None:
+    """Time one step of each optimizer on the matrices of a model, interleaved with torch's AdamW."""
+    print(step_benchmark.measure_steps(arguments))
+
+
+def communication(arguments: list[str]) -> None:
+    """Predict the bytes each optimizer sends per step when a model is sharded."""
+    print(step_benchmark.communication(arguments))
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "quality": measure_quality,
+    "optimizer-step": measure_steps,
+    "communication": communication,
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -34,6 +49,8 @@ def main(arguments: list[str]) -> int:
     if command in ("-h", "--help"):
         print(help_text())
         return 0
+    if command == "--list":
+        return list_optimizers(rest, "launch/benchmark.py --list")
     try:
         _find(command)(rest)
     except UserError as error:
@@ -48,8 +65,9 @@ def main(arguments: list[str]) -> int:
 def help_text() -> str:
     """Every command and what it does."""
     lines = [f"  {name}: {command.__doc__}" for name, command in COMMANDS.items()]
-    usage = "usage: launch/benchmark.py COMMAND [FILE.yaml ...] [key=value ...]; COMMAND --help lists its keys"
-    return "\n".join([usage, "", "commands:", *lines])
+    usage = "usage: launch/benchmark.py COMMAND [ARGUMENT ...]; COMMAND --help lists its arguments"
+    table = "  --list: All optimizers on one matrix, as python -m optim."
+    return "\n".join([usage, "", "commands:", *lines, table])
 
 
 def _find(command: str) -> Callable[[list[str]], None]:

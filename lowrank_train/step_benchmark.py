@@ -64,9 +64,9 @@ def measure_steps(arguments: Sequence[str]) -> str:
             interval=_positive("--interval", given.interval),
             rounds=_positive("--rounds", given.rounds),
             refreshes=min(given.rounds, 3),
-            progress=lambda message: print(f"\r\033[K{message}", end="", file=sys.stderr, flush=True),
+            progress=_show,
         )
-        print("\r\033[K", end="", file=sys.stderr)
+        _show("")
         rows = [_row(time, settings[time.name], state[time.name], shapes, dtype, given.world_size) for time in times]
     except (ValueError, torch.OutOfMemoryError) as error:
         raise UserError(str(error)) from None
@@ -252,6 +252,12 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
+def _show(message: str) -> None:
+    """On one line of a terminal; nowhere else."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{message}", end="", file=sys.stderr, flush=True)
+
+
 def _positive(key: str, value: int) -> int:
     if value < 1:
         raise UserError(f"{key} {value}; expected a whole number >= 1")
@@ -282,39 +288,35 @@ def communication(arguments: Sequence[str]) -> str:
     given = parser.parse_args(arguments)
     ranks = _positive("--world-size", given.world_size)
     model = _model(given.model).to(_DTYPES[given.dtype])
-    head = ["optimizer", "payload at a refresh", "sent at a refresh", "sent at other steps", "every", "sent per step"]
+    head = ["optimizer", "payload", "sent", "sent at other steps", "every", "sent per step"]
     rows = []
     for name in optim.names():
-        chosen = rank_argument(name, given.rank)
         try:
-            sent = communicated_bytes(name, model, world_size=ranks, **chosen)
+            found = communicated_bytes(name, model, world_size=ranks, **rank_argument(name, given.rank))
         except ValueError as error:
             raise UserError(str(error)) from None
-        payload = sent.step_payload + sent.refresh_payload
-        interval = sent.interval
-        sizes = [payload, sent.refresh_sent, sent.step_sent]
-        rows.append([name, *map(size_text, sizes), str(interval or ""), size_text(sent.mean_sent)])
+        others = size_text(found.step_sent) if found.interval not in (None, 1) else ""
+        most = [found.step_payload + found.refresh_payload, found.refresh_sent]
+        rows.append([name, *map(size_text, most), others, str(found.interval or ""), size_text(found.mean_sent)])
     shapes = model_shapes(model)
     formulas = [
-        [label, size_text(formula(shapes, given.rank, ranks)), _one_line(formula)]
+        [label, size_text(formula(shapes, given.rank, ranks)), (formula.__doc__ or "").splitlines()[0]]
         for label, formula in FORMULAS.items()
     ]
     return "\n".join(
         [
             f"{given.model} ({len(shapes.matrices)} matrices, {shapes.parameters:,} parameters) in {given.dtype} on "
-            f"{ranks} ranks, rank {given.rank}, from shapes.",
+            f"{ranks} ranks, rank {given.rank}, from shapes; bytes of one rank.",
             "",
-            "Payload: bytes a rank hands to collectives. Sent: bytes that leave it, at most: every payload taken as a ring "
-            "all-reduce, 2 (P - 1) / P. Sent per step: the mean over the refresh interval (every).",
+            "payload              what it hands to collectives at a step that chooses directions, where a method does",
+            "sent                 what then leaves it, at most: every payload as a ring all-reduce, 2 (P - 1) / P of it",
+            "sent at other steps  where directions are chosen every so many steps (every)",
+            "sent per step        the mean of these",
             "",
             aligned([head, *rows]),
             "",
-            "Formulas of others, sent per step, numbers of 2 bytes:",
+            "By formula, others, sent per step, in 2-byte numbers:",
             "",
             aligned(formulas, left=(0, 2)),
         ]
     )
-
-
-def _one_line(formula: Any) -> str:
-    return (formula.__doc__ or "").splitlines()[0]

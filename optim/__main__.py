@@ -19,8 +19,8 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m optim
     """Print the table; exit code 0, or 2 for anything the user must mend."""
     parser = argparse.ArgumentParser(
         prog=program,
-        description="All optimizers on one matrix: bytes of state, bytes a rank sends when it is sharded, and time of a step "
-        "over one of torch's AdamW.",
+        description="All optimizers on one matrix: bytes of state, bytes a rank sends when it is sharded, and time of "
+        "a step over one of torch's AdamW.",
     )
     parser.add_argument("--rows", type=int, default=4096, help="default: 4096")
     parser.add_argument("--columns", type=int, default=4096, help="default: 4096")

@@ -183,7 +183,8 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         last_step = state["step"].clone()
         width = math.prod(param.shape[1:])
         # Columns that are shared with other ranks share scales, in a collective: one block, the same on all of them.
-        blocks = [slice(None)] if offset is not None else row_blocks(param.shape[0], width, param.device)
+        # An empty shard is one block too, or its step would not be counted.
+        blocks = row_blocks(param.shape[0], width, param.device) if offset is None and param.numel() else [slice(None)]
         for rows in blocks:
             weight = param[rows].to(dtype)
             exp_avg = read(state, "exp_avg", rows, dtype, offset or 0)

@@ -56,9 +56,10 @@ from optim.sharding import (
     preferred_shard_dim,
     sum_over_shards,
     tall,
+    turned_numbers,
 )
 
-__all__ = ["LowRankOptimizer"]
+__all__ = ["LowRankOptimizer", "resolved_rank"]
 
 MOMENTS = ("keep", "reset", "rotate")
 _ZERO = "zero"
@@ -90,7 +91,7 @@ class LowRankOptimizer(MatrixOptimizer, ABC):
         """Moments, ages, the tensors of basis and residual; raises ValueError for settings that do not fit."""
         d, m = sorted(matrix_shape(param.shape))
         _check_settings(name, group)
-        r = _rank(name, tuple(param.shape), group["rank"])
+        r = resolved_rank(name, tuple(param.shape), group["rank"])
         basis = find_basis(group["basis"])
         objection = basis.objection(d, r)
         if objection is not None:
@@ -106,9 +107,14 @@ class LowRankOptimizer(MatrixOptimizer, ABC):
         }
 
     def traffic(self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int) -> Traffic:
-        """The basis's statistics (and its decision, if one rank makes it) at a refresh; the residual's sums always."""
+        """The basis's statistics (and its decision, if one rank makes it) at a refresh; the residual's sums always.
+
+        And the gradient and the update of a matrix that can only be sharded along its projected dimension.
+        """
+        if world_size == 1:
+            return Traffic()
         d, _ = sorted(matrix_shape(shape))
-        r = _rank("", tuple(shape), group["rank"])
+        r = resolved_rank("", tuple(shape), group["rank"])
         basis, size = find_basis(group["basis"]), torch.promote_types(dtype, torch.float32)
         statistics = (
             math.prod(basis.statistics_shape(d, r)) * torch.promote_types(size, basis.statistics_dtype).itemsize
@@ -116,7 +122,8 @@ class LowRankOptimizer(MatrixOptimizer, ABC):
         decision = basis.state_tensors(d, r, size).values() if basis.owner_computed else ()
         decision_bytes = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in decision)
         return Traffic(
-            step_bytes=find_residual(group["residual"]).sums * size.itemsize,
+            step_bytes=find_residual(group["residual"]).sums * size.itemsize
+            + turned_numbers(shape, self.shard_dim("matrix", shape, world_size), world_size) * dtype.itemsize,
             refresh_bytes=basis.rounds(1) * (statistics + decision_bytes),
         )
 
@@ -452,7 +459,8 @@ def _check_settings(name: str, group: dict[str, Any]) -> None:
                 )
 
 
-def _rank(name: str, shape: tuple[int, ...], rank: int | None) -> int:
+def resolved_rank(name: str, shape: tuple[int, ...], rank: int | None) -> int:
+    """The rank of one matrix, None being a quarter of its smaller side; raises ValueError for one that does not fit."""
     largest = min(matrix_shape(shape))
     if rank is None:
         return max(1, largest // 4)

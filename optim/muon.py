@@ -39,8 +39,8 @@ from optim.sharding import (
     local,
     matrix_shape,
     preferred_shard_dim,
-    projected_dim,
     tall,
+    turned_numbers,
 )
 
 __all__ = ["Muon"]
@@ -109,10 +109,8 @@ class Muon(MatrixOptimizer):
         """X^T X; and X and the update of a matrix that can only be sharded along its shorter dimension."""
         if world_size == 1:
             return Traffic()
-        d, m = sorted(matrix_shape(shape))
-        numbers = d * d
-        if self.shard_dim("matrix", shape, world_size) == projected_dim(shape):
-            numbers += m * math.ceil(d / world_size) + math.ceil(m / world_size) * d
+        turned = turned_numbers(shape, self.shard_dim("matrix", shape, world_size), world_size)
+        numbers = min(matrix_shape(shape)) ** 2 + turned
         return Traffic(step_bytes=numbers * torch.promote_types(dtype, torch.float32).itemsize)
 
     def step_matrices(self, slots: list[Slot]) -> None:

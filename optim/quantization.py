@@ -47,7 +47,7 @@ def as_stored(layout: Mapping[str, StateTensor], state_dtype: str | None) -> dic
         raise ValueError(f"state_dtype={state_dtype!r}; expected None or one of {', '.join(STATE_DTYPES)}")
     stored: dict[str, StateTensor] = {}
     for key, spec in layout.items():
-        if key not in _MOMENTS:
+        if key not in _MOMENTS or not spec.shape:
             stored[key] = spec
         elif state_dtype != "8bit":
             stored[key] = StateTensor(spec.shape, STATE_DTYPES[state_dtype], spec.layout)

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from optim.base import MatrixOptimizer, Slot, Traffic, dense_gradient, is_number
-from optim.sharding import StateTensor, _shard_info, local, sum_over_shards
+from optim.sharding import StateTensor, local, sharded_dim, sum_over_shards
 
 __all__ = ["SCALE"]
 
@@ -111,8 +111,7 @@ def _inputs(group: dict[str, Any], ndim: int) -> tuple[int, ...]:
 
 
 def _inputs_are_split(slot: Slot) -> bool:
-    info = _shard_info(slot.param)
-    return info is not None and info.dim in _inputs(slot.group, slot.param.ndim)
+    return sharded_dim(slot.param) in _inputs(slot.group, slot.param.ndim)
 
 
 def _direction(slot: Slot) -> Tensor:

@@ -36,8 +36,10 @@ __all__ = [
     "max_over_shards",
     "preferred_shard_dim",
     "projected_dim",
+    "sharded_dim",
     "sum_over_shards",
     "tall",
+    "turned_numbers",
 ]
 
 
@@ -130,9 +132,9 @@ def allocate(spec: StateTensor, param: Tensor) -> Tensor:
 
     A plain local tensor would be taken for replicated by every checkpoint path and silently overwritten.
     """
+    info = _shard_info(param)
     if spec.layout == "host":
         return torch.zeros(spec.shape, dtype=spec.dtype)
-    info = _shard_info(param)
     device = local(param).device
     if spec.layout == "replicated" or not isinstance(param, DTensor):
         return torch.zeros(spec.shape, dtype=spec.dtype, device=device)
@@ -246,6 +248,23 @@ def _broadcast(param: Tensor, info: _ShardInfo | None, value: Tensor, i: int) ->
     for axis in range(param.device_mesh.ndim):
         if (info is None or axis != info.axis) and param.device_mesh.size(axis) > 1:
             dist.broadcast(value, group=param.device_mesh.get_group(axis), group_src=0)
+
+
+def sharded_dim(param: Tensor) -> int | None:
+    """The dimension a parameter is really split along; None if every rank holds it whole."""
+    info = _shard_info(param)
+    return info.dim if info is not None and info.count > 1 else None
+
+
+def turned_numbers(shape: Sequence[int], shard_dim: int, world_size: int) -> int:
+    """Numbers one rank sends when a matrix is turned over and its update back: 0 if sharded where it is not projected.
+
+    The largest of the ranks' shares.
+    """
+    if world_size == 1 or shard_dim != projected_dim(shape):
+        return 0
+    d, m = sorted(matrix_shape(shape))
+    return m * math.ceil(d / world_size) + math.ceil(m / world_size) * d
 
 
 def tall(param: Tensor, tensor: Tensor) -> Tensor:

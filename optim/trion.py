@@ -41,7 +41,7 @@ from optim.base import MatrixOptimizer, Slot, Traffic, dense_gradient, is_number
 from optim.basis import BASES, Directions, find_basis
 from optim.basis.columns import ColumnBasis
 from optim.blocks import row_blocks
-from optim.low_rank import _rank
+from optim.low_rank import resolved_rank
 from optim.orthogonalize import chunks, orthogonalized
 from optim.sharding import (
     StateTensor,
@@ -50,9 +50,9 @@ from optim.sharding import (
     local,
     matrix_shape,
     preferred_shard_dim,
-    projected_dim,
     sum_over_shards,
     tall,
+    turned_numbers,
 )
 
 __all__ = ["Trion"]
@@ -107,7 +107,7 @@ class Trion(MatrixOptimizer):
         if not (is_number(group["momentum"]) and 0 <= group["momentum"] < 1):
             raise ValueError(f"momentum={group['momentum']!r} for {name!r}; expected a number in [0, 1)")
         basis, d = _column_basis(group), min(matrix_shape(shape))
-        r = _rank(name, shape, group["rank"])
+        r = resolved_rank(name, shape, group["rank"])
         objection = basis.objection(d, r)
         if objection is not None:
             raise ValueError(f"basis={group['basis']!r} for {name!r} of shape {shape}: {objection}")
@@ -121,12 +121,10 @@ class Trion(MatrixOptimizer):
         """Energies and b^T b; twice B and an update too, where a matrix can only be sharded along its shorter side."""
         if world_size == 1:
             return Traffic()
-        d, m = sorted(matrix_shape(shape))
+        d = min(matrix_shape(shape))
         size = torch.promote_types(dtype, torch.float32).itemsize
-        step_bytes = (d + _rank("", tuple(shape), group["rank"]) ** 2) * size
-        if self.shard_dim("matrix", shape, world_size) == projected_dim(shape):
-            step_bytes += 2 * m * math.ceil(d / world_size) * dtype.itemsize + 2 * math.ceil(m / world_size) * d * size
-        return Traffic(step_bytes=step_bytes)
+        turned = turned_numbers(shape, self.shard_dim("matrix", shape, world_size), world_size)
+        return Traffic(step_bytes=(d + resolved_rank("", tuple(shape), group["rank"]) ** 2 + 2 * turned) * size)
 
     def step_matrices(self, slots: list[Slot]) -> None:
         """The update of the module's docstring; every rank goes through the same matrices, with or without gradient."""
