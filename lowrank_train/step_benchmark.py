@@ -309,7 +309,7 @@ def communication(arguments: Sequence[str]) -> str:
             f"{ranks} ranks, rank {given.rank}, from shapes; bytes of one rank.",
             "",
             "payload              what it hands to collectives at a step that chooses directions, where a method does",
-            "sent                 what then leaves it, at most: every payload as a ring all-reduce, 2 (P - 1) / P of it",
+            "sent                 what then leaves it, at most: each payload as a ring all-reduce, 2 (P - 1) / P of it",
             "sent at other steps  where directions are chosen every so many steps (every)",
             "sent per step        the mean of these",
             "",

@@ -116,7 +116,9 @@ class BackwardUpdates:
                 if coordinates is not None:
                     self._coordinates[param] = coordinates
             elif param in self._coordinates:
-                self._coordinates[param] += self._optimizer.project_gradient(slot, refresh=False)
+                more = self._optimizer.project_gradient(slot, refresh=False)
+                assert more is not None
+                self._coordinates[param] += more
             param.grad = None
         if last and not self._waits_for_norm:
             self._update(slot)

@@ -125,7 +125,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         return False
 
     def project_gradient(self, slot: Slot, *, refresh: bool) -> Tensor | None:
-        """Coordinates of the present gradient, linear in it; with ``refresh``, directions that are due are chosen first.
+        """Coordinates of the present gradient, linear in it; with ``refresh``, choose directions first if due.
 
         None if there are no directions yet and this gradient gave none. A collective where ``step`` is.
         """

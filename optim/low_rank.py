@@ -121,9 +121,10 @@ class LowRankOptimizer(MatrixOptimizer, ABC):
         )
         decision = basis.state_tensors(d, r, size).values() if basis.owner_computed else ()
         decision_bytes = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in decision)
+        there, back = turned_numbers(shape, self.shard_dim("matrix", shape, world_size), world_size)
+        sums = find_residual(group["residual"]).sums
         return Traffic(
-            step_bytes=find_residual(group["residual"]).sums * size.itemsize
-            + turned_numbers(shape, self.shard_dim("matrix", shape, world_size), world_size) * dtype.itemsize,
+            step_bytes=there * dtype.itemsize + (back + sums) * size.itemsize,
             refresh_bytes=basis.rounds(1) * (statistics + decision_bytes),
         )
 

@@ -109,8 +109,8 @@ class Muon(MatrixOptimizer):
         """X^T X; and X and the update of a matrix that can only be sharded along its shorter dimension."""
         if world_size == 1:
             return Traffic()
-        turned = turned_numbers(shape, self.shard_dim("matrix", shape, world_size), world_size)
-        numbers = min(matrix_shape(shape)) ** 2 + turned
+        there, back = turned_numbers(shape, self.shard_dim("matrix", shape, world_size), world_size)
+        numbers = min(matrix_shape(shape)) ** 2 + there + back
         return Traffic(step_bytes=numbers * torch.promote_types(dtype, torch.float32).itemsize)
 
     def step_matrices(self, slots: list[Slot]) -> None:

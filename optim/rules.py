@@ -25,7 +25,7 @@ def adamw_(
 
     Several times faster than torch's default on CPUs too, and equal to it up to the rounding of single elements.
     """
-    # The fused kernel takes memory in its order, whatever the strides: of a slice, or of two layouts, it makes nonsense.
+    # The fused kernel takes memory in its order, whatever the strides: with a slice, or two layouts, it makes nonsense.
     tensors = [*params, *grads, *exp_avgs, *exp_avg_sqs]
     fused = all(t.device.type in ("cpu", "cuda") and t.is_contiguous() for t in tensors)
     _torch_adamw(

@@ -256,15 +256,15 @@ def sharded_dim(param: Tensor) -> int | None:
     return info.dim if info is not None and info.count > 1 else None
 
 
-def turned_numbers(shape: Sequence[int], shard_dim: int, world_size: int) -> int:
-    """Numbers one rank sends when a matrix is turned over and its update back: 0 if sharded where it is not projected.
+def turned_numbers(shape: Sequence[int], shard_dim: int, world_size: int) -> tuple[int, int]:
+    """Numbers a rank sends when a matrix is turned over, and when its update is turned back; the largest share.
 
-    The largest of the ranks' shares.
+    None if it is sharded along the dimension that is not projected.
     """
     if world_size == 1 or shard_dim != projected_dim(shape):
-        return 0
+        return 0, 0
     d, m = sorted(matrix_shape(shape))
-    return m * math.ceil(d / world_size) + math.ceil(m / world_size) * d
+    return m * math.ceil(d / world_size), math.ceil(m / world_size) * d
 
 
 def tall(param: Tensor, tensor: Tensor) -> Tensor:

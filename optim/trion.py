@@ -123,8 +123,9 @@ class Trion(MatrixOptimizer):
             return Traffic()
         d = min(matrix_shape(shape))
         size = torch.promote_types(dtype, torch.float32).itemsize
-        turned = turned_numbers(shape, self.shard_dim("matrix", shape, world_size), world_size)
-        return Traffic(step_bytes=(d + resolved_rank("", tuple(shape), group["rank"]) ** 2 + 2 * turned) * size)
+        there, back = turned_numbers(shape, self.shard_dim("matrix", shape, world_size), world_size)
+        sums = d + resolved_rank("", tuple(shape), group["rank"]) ** 2
+        return Traffic(step_bytes=2 * there * dtype.itemsize + (2 * back + sums) * size)
 
     def step_matrices(self, slots: list[Slot]) -> None:
         """The update of the module's docstring; every rank goes through the same matrices, with or without gradient."""
