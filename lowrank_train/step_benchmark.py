@@ -45,8 +45,11 @@ def measure_steps(arguments: Sequence[str]) -> str:
         UserError: arguments that do not fit together, or too little memory, before anything is measured.
     """
     given = _step_parser().parse_args(arguments)
+    for key in ("interval", "rounds", "threads", "world_size"):
+        if getattr(given, key) is not None:
+            _positive(f"--{key.replace('_', '-')}", getattr(given, key))
     if given.threads is not None:
-        torch.set_num_threads(_positive("--threads", given.threads))
+        torch.set_num_threads(given.threads)
     device = _device(given.device)
     shapes = _shapes(given.shapes, given.layers, device)
     dtype = _DTYPES[given.dtype]
@@ -61,8 +64,8 @@ def measure_steps(arguments: Sequence[str]) -> str:
             shapes,
             dtype=dtype,
             device=device,
-            interval=_positive("--interval", given.interval),
-            rounds=_positive("--rounds", given.rounds),
+            interval=given.interval,
+            rounds=given.rounds,
             refreshes=min(given.rounds, 3),
             progress=_show,
         )
@@ -94,9 +97,7 @@ def _row(
     world_size: int,
 ) -> dict[str, Any]:
     interval = {} if time.interval is None else {"refresh_interval": time.interval}
-    sent = communicated_bytes(
-        time.name, _groups(shapes, dtype), world_size=_positive("--world-size", world_size), **arguments, **interval
-    )
+    sent = communicated_bytes(time.name, _groups(shapes, dtype), world_size=world_size, **arguments, **interval)
     return {
         **asdict(time),
         "amortised_ratio": time.amortised_ratio,

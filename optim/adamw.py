@@ -29,8 +29,9 @@ class AdamW(MatrixOptimizer):
         betas: decay of the first and second moment.
         eps: added to the root of the second moment.
         weight_decay: decoupled, per unit of ``lr``.
+        state_dtype: of the moments: None (the parameter's), "float32", "bfloat16" or "8bit" (``optim.quantization``).
 
-    State: two moments like the parameter, in its dtype, and a step count.
+    State: two moments like the parameter, and a step count.
     """
 
     source = "Loshchilov & Hutter, arXiv 1711.05101"
@@ -44,8 +45,10 @@ class AdamW(MatrixOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        state_dtype: str | None = None,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        adam = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "state_dtype": state_dtype}
+        super().__init__(params, {"lr": lr, **adam})
 
     def matrix_state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
         """As for any other parameter."""

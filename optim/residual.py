@@ -37,6 +37,9 @@ __all__ = ["RESIDUALS", "Block", "Previous", "Rates", "Residual", "find_residual
 
 _NORM_GROWTH = 1.01  # gamma of Fira's limiter, kept by APOLLO
 _EPS = 1e-8  # beside |g_i| in both released codes
+_ROUNDING = 64
+"""A row with |D_i|^2 <= 64 eps |A_i|^2 lies inside the directions: what is left of it is rounding, and counts as 0. Of
+that sign() would make whole steps, and the limiter a norm that the next true one must not exceed."""
 
 
 class Rates(NamedTuple):
@@ -189,7 +192,9 @@ class Fira(Residual):
         """|S|^2 = sum of phi_i^2 (|A_i|^2 - (2 k - k^2) |g_i|^2): no need to form D."""
         kept = self._removed(rates)
         inside = block.coordinates.square().sum(1)
-        outside = block.gradient.square().sum(1).sub_(inside, alpha=2 * kept - kept**2).clamp_min_(0)
+        whole = block.gradient.square().sum(1)
+        outside = whole - inside * (2 * kept - kept**2)
+        outside = torch.where(outside > _floor(whole), outside, 0)
         return (_row_scaling(block).squeeze(1).square_() * outside).sum().view(1)
 
     def factor(self, sums: Tensor, state: Mapping[str, Tensor]) -> Tensor:
@@ -262,7 +267,12 @@ def _outside(block: Block) -> Tensor:
     """D, as a tensor of its own."""
     outside = block.gradient.clone(memory_format=torch.contiguous_format)
     block.directions.add_lift_(outside, -block.coordinates)
-    return outside
+    inside = outside.square().sum(1) <= _floor(block.gradient.square().sum(1))
+    return outside.masked_fill_(inside.unsqueeze(1), 0)
+
+
+def _floor(squares: Tensor) -> Tensor:
+    return squares * (_ROUNDING * torch.finfo(squares.dtype).eps)
 
 
 def _row_scaling(block: Block) -> Tensor:

@@ -92,7 +92,7 @@ class FourierColumns(Directions):
         self.order, self.inverse_order = _permutations(d, like.device)
         self.low = int((index <= d // 2).sum())  # a host read, harmless on CPU
         index = index.long()
-        scale = torch.where(index == 0, math.sqrt(1 / d), math.sqrt(2 / d)).double()
+        scale = torch.full_like(index, math.sqrt(2 / d), dtype=torch.float64).masked_fill_(index == 0, math.sqrt(1 / d))
         angle = index.double() * (math.pi / (2 * d))
         # <x, q_k> = cosine Re F_j + sine Im F_j with j = k, or j = d - k where F_k = conj(F_j)
         j = torch.minimum(index, d - index)

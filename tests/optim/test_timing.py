@@ -65,12 +65,9 @@ def test_ratios_are_medians_of_paired_ratios_and_refreshes_are_amortised(monkeyp
             return (1.0 if group["fused"] else 2.0) * next(slowness)
         if optimizer.state[group["params"][0]]["step"] == 1:
             return 1000.0  # the first step
-        ordinary = 3.0 * next(slowness)
-        return ordinary if group["refresh_interval"] > 1 else 43.0
+        return 3.0 * next(slowness) if group["refresh_interval"] > 1 else 43.0
 
     fake_clock(monkeypatch, seconds)
-    slowness_first = [0.0]
-    assert slowness_first
     (time,) = time_steps(settings("dct_adamw"), SHAPES, rounds=3, refreshes=1, interval=10)
     assert time.first_seconds == 1000
     assert time.ordinary_ratio == {"fused": 3.0, "foreach": 1.5}, "the slow round is slow for both"

@@ -17,7 +17,7 @@ At every step, with the gradient G:
                        LDAdam, arXiv 2410.16103
     (4)  g = A V^T;  M <- b1 M + (1 - b1) g;  V2 <- b2 V2 + (1 - b2) g o g;  age <- age + 1
     (5)  u = (M / (1 - b1^age)) / (sqrt(V2 / (1 - b2^age)) + eps),  age per column
-    (6)  W <- W - lr * update, with lift(c) = c V and D = A - lift(g):
+    (6)  W <- W - lr * update, with lift(c) = c V and D = A - lift(g), D_i = 0 where |D_i|^2 <= 64 eps |A_i|^2:
 
     drop                update = alpha lift(u)                                                          GaLore
     error_feedback      the same;  E <- stored(D), per row exact or (6a) rounded to 8 or 4 bits         arXiv 2505.17967
@@ -162,6 +162,9 @@ class ReferenceLowRankAdamW:
         D = A - g @ V
         if self.residual == "drop" or self.residual in COMPENSATED:
             return self.scale * u @ V
+        for i in range(len(D)):
+            if norm(D[i]) ** 2 <= 64 * np.finfo(np.float64).eps * norm(A[i]) ** 2:
+                D[i] = 0
         if self.residual == "sign":
             return self.scale * u @ V + self.residual_scale * np.sign(D)
         if self.residual == "normalized":
