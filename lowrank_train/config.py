@@ -128,7 +128,7 @@ class Config:
     optimizer: dict[str, Any] = setting(
         {"name": "adamw", "lr": 1e-3},
         "name and arguments of an optimizer: optimizer.name=dct_adamw optimizer.rank=64; and optimizer.other_lr, the "
-        "rate of the parameters it leaves to AdamW (embeddings, head, norms), where that is not optimizer.lr",
+        "rate of all but the matrices (embeddings, head, norms), where that is not optimizer.lr",
     )
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

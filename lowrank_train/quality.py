@@ -42,7 +42,7 @@ class QualityConfig:
         "null leaves a label out",
     )
     other_lr: float | None = setting(
-        None, "learning rate of what the methods leave to AdamW (embeddings, head, norms), in all rows; null: as lr"
+        None, "learning rate of all but the matrices (embeddings, head, norms), in all rows; null: as lr"
     )
     seeds: list[int] = setting([0], "every rate is trained once with each: initial weights and order of the data")
     output: str = setting("runs/quality", "folder of the trainings, their tokens and the results")

@@ -88,8 +88,8 @@ def _notes(rows: Sequence[Row], figures: dict[str, Any]) -> list[str]:
         f"{_number(figures['untrained_perplexity'])}), the same that chose the best rate of each row. Seeds: "
         f"{', '.join(map(str, figures['seeds']))}.",
         "",
-        "All rows start from the same weights and see the same tokens in the same order. Learning rate of what a "
-        f"method leaves to AdamW (embeddings, head, norms): {'as lr' if other_lr is None else rate(other_lr)}.",
+        "All rows start from the same weights and see the same tokens in the same order. Learning rate of all but the "
+        f"matrices (embeddings, head, norms): {'as lr' if other_lr is None else rate(other_lr)}.",
         "",
     ]
     if seeds == 1:

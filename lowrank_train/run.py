@@ -181,12 +181,12 @@ def predicted_state_bytes(
 
 
 def _parameter_groups(config: Config, model: PreTrainedModel) -> list[dict[str, Any]]:
-    """Parameters by role; those the method does not update itself at ``optimizer.other_lr``, if it is given."""
+    """Parameters by role; all but the matrices at ``optimizer.other_lr``, if it is given."""
     groups = optim.param_groups(model)
-    other_lr, method = config.optimizer.get("other_lr"), optim.find(config.optimizer["name"])
+    other_lr = config.optimizer.get("other_lr")
     if other_lr is not None:
         for group in groups:
-            if group["role"] not in method.method_roles:
+            if group["role"] != "matrix":
                 group["lr"] = other_lr
     return groups
 
