@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from abc import ABC
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -40,29 +39,22 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.optim.optimizer import ParamsT
 
-from optim import rules
-from optim.base import MatrixOptimizer, Slot, Traffic, dense_gradient, is_number
-from optim.basis import Basis, Directions, Moments, find_basis
-from optim.blocks import row_blocks
-from optim.quantization import read, replace, write
-from optim.residual import Block, Previous, Rates, Residual, find_residual
+from optim.base import MatrixOptimizer, Slot, Traffic, is_number
+from optim.basis import find_basis
+from optim.matrix_step import ZERO, MatrixStep
+from optim.residual import find_residual
 from optim.sharding import (
     StateTensor,
-    accumulator,
-    commit,
     decide_on_one_rank,
-    local,
     matrix_shape,
     preferred_shard_dim,
     sum_over_shards,
-    tall,
     turned_numbers,
 )
 
 __all__ = ["LowRankOptimizer", "resolved_rank"]
 
 MOMENTS = ("keep", "reset", "rotate")
-_ZERO = "zero"
 
 _CHUNK_NUMBERS = 2**24
 """Coordinates, in all, of the matrices whose residual sums share one all-reduce: bounds what waits for it."""
@@ -137,7 +129,7 @@ class LowRankOptimizer(MatrixOptimizer, ABC):
 
     def step_matrices(self, slots: list[Slot]) -> None:
         """The update of the module's docstring."""
-        matrices = [_Matrix(slot) for slot in slots]
+        matrices = [MatrixStep(slot) for slot in slots]
         self._refresh([matrix for matrix in matrices if matrix.is_due])
         for chunk in _chunks([matrix for matrix in matrices if matrix.has_directions]):
             self._update(chunk)
@@ -148,18 +140,18 @@ class LowRankOptimizer(MatrixOptimizer, ABC):
 
     def project_gradient(self, slot: Slot, *, refresh: bool) -> Tensor | None:
         """(m_local, r), summed over nothing: each rank has the coordinates of its rows."""
-        matrix = _Matrix(slot)
+        matrix = MatrixStep(slot)
         if refresh and matrix.is_due:
             self._refresh([matrix])
         return matrix.project() if matrix.has_directions or not refresh else None
 
     def step_coordinates(self, slot: Slot, coordinates: Tensor) -> None:
         """The update, with g given."""
-        matrix = _Matrix(slot, coordinates)
+        matrix = MatrixStep(slot, coordinates)
         matrix.advance()
         matrix.single_pass()
 
-    def _refresh(self, matrices: list[_Matrix]) -> None:
+    def _refresh(self, matrices: list[MatrixStep]) -> None:
         """Choose new directions for every matrix, unless its gradient is zero or not finite."""
         if not matrices:
             return
@@ -184,9 +176,9 @@ class LowRankOptimizer(MatrixOptimizer, ABC):
             if sign > 0:
                 matrix.change_directions(proposal)
             else:
-                matrix.keep_directions(_ZERO if sign == 0 else "not finite")
+                matrix.keep_directions(ZERO if sign == 0 else "not finite")
 
-    def _update(self, matrices: list[_Matrix]) -> None:
+    def _update(self, matrices: list[MatrixStep]) -> None:
         """One step in the present directions."""
         for matrix in matrices:
             matrix.advance()
@@ -200,187 +192,8 @@ class LowRankOptimizer(MatrixOptimizer, ABC):
                 matrix.single_pass()
 
 
-class _Matrix:
-    """One matrix during one step: its slot with the parts it is made of."""
-
-    def __init__(self, slot: Slot, coordinates: Tensor | None = None) -> None:
-        self.slot = slot
-        self.given = coordinates
-        self.state = slot.state
-        self.group = slot.group
-        self.basis: Basis = find_basis(slot.group["basis"])
-        self.residual: Residual = find_residual(slot.group["residual"])
-        self.steps = int(slot.state["step"])
-        self.d, _ = sorted(matrix_shape(slot.param.shape))
-        self.r = slot.state["column_age"].numel()
-        self.is_due = self.steps % slot.group["refresh_interval"] == 0
-        self.has_directions = self.steps > 0
-        self.had_gradient = slot.param.grad is not None or coordinates is not None
-        self.dtype = torch.promote_types(slot.param.dtype, torch.float32)
-        self.like = torch.empty((), dtype=self.dtype, device=slot.param.device)
-        self.previous: Previous | None = None
-        self.waiting: list[tuple[slice, Block]] = []
-        self._gradient: Tensor | None = None
-
-    # ------------------------------------------------------------------------------------------------ its tensors
-
-    @property
-    def gradient(self) -> Tensor:
-        """G (m_local, d), zeros if there is none; turned over only once."""
-        if self._gradient is None:
-            param = self.slot.param
-            self._gradient = tall(param, dense_gradient(self.slot) if self.had_gradient else torch.zeros_like(param))
-        return self._gradient
-
-    @property
-    def basis_keys(self) -> list[str]:
-        return list(self.basis.state_tensors(self.d, self.r, self.dtype))
-
-    def residual_rows(self, rows: slice) -> dict[str, Tensor]:
-        keys = self.residual.state_tensors(1, self.d, self.dtype)
-        return {key: local(self.state[key])[rows] for key, spec in keys.items() if spec.layout == "rows"}
-
-    def blocks(self) -> Iterator[slice]:
-        yield from row_blocks(local(self.state["exp_avg"]).shape[0], self.d, self.like.device)
-
-    def directions(self, state: Mapping[str, Tensor]) -> Directions:
-        return self.basis.directions(state, self.d, self.r, self.like)
-
-    # ------------------------------------------------------------------------------------------------- refreshing
-
-    def starting_directions(self) -> Mapping[str, Tensor]:
-        if self.steps:
-            return {key: self.state[key] for key in self.basis_keys}
-        return self.basis.start(self.d, self.r, self.like, self.seed)
-
-    @property
-    def seed(self) -> int:
-        return int(self.group["seed"]) + self.steps
-
-    def target(self) -> Tensor:
-        """What directions are chosen for: (1 - rho) A + rho lift(M_hat), (m_local, d)."""
-        everything = slice(None)
-        target = self.residual.recall(self.gradient.to(self.dtype), self.residual_rows(everything))
-        rho = self.group["rho"]
-        if not rho or not self.steps:
-            return target
-        age = self.state["column_age"].double()
-        mean = read(self.state, "exp_avg", everything, self.dtype) / (1 - self.group["betas"][0] ** age).to(self.dtype)
-        return self.directions(self.state).lift(mean).mul_(rho).add_(target, alpha=1 - rho)
-
-    def change_directions(self, new: Mapping[str, Tensor]) -> None:
-        old = {key: self.state[key].clone() for key in self.basis_keys}
-        if self.steps:
-            everything = slice(None)
-            exp_avg, exp_avg_sq = (read(self.state, key, everything, self.dtype) for key in ("exp_avg", "exp_avg_sq"))
-            age = self.state["column_age"]
-            if self.residual.tracks_momentum:
-                self.previous = Previous(self.directions(old), exp_avg.clone())
-            moments = self._carried(Moments(exp_avg, exp_avg_sq, age), old, new)
-            if moments is not None:
-                replace(self.state, "exp_avg", moments.exp_avg)
-                replace(self.state, "exp_avg_sq", moments.exp_avg_sq)
-                age.copy_(moments.age)
-        for key, value in new.items():
-            self.state[key].copy_(value)
-        self.has_directions = True
-
-    def _carried(self, moments: Moments, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> Moments | None:
-        if self.group["moments"] == "keep":
-            return None
-        if self.group["moments"] == "reset":
-            return Moments(*map(torch.zeros_like, moments))
-        return self.basis.carry(moments, old, new, self.d, self.group["betas"])
-
-    def keep_directions(self, reason: str) -> None:
-        if self.steps or reason != _ZERO:
-            self.state["skipped_refreshes"] += 1
-            warnings.warn(
-                f"the gradient of {self.slot.name!r} is {reason}: its directions were not chosen anew "
-                f"({int(self.state['skipped_refreshes'])} times now)",
-                stacklevel=2,
-            )
-
-    # --------------------------------------------------------------------------------------------------- updating
-
-    @property
-    def rates(self) -> Rates:
-        group = self.group
-        return Rates(group["lr"], group["scale"], group["residual_scale"], group["betas"][0])
-
-    def advance(self) -> None:
-        self.state["step"] += 1
-        if self.had_gradient:
-            self.state["column_age"] += 1
-
-    def project(self) -> Tensor:
-        """Coordinates of the whole gradient, (m_local, r)."""
-        directions = self.directions(self.state)
-        blocks = [directions.project(self.gradient[rows].to(self.dtype)) for rows in self.blocks()]
-        return torch.cat(blocks) if blocks else self.like.new_zeros(0, self.r)
-
-    def adam(self) -> Iterator[tuple[slice, Block]]:
-        """Moments and coordinates, block by block."""
-        state, group = self.state, self.group
-        age = state["column_age"].double()
-        bias_correction1 = (1 - group["betas"][0] ** age).to(self.dtype)
-        bias_correction2_sqrt = (1 - group["betas"][1] ** age).sqrt().to(self.dtype)
-        directions = self.directions(state)
-        self.weight = accumulator(self.slot.param, self.dtype)
-        if group["weight_decay"]:
-            local(self.slot.param).mul_(1 - group["lr"] * group["weight_decay"])
-        for rows in self.blocks():
-            if self.given is None:
-                gradient = self.residual.recall(self.gradient[rows].to(self.dtype), self.residual_rows(rows))
-                coordinates = directions.project(gradient)
-            else:
-                gradient = coordinates = self.given[rows]  # of the gradient itself nothing is needed
-            exp_avg = read(state, "exp_avg", rows, self.dtype)
-            exp_avg_sq = read(state, "exp_avg_sq", rows, self.dtype)
-            carried, previous = None, None
-            if self.previous is not None:
-                carried = exp_avg.clone()
-                previous = Previous(self.previous.directions, self.previous.exp_avg[rows])
-            update = rules.adam_direction(
-                coordinates,
-                exp_avg,
-                exp_avg_sq,
-                bias_correction1,
-                bias_correction2_sqrt,
-                betas=group["betas"],
-                eps=group["eps"],
-            )
-            write(state, "exp_avg", rows, exp_avg)
-            write(state, "exp_avg_sq", rows, exp_avg_sq)
-            yield rows, Block(gradient, coordinates, update, directions, self.weight[rows], carried, previous)
-
-    def single_pass(self) -> None:
-        if not self.had_gradient:
-            return
-        for rows, block in self.adam():
-            self.residual.add_(block, self.rates, self.residual_rows(rows), None)
-        commit(self.slot.param, self.weight)
-
-    def first_pass(self) -> Tensor:
-        total = torch.zeros(self.residual.sums, dtype=self.dtype, device=self.like.device)
-        if self.had_gradient:
-            for rows, block in self.adam():
-                total += self.residual.partial_sums(block, self.rates)
-                self.waiting.append((rows, block._replace(gradient=total)))  # its gradient is cheaper to read again
-        return total
-
-    def second_pass(self, total: Tensor) -> None:
-        if not self.had_gradient:
-            return
-        factor = self.residual.factor(total, self.state)
-        for rows, block in self.waiting:
-            gradient = self.gradient[rows].to(self.dtype)
-            self.residual.add_(block._replace(gradient=gradient), self.rates, self.residual_rows(rows), factor)
-        commit(self.slot.param, self.weight)
-
-
 def _decide_on_every_rank(
-    matrices: list[_Matrix], targets: list[Tensor], proposals: list[Mapping[str, Tensor]]
+    matrices: list[MatrixStep], targets: list[Tensor], proposals: list[Mapping[str, Tensor]]
 ) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
     """New directions, from statistics summed for all matrices at once, and their ``_magnitude``."""
     statistics = [m.basis.statistics(t, p) for m, t, p in zip(matrices, targets, proposals, strict=True)]
@@ -390,7 +203,7 @@ def _decide_on_every_rank(
 
 
 def _decide_on_one_rank(
-    matrices: list[_Matrix], targets: list[Tensor], proposals: list[Mapping[str, Tensor]]
+    matrices: list[MatrixStep], targets: list[Tensor], proposals: list[Mapping[str, Tensor]]
 ) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
     """As ``_decide_on_every_rank``, where the choice is costly or not unique.
 
@@ -422,9 +235,9 @@ def _magnitude(values: Tensor) -> Tensor:
     return torch.where(total.isfinite(), total.sign(), torch.nan)
 
 
-def _chunks(matrices: list[_Matrix]) -> Iterator[list[_Matrix]]:
+def _chunks(matrices: list[MatrixStep]) -> Iterator[list[MatrixStep]]:
     """Runs of matrices of bounded size, cut alike on every rank."""
-    chunk: list[_Matrix] = []
+    chunk: list[MatrixStep] = []
     numbers = 0
     for matrix in matrices:
         size = max(matrix_shape(matrix.slot.param.shape)) * matrix.r
@@ -444,7 +257,7 @@ def _check_settings(name: str, group: dict[str, Any]) -> None:
     if group["moments"] not in MOMENTS:
         raise ValueError(f"moments={group['moments']!r} for {name!r}; expected one of {', '.join(MOMENTS)}")
     for key in ("scale", "residual_scale"):
-        if not is_number(group[key]) or group[key] < 0:
+        if not (is_number(group[key]) and group[key] >= 0):
             raise ValueError(f"{key}={group[key]!r} for {name!r}; expected a number >= 0")
     if not is_number(group["rho"]) or not 0 <= group["rho"] < 1:
         raise ValueError(f"rho={group['rho']!r} for {name!r}; expected a number in [0, 1)")

@@ -15,7 +15,6 @@ costs 0.06 s); signs are fixed (largest entry, or QR diagonal, positive), so mom
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -29,40 +28,11 @@ from optim.sharding import StateTensor
 __all__ = ["ExactSVD", "SubspaceIteration"]
 
 
-class _StoredVectors(Basis):
-    """Abstract: directions that have to be stored, r d numbers in the parameter's dtype."""
+class ExactSVD(Basis):
+    """The r leading right singular vectors."""
 
     is_orthonormal = True
     owner_computed = True
-
-    def state_tensors(self, d: int, r: int, dtype: torch.dtype) -> dict[str, StateTensor]:
-        """``basis`` (r, d), in the parameter's dtype."""
-        return {"basis": StateTensor((r, d), dtype, "replicated")}
-
-    def directions(self, state: Mapping[str, Tensor], d: int, r: int, like: Tensor) -> Directions:
-        """As stored."""
-        return Vectors(state["basis"].to(like.dtype))
-
-    def carry(
-        self,
-        moments: Moments,
-        old: Mapping[str, Tensor],
-        new: Mapping[str, Tensor],
-        d: int,
-        betas: tuple[float, float],
-    ) -> Moments:
-        """By the overlap of the two bases."""
-        dtype = moments.exp_avg.dtype
-        return rotate(moments, old["basis"].to(dtype) @ new["basis"].to(dtype).mT, betas)
-
-    @abstractmethod
-    def choose(self, statistics: Tensor, d: int, r: int, seed: int) -> dict[str, Tensor]:
-        """See the subclass."""
-
-
-class ExactSVD(_StoredVectors):
-    """The r leading right singular vectors."""
-
     statistics_dtype = torch.float64
 
     def statistics_shape(self, d: int, r: int) -> tuple[int, ...]:
@@ -83,9 +53,31 @@ class ExactSVD(_StoredVectors):
         largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
         return {"basis": vectors * largest.sign()}
 
+    def state_tensors(self, d: int, r: int, dtype: torch.dtype) -> dict[str, StateTensor]:
+        """``basis`` (r, d), in the parameter's dtype."""
+        return {"basis": StateTensor((r, d), dtype, "replicated")}
 
-class SubspaceIteration(_StoredVectors):
+    def directions(self, state: Mapping[str, Tensor], d: int, r: int, like: Tensor) -> Directions:
+        """As stored."""
+        return Vectors(state["basis"].to(like.dtype))
+
+    def carry(
+        self,
+        moments: Moments,
+        old: Mapping[str, Tensor],
+        new: Mapping[str, Tensor],
+        d: int,
+        betas: tuple[float, float],
+    ) -> Moments:
+        """By the overlap of the two bases."""
+        return _carry(moments, old["basis"], new["basis"], betas)
+
+
+class SubspaceIteration(Basis):
     """Nearly the leading singular vectors, for the price of a few products."""
+
+    is_orthonormal = True
+    owner_computed = True
 
     def __init__(self, warm_rounds: int, cold_rounds: int = 6) -> None:
         self.warm_rounds = warm_rounds
@@ -113,3 +105,27 @@ class SubspaceIteration(_StoredVectors):
         q, upper = torch.linalg.qr(statistics.mT)
         signs = torch.where(upper.diagonal() < 0, -1.0, 1.0).to(q.dtype)
         return {"basis": (q * signs).mT.contiguous()}
+
+    def state_tensors(self, d: int, r: int, dtype: torch.dtype) -> dict[str, StateTensor]:
+        """``basis`` (r, d), in the parameter's dtype."""
+        return {"basis": StateTensor((r, d), dtype, "replicated")}
+
+    def directions(self, state: Mapping[str, Tensor], d: int, r: int, like: Tensor) -> Directions:
+        """As stored."""
+        return Vectors(state["basis"].to(like.dtype))
+
+    def carry(
+        self,
+        moments: Moments,
+        old: Mapping[str, Tensor],
+        new: Mapping[str, Tensor],
+        d: int,
+        betas: tuple[float, float],
+    ) -> Moments:
+        """By the overlap of the two bases."""
+        return _carry(moments, old["basis"], new["basis"], betas)
+
+
+def _carry(moments: Moments, old: Tensor, new: Tensor, betas: tuple[float, float]) -> Moments:
+    dtype = moments.exp_avg.dtype
+    return rotate(moments, old.to(dtype) @ new.to(dtype).mT, betas)
