@@ -7,6 +7,7 @@ call, and let the parent hold no process group. A file store, because ports coll
 from __future__ import annotations
 
 import faulthandler
+import io
 import multiprocessing
 import pickle
 import tempfile
@@ -20,8 +21,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-__all__ = ["DistributedFailure", "run_distributed"]
+__all__ = ["DistributedFailure", "dumps", "run_distributed"]
 
 _TIMEOUT_SECONDS = 60
 
@@ -99,16 +101,36 @@ def _work(
             )
             value = fn(*args)
             dist.barrier()  # a rank that leaves early would break a collective the others are still in
-            # Plain pickle: torch's pipes would share memory with a process that is about to end.
-            answer = pickle.dumps((True, value))
+            # Not torch's own pipes: they would share memory with a process that is about to end.
+            answer = dumps((True, value))
         except BaseException:
-            answer = pickle.dumps((False, traceback.format_exc()))
+            answer = dumps((False, traceback.format_exc()))
         # Sent before this process ends, so that its error arrives before the "connection closed" of its peers.
         sender.send_bytes(answer)
         sender.close()
         faulthandler.cancel_dump_traceback_later()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def dumps(value: Any) -> bytes:
+    """Pickled, tensors as their bytes: torch's own way, a zip archive each, takes most of a millisecond."""
+    buffer = io.BytesIO()
+    _Pickler(buffer, pickle.HIGHEST_PROTOCOL).dump(value)
+    return buffer.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, value: Any) -> Any:
+        if type(value) is not Tensor or value.layout != torch.strided:
+            return NotImplemented
+        value = value.detach()
+        numbers = value.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
+        return _tensor, (numbers, value.dtype, tuple(value.shape))
+
+
+def _tensor(numbers: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    return torch.frombuffer(bytearray(numbers), dtype=dtype).view(shape) if numbers else torch.empty(shape, dtype=dtype)
 
 
 def _stacks(folder: Path, rank: int) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +16,25 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
 import optim
+from optim.basis import BASES
+from optim.residual import RESIDUALS
 from tests.distributed import run_distributed
 from tests.optim.models import MixedModel, build, run_steps, tiny_llama, tiny_opt
 
 RANK = 2
+
+
+class WideModel(nn.Module):
+    """Large enough for 8 bits: 128 numbers to a scale, and some left over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 150)
+        self.tall = nn.Linear(140, 200)
+        self.wide = nn.Linear(300, 131)
+        self.small = nn.Linear(150, 20)
+        self.head = nn.Linear(150, 50, bias=False)
+
 
 # An nn.Linear with one input has min(m, n) = 1, so the mixed model is used with the default rank.
 MODELS: list[Any] = [
@@ -27,66 +43,190 @@ MODELS: list[Any] = [
     pytest.param(tiny_opt, RANK, id="opt"),
     pytest.param(lambda: nn.Sequential(nn.Linear(7, 12), nn.Tanh(), nn.Linear(12, 5)), RANK, id="sequential"),
     pytest.param(MixedModel, None, id="mixed"),
+    pytest.param(WideModel, None, id="wide"),
 ]
-ARGUMENTS: dict[str, Callable[[int | None], dict[str, Any]]] = {
-    "adamw": lambda rank: {},
-    "dct_adamw": lambda rank: {"rank": rank},
+
+# ------------------------------------------------------------------------------------------------------- the formulas
+
+COUNTER_BYTES = 4  # a step, or the refreshes skipped
+INDEX_BYTES = 4
+AGE_BYTES = 4
+SEED_BYTES = 8
+SCALE_BYTES = 4
+
+
+class Sizes:
+    """Of one matrix, oriented tall: m_local rows of this rank's of m, d columns, r directions; item = bytes of one.
+
+    ``own``: this rank's numbers of the matrix itself.
+    """
+
+    def __init__(self, m_local: int, own: int, m: int, d: int, r: int, item: int, dtype: str | None) -> None:
+        self.m_local, self.own, self.m, self.d, self.r, self.item, self.dtype = m_local, own, m, d, r, item, dtype
+        self.wide_item = max(4, item)
+
+    def moments(self, count: int = 2) -> int:
+        """Of m x r numbers."""
+        return count * moment_bytes(self.m_local, self.m * self.r, self.r, self.item, self.dtype)
+
+
+def moment_bytes(rows: int, numbers: int, columns: int, item: int, dtype: str | None) -> int:
+    """One moment of which this rank holds some rows of ``columns`` numbers; ``numbers`` in all."""
+    if dtype == "8bit" and numbers >= 4096 and columns >= 32:
+        return rows * (columns + SCALE_BYTES * math.ceil(columns / 128))
+    return rows * columns * {"float32": 4, "bfloat16": 2}.get(str(dtype), item)
+
+
+BASIS: dict[str, Callable[[Sizes], int]] = {
+    **dict.fromkeys(("dct", "dct_l1", "hadamard", "identity", "random_columns"), lambda s: s.r * INDEX_BYTES),
+    **dict.fromkeys(("gaussian", "random"), lambda s: SEED_BYTES),
+    **dict.fromkeys(("svd", "subspace", "power"), lambda s: s.r * s.d * s.item),
+}
+RESIDUAL: dict[str, Callable[[Sizes], int]] = {
+    **dict.fromkeys(("drop", "normalized", "sign"), lambda s: 0),
+    **dict.fromkeys(("apollo", "apollo_mini", "fira", "fira_released"), lambda s: s.wide_item),
+    **dict.fromkeys(("error_feedback", "ldadam"), lambda s: s.m_local * s.d * s.item),
+    "error_feedback_8bit": lambda s: s.m_local * (s.d + s.wide_item),
+    "error_feedback_4bit": lambda s: s.m_local * (math.ceil(s.d / 2) + s.wide_item),
 }
 
-STEP_BYTES = 4
-INDEX_BYTES = 4
+
+def low_rank_bytes(basis: str, residual: str) -> Callable[[Sizes], int]:
+    """Two moments, an age per direction, two counters, basis and residual."""
+    return lambda s: s.moments() + s.r * AGE_BYTES + 2 * COUNTER_BYTES + BASIS[basis](s) + RESIDUAL[residual](s)
 
 
-def adamw_bytes(elements: int, itemsize: int) -> int:
-    return 2 * elements * itemsize + STEP_BYTES
+MATRIX: dict[str, Callable[[Sizes], int]] = {
+    "apollo": low_rank_bytes("gaussian", "apollo"),
+    "apollo_mini": low_rank_bytes("gaussian", "apollo_mini"),
+    "dct_adamw": low_rank_bytes("dct", "drop"),
+    "fira": low_rank_bytes("subspace", "fira"),
+    "frugal": low_rank_bytes("random_columns", "sign"),
+    "galore_adamw": low_rank_bytes("subspace", "drop"),
+    "ldadam": low_rank_bytes("power", "ldadam"),
+    "low_rank_adamw": low_rank_bytes("dct", "normalized"),
+    "muon": lambda s: s.own * s.item + COUNTER_BYTES,
+    "scale": lambda s: COUNTER_BYTES,
+    "trion": lambda s: s.own * s.item + COUNTER_BYTES + s.r * INDEX_BYTES,
+}
+"""Of one matrix. What is not named here has AdamW's state everywhere."""
+
+EMBEDDING: dict[str, Callable[[int, int], int]] = {"scale": lambda numbers, item: COUNTER_BYTES}
+HEAD: dict[str, Callable[[int, int], int]] = {"scale": lambda numbers, item: numbers * item + COUNTER_BYTES}
+"""From this rank's numbers, where the method itself updates these."""
 
 
-def dct_adamw_bytes(rows: int, rank: int, itemsize: int) -> int:
-    """Two moments of the given rows, one index and one age per direction."""
-    return 2 * rows * rank * itemsize + 2 * rank * INDEX_BYTES + STEP_BYTES
+def takes(name: str, argument: str) -> bool:
+    return argument in inspect.signature(optim.find(name)).parameters
 
 
-def is_matrix(name: str, param: Tensor) -> bool:
-    return param.ndim == 2 and not any(part in name for part in ("embed", "lm_head", "head"))
+def arguments_of(name: str, rank: int | None) -> dict[str, Any]:
+    return {"rank": rank} if rank is not None and takes(name, "rank") else {}
 
 
-def expected_bytes(name: str, model: nn.Module, rank: int | None, world_size: int = 1, shard: int = 0) -> int:
+def role(key: str, param: Tensor) -> str:
+    if "embed" in key:
+        return "embedding"
+    if "head" in key:
+        return "head"
+    return "matrix" if param.ndim == 2 else "vector"
+
+
+def expected_bytes(
+    name: str,
+    model: nn.Module,
+    rank: int | None,
+    world_size: int = 1,
+    shard: int = 0,
+    state_dtype: str | None = None,
+    matrix: Callable[[Sizes], int] | None = None,
+) -> int:
     """The closed formula, with torch.chunk's share of an uneven dimension: ceil(size / world_size) for the first."""
 
     def share(size: int) -> int:
         step = math.ceil(size / world_size)
         return min(step, max(0, size - shard * step))
 
+    matrix = matrix or MATRIX.get(name)
     total = 0
     for key, param in model.named_parameters():
-        size = param.element_size()
-        if name == "dct_adamw" and is_matrix(key, param):
+        item, kind = param.element_size(), role(key, param)
+        columns = math.prod(param.shape[1:])
+        numbers = share(param.shape[0]) * columns
+        if kind == "matrix" and matrix is not None:
             m, d = max(param.shape), min(param.shape)
-            total += dct_adamw_bytes(share(m), rank or max(1, d // 4), size)
+            # The larger dimension is sharded; but FSDP2 wants the second to be divisible.
+            by_columns = param.shape[0] < columns and columns % world_size == 0
+            own = param.shape[0] * share(columns) if by_columns else numbers
+            default = 1 if name == "apollo_mini" else max(1, d // 4)
+            total += matrix(Sizes(share(m), own, m, d, rank or default, item, state_dtype))
+        elif kind in ("embedding", "head") and name in EMBEDDING:
+            total += (EMBEDDING if kind == "embedding" else HEAD)[name](numbers, item)
+        elif param.ndim == 2:
+            total += 2 * moment_bytes(share(param.shape[0]), param.numel(), columns, item, state_dtype) + COUNTER_BYTES
         else:
-            total += adamw_bytes(share(param.shape[0]) * math.prod(param.shape[1:]), size)
+            total += 2 * moment_bytes(share(param.shape[0]), 0, columns, item, state_dtype) + COUNTER_BYTES
     return total
 
 
-def test_every_registered_optimizer_is_covered() -> None:
-    assert sorted(ARGUMENTS) == optim.names()
+def test_every_registered_optimizer_and_part_has_a_formula() -> None:
+    assert sorted([*MATRIX, "adamw"]) == optim.names()
+    assert set(BASIS) == set(BASES)
+    assert set(RESIDUAL) == set(RESIDUALS)
 
 
-@pytest.mark.parametrize("name", optim.names())
-@pytest.mark.parametrize(("make", "rank"), MODELS)
+# ---------------------------------------------------------------------------------------------------------- one process
+
+
+def state_dtypes(name: str) -> list[str | None]:
+    return [None, "float32", "bfloat16", "8bit"] if takes(name, "state_dtype") else [None]
+
+
+# Of the other models no matrix is large enough for 8 bits.
+COMBINATIONS = [
+    pytest.param(name, state_dtype, *model.values, id=f"{model.id}-{name}-{state_dtype}")
+    for model in MODELS
+    for name in optim.names()
+    for state_dtype in (state_dtypes(name) if model.id in ("mixed", "wide") else [None])
+]
+
+
+@pytest.mark.parametrize(("name", "state_dtype", "make", "rank"), COMBINATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_predicted_equals_counted_equals_formula(
-    name: str, make: Callable[[], nn.Module], rank: int | None, dtype: torch.dtype
+    name: str, state_dtype: str | None, make: Callable[[], nn.Module], rank: int | None, dtype: torch.dtype
 ) -> None:
     model = make().to(dtype)
-    arguments = ARGUMENTS[name](rank)
-    optimizer = build(name, model, **arguments)
-    counted = optim.state_bytes(optimizer)
+    arguments = arguments_of(name, rank)
+    if state_dtype is not None:
+        arguments["state_dtype"] = state_dtype
+    counted = optim.state_bytes(build(name, model, **arguments))
     assert counted == optim.predicted_state_bytes(name, model, **arguments)
-    assert counted == expected_bytes(name, model, rank)
+    assert counted == expected_bytes(name, model, rank, state_dtype=state_dtype)
     with torch.device("meta"):
         weightless = make().to(dtype)
     assert optim.predicted_state_bytes(name, weightless, **arguments) == counted
+
+
+@pytest.mark.parametrize(
+    ("basis", "residual"), [*((basis, "drop") for basis in BASES), *(("dct", residual) for residual in RESIDUALS)]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_formula_of_every_part(basis: str, residual: str, dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(8, 13), nn.Linear(13, 16)).to(dtype)
+    if basis == "hadamard":
+        model = nn.Sequential(nn.Linear(8, 13), nn.Linear(12, 16)).to(dtype)
+    arguments = {"rank": 3, "basis": basis, "residual": residual, "moments": "keep"}
+    counted = optim.state_bytes(build("low_rank_adamw", model, **arguments))
+    assert counted == optim.predicted_state_bytes("low_rank_adamw", model, **arguments)
+    assert counted == expected_bytes("low_rank_adamw", model, 3, matrix=low_rank_bytes(basis, residual))
+
+
+def test_what_8_bits_save() -> None:
+    """A quarter of float32, and a scale for 128 numbers."""
+    model = nn.Linear(512, 1024, bias=False)
+    whole, coded = (optim.predicted_state_bytes("adamw", model, state_dtype=d) - COUNTER_BYTES for d in (None, "8bit"))
+    assert coded / whole == (1 + 4 / 128) / 4
 
 
 @pytest.mark.parametrize("name", optim.names())
@@ -114,37 +254,66 @@ def test_prediction_reports_arguments_that_do_not_fit() -> None:
         optim.predicted_state_bytes("dct_adamw", MixedModel(), rnk=1)
 
 
-def sharded_bytes() -> dict[str, int]:
+# ------------------------------------------------------------------------------------------------------------ sharded
+
+
+def sharded_models() -> dict[str, tuple[Callable[[], nn.Module], int | None, str | None]]:
+    return {
+        "llama": (tiny_llama, RANK, None),
+        "mixed": (MixedModel, None, None),
+        "8bit": (WideModel, None, "8bit"),
+        "bfloat16": (MixedModel, None, "bfloat16"),
+    }
+
+
+def cases() -> list[tuple[str, str]]:
+    return [
+        (name, label)
+        for name in optim.names()
+        for label, (_, _, dtype) in sharded_models().items()
+        if dtype is None or takes(name, "state_dtype")
+    ]
+
+
+def arguments_of_case(name: str, label: str) -> dict[str, Any]:
+    _, rank, state_dtype = sharded_models()[label]
+    return {**arguments_of(name, rank), **({} if state_dtype is None else {"state_dtype": state_dtype})}
+
+
+def sharded_bytes() -> dict[tuple[str, str], int]:
     """Counted on this rank, by optimizer and model."""
     world_size = dist.get_world_size()
     mesh = init_device_mesh("cpu", (world_size,))
     counted = {}
-    for name in optim.names():
-        for label, (make, rank) in sharded_models().items():
-            model = make()
-            roles = {param: group["role"] for group in optim.param_groups(model) for _, param in group["params"]}
-            cls = optim.find(name)
-            fully_shard(
-                model,
-                mesh=mesh,
-                shard_placement_fn=lambda p, cls=cls, roles=roles: Shard(cls.shard_dim(roles[p], p.shape, world_size)),
-            )
-            counted[f"{name} {label}"] = optim.state_bytes(build(name, model, **ARGUMENTS[name](rank)))
+    for name, label in cases():
+        model = sharded_models()[label][0]()
+        roles = {param: group["role"] for group in optim.param_groups(model) for _, param in group["params"]}
+        cls = optim.find(name)
+        fully_shard(
+            model,
+            mesh=mesh,
+            shard_placement_fn=lambda p, cls=cls, roles=roles: Shard(cls.shard_dim(roles[p], p.shape, world_size)),
+        )
+        counted[name, label] = optim.state_bytes(build(name, model, **arguments_of_case(name, label)))
     return counted
 
 
-def sharded_models() -> dict[str, tuple[Callable[[], nn.Module], int | None]]:
-    return {"llama": (tiny_llama, RANK), "mixed": (MixedModel, None)}
+def predicted_is_counted(by_rank: list[dict[tuple[str, str], int]]) -> None:
+    world_size = len(by_rank)
+    for name, label in cases():
+        make, rank, state_dtype = sharded_models()[label]
+        model = make()
+        for shard, counted in enumerate(by_rank):
+            predicted = optim.predicted_state_bytes(
+                name, model, world_size=world_size, shard=shard, **arguments_of_case(name, label)
+            )
+            assert counted[name, label] == predicted, (shard, name, label)
+            expected = expected_bytes(name, model, rank, world_size, shard, state_dtype)
+            assert predicted == expected, (shard, name, label)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_each_rank_holds_what_is_predicted_for_it(world_size: int) -> None:
     by_rank = run_distributed(sharded_bytes, world_size)
-    for shard, counted in enumerate(by_rank):
-        for name in optim.names():
-            for label, (make, rank) in sharded_models().items():
-                model, arguments = make(), ARGUMENTS[name](rank)
-                predicted = optim.predicted_state_bytes(name, model, world_size=world_size, shard=shard, **arguments)
-                assert counted[f"{name} {label}"] == predicted, (shard, name, label)
-                assert predicted == expected_bytes(name, model, rank, world_size, shard), (shard, name, label)
+    predicted_is_counted(by_rank)
     assert by_rank[0] != by_rank[-1], "sizes must be uneven, or the test could not tell the shards apart"

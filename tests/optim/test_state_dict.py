@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 import optim
-from tests.optim.models import MixedModel, assert_equal, build, gradient, run_steps, states, weights
+from tests.optim.models import REFRESH_INTERVAL, MixedModel, assert_equal, build, gradient, run_steps, states, weights
 
 every_optimizer = pytest.mark.parametrize("name", optim.names())
 every_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 
-# REFRESH_INTERVAL is 7: 10 lies within an interval, 14 at a refresh.
-every_moment = pytest.mark.parametrize("saved_at", [0, 10, 14])
+STEPS = 2 * REFRESH_INTERVAL + 1
+every_moment = pytest.mark.parametrize("saved_at", [0, REFRESH_INTERVAL - 2, REFRESH_INTERVAL])
 
 
 def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def test_resuming_is_bit_exact(name: str, dtype: torch.dtype, saved_at: int) -> 
     run_steps(model, optimizer, 0, saved_at)
     saved_optimizer, saved_model = through_a_file(optimizer.state_dict()), copy.deepcopy(model.state_dict())
     saved_state = states(model, optimizer)
-    run_steps(model, optimizer, saved_at, 20)
+    run_steps(model, optimizer, saved_at, STEPS)
 
     torch.manual_seed(1)
     resumed_model = MixedModel(dtype)
@@ -59,7 +59,7 @@ def test_resuming_is_bit_exact(name: str, dtype: torch.dtype, saved_at: int) -> 
     resumed = build(name, resumed_model, lr=123.0)  # the checkpoint's lr wins
     resumed.load_state_dict(saved_optimizer)
     assert_equal(states(resumed_model, resumed), saved_state)
-    run_steps(resumed_model, resumed, saved_at, 20)
+    run_steps(resumed_model, resumed, saved_at, STEPS)
     assert_equal(weights(resumed_model), weights(model))
     assert_equal(states(resumed_model, resumed), states(model, optimizer))
 
@@ -69,12 +69,12 @@ def test_resuming_is_bit_exact(name: str, dtype: torch.dtype, saved_at: int) -> 
 def test_copies_continue_alike_and_apart(name: str, duplicate: Any) -> None:
     model = MixedModel()
     optimizer = build(name, model)
-    run_steps(model, optimizer, 0, 9)
+    run_steps(model, optimizer, 0, 7)
     twin_model, twin = duplicate((model, optimizer))
     before = weights(twin_model)
-    run_steps(model, optimizer, 9, 16)
+    run_steps(model, optimizer, 7, STEPS)
     assert_equal(weights(twin_model), before)
-    run_steps(twin_model, twin, 9, 16)
+    run_steps(twin_model, twin, 7, STEPS)
     assert_equal(weights(twin_model), weights(model))
     assert_equal(states(twin_model, twin), states(model, optimizer))
 

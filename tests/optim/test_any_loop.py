@@ -1,0 +1,176 @@
+"""What training loops do around ``step()``, with every registered optimizer and every treatment of the rest."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import optim
+from optim.residual import RESIDUALS
+from tests.optim.models import MixedModel, assert_equal, build, gradient, run_steps, set_gradients, states, weights
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in optim.names()},
+    **{residual: ("low_rank_adamw", {"residual": residual}) for residual in RESIDUALS},
+    "svd": ("low_rank_adamw", {"basis": "svd", "residual": "drop"}),
+    "dct_adamw 8bit": ("dct_adamw", {"state_dtype": "8bit"}),
+}
+
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+def new_model(dtype: torch.dtype = torch.float64) -> MixedModel:
+    torch.manual_seed(0)
+    return MixedModel(dtype)
+
+
+def optimizer_of(case: str, model: nn.Module, **arguments: Any) -> optim.MatrixOptimizer:
+    """New directions at every second step, except for what has them at every step."""
+    name, settings = CASES[case]
+    if "refresh_interval" in optim.describe(name):
+        settings = {"refresh_interval": 2, **settings}
+    return build(name, model, **{**settings, **arguments})
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gradients_are_never_written(case: str, dtype: torch.dtype) -> None:
+    model = new_model(dtype)
+    optimizer = optimizer_of(case, model)
+    for step in range(4):
+        set_gradients(model, step)
+        held = {name: (param.grad, param.grad._version, param.grad.clone()) for name, param in model.named_parameters()}
+        optimizer.step()
+        for name, param in model.named_parameters():
+            grad, version, value = held[name]
+            assert param.grad is grad
+            assert grad._version == version, name
+            assert torch.equal(grad, value), name
+
+
+@every_case
+def test_a_tensor_lr_and_a_scheduler_are_a_float_lr_and_a_scheduler(case: str) -> None:
+    finals = []
+    for lr in (1e-2, torch.tensor(1e-2, dtype=torch.float64)):
+        model = new_model()
+        optimizer = optimizer_of(case, model, lr=lr)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.7**step)
+        before = weights(model)
+        for step in range(6):
+            run_steps(model, optimizer, step, step + 1)
+            scheduler.step()
+        finals.append(weights(model))
+        assert all(not torch.equal(value, before[name]) for name, value in finals[-1].items())
+    assert_equal(*finals, 1e-13)
+
+
+@every_case
+def test_the_closure_is_called_once_with_gradients_enabled(case: str) -> None:
+    model, twin = new_model(), new_model()
+    optimizer, twin_optimizer = optimizer_of(case, model), optimizer_of(case, twin)
+    calls = []
+
+    def closure() -> str:
+        calls.append(torch.is_grad_enabled())
+        set_gradients(model, 0)
+        return "the loss"
+
+    assert optimizer.step(closure) == "the loss"
+    assert calls == [True]
+    set_gradients(twin, 0)
+    assert twin_optimizer.step() is None
+    assert_equal(weights(model), weights(twin))
+
+
+@every_case
+def test_a_missing_gradient_leaves_its_parameter_and_state_alone(case: str) -> None:
+    """But for counters: a matrix's clock is that of its refreshes, which are due at one time on all ranks."""
+    model = new_model()
+    optimizer = optimizer_of(case, model)
+    run_steps(model, optimizer, 0, 3)
+    for step in (3, 4, 5):  # with and without a refresh
+        missing = {name for i, name in enumerate(weights(model)) if i % 3 == step % 3}
+        before = {**weights(model), **states(model, optimizer)}
+        set_gradients(model, step)
+        for name, param in model.named_parameters():
+            if name in missing:
+                param.grad = None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer.step()
+        after = {**weights(model), **states(model, optimizer)}
+        changed = {key for key, value in after.items() if not torch.equal(value, before[key])}
+        counters = ("step", "skipped_refreshes")
+        touched = {name for name in missing for key in changed if key.startswith(name) and not key.endswith(counters)}
+        assert touched == set()
+        assert changed >= set(weights(model)) - missing
+
+
+@every_case
+def test_gradients_of_any_layout_in_memory(case: str) -> None:
+    """Transposed, a part of something larger, or one row for all."""
+    finals = []
+    for turned in (False, True):
+        model = new_model()
+        optimizer = optimizer_of(case, model)
+        for step in range(4):
+            for i, (name, param) in enumerate(model.named_parameters()):
+                value = gradient(name, param.shape, step)
+                if i % 3 == 2:  # along the longer dimension: along the other the DCT would discard rounding only
+                    row = value[:, :1] if value.ndim == 2 and value.shape[0] < value.shape[1] else value[:1]
+                    value = row.expand(param.shape)
+                if not turned:
+                    value = value.contiguous()
+                elif i % 3 == 0:
+                    value = value.mT.contiguous().mT if value.ndim == 2 else value
+                elif i % 3 == 1:
+                    value = torch.stack([value, torch.full_like(value, torch.nan)], -1)[..., 0]
+                param.grad = value
+            optimizer.step()
+        finals.append({**weights(model), **states(model, optimizer)})
+    assert_equal(*finals, 1e-10)
+
+
+@every_case
+def test_a_gradient_scaler_skips_what_overflows(case: str) -> None:
+    model, twin = new_model(torch.float32), new_model(torch.float32)
+    optimizer, twin_optimizer = optimizer_of(case, model), optimizer_of(case, twin)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=100)
+    run = 0
+    for step in range(4):
+        overflows = step == 2
+        set_gradients(model, step)
+        for param in model.parameters():
+            param.grad *= scaler.get_scale()
+        if overflows:
+            model.matrix_8x8.weight.grad[0, 0] = torch.inf
+        scaler.scale(torch.zeros(()))  # what makes it ready
+        scaler.step(optimizer)
+        scaler.update()
+        if not overflows:
+            set_gradients(twin, step)
+            twin_optimizer.step()
+            run += 1
+    assert scaler.get_scale() == 2.0
+    assert {state["step"].item() for state in optimizer.state.values()} == {float(run)}
+    assert_equal(weights(model), weights(twin))
+
+
+@pytest.mark.parametrize("name", optim.names())
+def test_loss_falls(name: str) -> None:
+    """Of a small regression, through autograd."""
+    teacher, model = nn.Linear(12, 6), nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 6))
+    optimizer = optim.create(name, model, lr=3e-3 if name != "apollo_mini" else 3e-4)
+    losses: list[float] = []
+    for _ in range(60):
+        x: Tensor = torch.randn(32, 12)
+        loss = (model(x) - teacher(x).detach()).square().mean()
+        optimizer.zero_grad(set_to_none=len(losses) % 2 == 0)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
