@@ -8,17 +8,15 @@
 
     W, G, M, X, O (R, C), each worked on tall: (m, d) with m = max(R, C), d = min(R, C).
 
-Sharded, with m split over the ranks, all is local but X^T X, whose d x d numbers are summed once per step. A matrix
-sharded along d instead is turned over and back. A rank on which a gradient is missing adds nothing to the sum and
-leaves its part of the matrix alone.
+Sharded, whole matrices are dealt round the ranks: X travels to the owner and O back, 2 m d / P numbers of 2 bytes for
+each of P ranks, and no rank repeats another's work. A matrix sharded along d is turned over and back first. A rank on
+which a gradient is missing sends zeros and leaves its part of the matrix alone.
 
 Sources: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024
 (kellerjordan.github.io/posts/muon); Liu et al., "Muon is Scalable for LLM Training" (arXiv 2502.16982), the second
 scale. Defaults and order of operations are those of ``torch.optim.Muon``, which cannot work on shards.
 
-We differ:
-  * Newton-Schulz in float32 instead of bfloat16, so that one sum over the ranks is enough: closer to the exact
-    iteration, and slower on GPUs, where it is only worth it because no rank ever gathers a matrix.
+We differ: nothing but the ranks. Newton-Schulz runs in bfloat16 (float64 for float64 weights), as theirs.
 """
 
 from __future__ import annotations
@@ -32,13 +30,15 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from optim.base import MatrixOptimizer, Slot, Traffic, dense_gradient, is_number
-from optim.orthogonalize import chunks, orthogonalized
+from optim.orthogonalize import chunks, newton_schulz
 from optim.sharding import (
     StateTensor,
     add_tall,
     local,
     matrix_shape,
+    on_whole_matrices,
     preferred_shard_dim,
+    shard_count,
     tall,
     turned_numbers,
 )
@@ -69,7 +69,7 @@ class Muon(MatrixOptimizer):
         ValueError: at construction, for groups without roles and for values out of range.
 
     State of a matrix: ``momentum``, like the parameter; a step count.
-    Communication when sharded: one float32 sum of min(R, C)^2 numbers per matrix and step, many matrices at a time.
+    Communication when sharded over P ranks: a P-th of the matrix, in bfloat16, there and back, at every step.
     """
 
     source = "Jordan et al., 2024 (kellerjordan.github.io/posts/muon); Liu et al., arXiv 2502.16982"
@@ -91,7 +91,7 @@ class Muon(MatrixOptimizer):
 
     @classmethod
     def shard_dim(cls, role: str, shape: Sequence[int], world_size: int) -> int:
-        """A matrix: its longer dimension, so that only X^T X is communicated."""
+        """A matrix: its longer dimension, so that it need not be turned over."""
         return preferred_shard_dim(shape, world_size) if role == "matrix" else 0
 
     def matrix_state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
@@ -106,19 +106,22 @@ class Muon(MatrixOptimizer):
         }
 
     def traffic(self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int) -> Traffic:
-        """X^T X; and X and the update of a matrix that can only be sharded along its shorter dimension."""
+        """X to its owner and O back; twice if a matrix can only be sharded along its shorter dimension."""
         if world_size == 1:
             return Traffic()
+        d, m = sorted(matrix_shape(shape))
+        size = torch.promote_types(dtype, torch.float32)
         there, back = turned_numbers(shape, self.shard_dim("matrix", shape, world_size), world_size)
-        numbers = min(matrix_shape(shape)) ** 2 + there + back
-        return Traffic(step_bytes=numbers * torch.promote_types(dtype, torch.float32).itemsize)
+        travelling = 2 * math.ceil(m / world_size) * d * _travelling(size).itemsize
+        return Traffic(step_bytes=(there + back) * size.itemsize + travelling)
 
     def step_matrices(self, slots: list[Slot]) -> None:
         """The update of the module's docstring; every rank goes through the same matrices, with or without gradient."""
-        for chunk in chunks(slots, [slot.param.numel() for slot in slots]):
+        for chunk in chunks(slots, [slot.param.numel() // shard_count(slot.param) for slot in slots]):
             params = [slot.param for slot in chunk]
             blocks = [tall(slot.param, _averaged(slot)) for slot in chunk]
-            for slot, update in zip(chunk, orthogonalized(params, blocks), strict=True):
+            travelling = [block.to(_travelling(block.dtype)) for block in blocks]
+            for slot, update in zip(chunk, on_whole_matrices(params, travelling, newton_schulz), strict=True):
                 _apply(slot, update)
 
 
@@ -141,4 +144,9 @@ def _apply(slot: Slot, update: Tensor) -> None:
     if group["weight_decay"] and slot.param.grad is not None:
         local(slot.param).mul_(1 - group["lr"] * group["weight_decay"])
     scale = _SCALES[group["adjust_lr"]](*matrix_shape(slot.param.shape))
-    add_tall(slot.param, update * (-scale * group["lr"]))
+    add_tall(slot.param, update.to(torch.promote_types(slot.param.dtype, torch.float32)) * (-scale * group["lr"]))
+
+
+def _travelling(dtype: torch.dtype) -> torch.dtype:
+    """The type Newton-Schulz works in."""
+    return torch.float64 if dtype == torch.float64 else torch.bfloat16

@@ -34,8 +34,10 @@ __all__ = [
     "local_shape",
     "matrix_shape",
     "max_over_shards",
+    "on_whole_matrices",
     "preferred_shard_dim",
     "projected_dim",
+    "shard_count",
     "sharded_dim",
     "sum_over_shards",
     "tall",
@@ -256,6 +258,12 @@ def sharded_dim(param: Tensor) -> int | None:
     return info.dim if info is not None and info.count > 1 else None
 
 
+def shard_count(param: Tensor) -> int:
+    """Over how many ranks a parameter is split."""
+    info = _shard_info(param)
+    return info.count if info is not None else 1
+
+
 def turned_numbers(shape: Sequence[int], shard_dim: int, world_size: int) -> tuple[int, int]:
     """Numbers a rank sends when a matrix is turned over, and when its update is turned back; the largest share.
 
@@ -265,6 +273,43 @@ def turned_numbers(shape: Sequence[int], shard_dim: int, world_size: int) -> tup
         return 0, 0
     d, m = sorted(matrix_shape(shape))
     return m * math.ceil(d / world_size), math.ceil(m / world_size) * d
+
+
+def on_whole_matrices(
+    params: Sequence[Tensor],
+    blocks: Sequence[Tensor],  # (m_local, d) each, as ``tall`` returns them, of one dtype
+    compute: Callable[[Tensor], Tensor],  # (m, d) -> (m, d)
+) -> list[Tensor]:
+    """Rows (m_local, d) of ``compute`` of every whole matrix, each made by one rank: they are dealt round.
+
+    As many matrices as there are ranks travel at a time, in one all-to-all to their owners and one back. Every rank
+    must call this with the same parameters in the same order.
+    """
+    results: list[Tensor] = list(blocks)
+    groups: dict[dist.ProcessGroup, tuple[_ShardInfo, list[int]]] = {}
+    for i, param in enumerate(params):
+        info = _shard_info(param)
+        if info is None or info.count == 1:
+            results[i] = compute(blocks[i])
+        else:
+            groups.setdefault(info.group, (info, []))[1].append(i)
+    for group, (info, members) in groups.items():
+        for start in range(0, len(members), info.count):
+            dealt = members[start : start + info.count]
+            mine = dealt[info.index] if info.index < len(dealt) else None
+            arriving: list[tuple[int, int]] = [(0, 0)] * info.count
+            if mine is not None:
+                d, m = sorted(matrix_shape(params[mine].shape))
+                arriving = [(height, d) for height in chunk_sizes(m, info.count)]
+            spare = [blocks[dealt[0]][:0]] * (info.count - len(dealt))
+            received = _all_to_all([*(blocks[i] for i in dealt), *spare], arriving, group)
+            outgoing = received
+            if mine is not None:
+                outgoing = list(compute(torch.cat(received)).split([height for height, _ in arriving]))
+            shapes = [(blocks[i].shape[0], blocks[i].shape[1]) for i in dealt] + [(0, 0)] * len(spare)
+            for i, rows in zip(dealt, _all_to_all(outgoing, shapes, group), strict=False):
+                results[i] = rows
+    return results
 
 
 def tall(param: Tensor, tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from tests.distributed import dumps
 
 MATRIX_SHAPES = [(1, 8), (3, 12), (5, 4), (5, 1), (17, 6), (6, 17), (12, 24), (24, 12), (8, 8)]
 LR = 1e-2
-REFRESH_INTERVAL = 5
+REFRESH_INTERVAL = 3
 TOLERANCES = {
     # Directions from an iteration: as exact as its products are well conditioned.
     "galore_adamw": 1e-10,
@@ -73,7 +73,7 @@ def tiny_opt() -> nn.Module:
 
 
 def build(name: str, model: nn.Module, **arguments: Any) -> optim.MatrixOptimizer:
-    """An optimizer with settings under which 11 steps exercise everything; a refresh falls on steps 0, 5 and 10."""
+    """An optimizer with settings under which 8 steps exercise everything; a refresh falls on steps 0, 3 and 6."""
     arguments = {"lr": LR, "weight_decay": 0.1, **arguments}
     if "refresh_interval" in inspect.signature(optim.find(name)).parameters:
         arguments.setdefault("refresh_interval", REFRESH_INTERVAL)

@@ -44,6 +44,20 @@ def trained(build: Build, steps: int, prepare: Callable[[nn.Module], None] = lam
     return {**weights(model), **states(model, optimizer)}
 
 
+class AllToAlls(TorchDispatchMode):
+    """Records the bytes this rank hands to every all-to-all, and fails at other collectives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            assert func._schema.name == "c10d::alltoall_base_", func
+            self.bytes.append(args[1].numel() * args[1].element_size())
+        return func(*args, **(kwargs or {}))
+
+
 class AllReduces(TorchDispatchMode):
     """Records the bytes of every all-reduce of this rank, and fails at other collectives."""
 

@@ -23,7 +23,7 @@ from tests.optim.models import (
     states,
     weights,
 )
-from tests.optim.sharded import AllReduces, Placement, shard, trained
+from tests.optim.sharded import AllToAlls, Placement, shard, trained
 from tests.reference.muon import ReferenceMuon
 
 STEPS = 20
@@ -232,14 +232,14 @@ def test_a_gradient_missing_on_one_rank_does_not_hang(placement: Placement) -> N
     assert all(value.isfinite().all() for value in first[2].values())
 
 
-def test_one_all_reduce_of_what_traffic_promises() -> None:
+def test_whole_matrices_travel_to_their_owners_and_back_once() -> None:
     def worker() -> tuple[list[int], int]:
         MATRIX_SHAPES.remove((6, 17))  # of odd width: it stays on dimension 0, and is turned over
         model = MixedModel()
         shard(model, Muon, "preferred")
         optimizer = build(model)
         set_gradients(model, 0)
-        with AllReduces() as reduces:
+        with AllToAlls() as travels:
             optimizer.step()
         promised = [
             optimizer.traffic(param.shape, param.dtype, group, 2).step_bytes
@@ -247,15 +247,21 @@ def test_one_all_reduce_of_what_traffic_promises() -> None:
             for param in group["params"]
             if group["role"] == "matrix"
         ]
-        return reduces.bytes, sum(promised)
+        return travels.bytes, sum(promised)
 
-    expected = sum(min(shape) ** 2 * 8 for shape in MATRIX_SHAPES if shape != (6, 17))
-    assert run_distributed(worker, 2) == [([expected], expected)] * 2
+    shapes = [shape for shape in MATRIX_SHAPES if shape != (6, 17)]
+    (first, promised), (second, _) = run_distributed(worker, 2)
+    assert len(first) == len(second) == 2 * ((len(shapes) + 1) // 2), "a pair of matrices at a time"
+    assert sum(first) + sum(second) == 2 * 8 * sum(rows * columns for rows, columns in shapes)
+    # promised is the larger share of each matrix; of an odd number of rows one more than half
+    excess = 8 * sum(min(shape) for shape in shapes if max(shape) % 2)
+    assert 2 * promised == sum(first) + sum(second) + 2 * excess
 
 
 def test_traffic_counts_a_matrix_that_must_be_turned_over() -> None:
     group: dict[str, Any] = {}
     optimizer = optimizer_of(matrix((2, 2)))
     assert optimizer.traffic((6, 17), torch.bfloat16, group, 1).step_bytes == 0
-    assert optimizer.traffic((6, 18), torch.bfloat16, group, 2).step_bytes == 4 * 36
-    assert optimizer.traffic((6, 17), torch.bfloat16, group, 2).step_bytes == 4 * (36 + 17 * 3 + 9 * 6)
+    assert optimizer.traffic((6, 18), torch.bfloat16, group, 2).step_bytes == 2 * 2 * 9 * 6
+    turned = 4 * (17 * 3 + 9 * 6)
+    assert optimizer.traffic((6, 17), torch.bfloat16, group, 2).step_bytes == 2 * 2 * 9 * 6 + turned
