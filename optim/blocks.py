@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-__all__ = ["row_blocks"]
+__all__ = ["add_rows_", "contiguous_rows", "row_blocks"]
 
-_CPU_BLOCK_NUMBERS = 2**19
-"""2 MiB of float32: stays in a core's cache, and is reused by the allocator instead of mapped and faulted in anew.
+_CPU_BLOCK_NUMBERS = 2**18
+"""1 MiB of float32: stays in a core's cache, and is reused by the allocator instead of mapped and faulted in anew.
 Measured on two cores, projecting 5504 x 2048 on 512 DCT columns: 10 ms in such blocks, 46 ms at once."""
 
 _DEVICE_BLOCK_NUMBERS = 2**26
@@ -19,3 +20,16 @@ def row_blocks(rows: int, width: int, device: torch.device) -> list[slice]:
     numbers = _CPU_BLOCK_NUMBERS if device.type == "cpu" else _DEVICE_BLOCK_NUMBERS
     height = max(16, numbers // max(1, width))
     return [slice(start, min(start + height, rows)) for start in range(0, rows, height)]
+
+
+def contiguous_rows(block: Tensor) -> Tensor:
+    """Rows (b, d), contiguous. Of a transposed matrix in two copies: one at once would go element by element."""
+    return block if block.stride(-1) == 1 else block.mT.contiguous().mT.contiguous()
+
+
+def add_rows_(block: Tensor, value: Tensor) -> None:
+    """``block += value`` (b, d), value contiguous: turned over first where the block is part of a transposed matrix."""
+    if block.stride(-1) == 1:
+        block.add_(value)
+    else:
+        block.mT.add_(value.mT.contiguous())

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from optim.basis import Directions
+from optim.blocks import add_rows_, contiguous_rows
 from optim.quantization import RowCodec
 from optim.sharding import StateTensor
 
@@ -157,9 +158,10 @@ class Sign(Residual):
 
     def add_(self, block: Block, rates: Rates, rows: Mapping[str, Tensor], factor: Tensor | None) -> None:
         """-lr (s lift(u) + t sign(D))."""
-        step = _outside(block).sign_().mul_(-rates.lr * rates.residual_scale)
+        step, outside = _outside(block)
+        step.sign_().mul_((outside > 0).to(step.dtype).mul_(-rates.lr * rates.residual_scale))
         block.directions.add_lift_(step, block.update.mul_(-rates.lr * rates.scale))
-        block.weight.add_(step)
+        add_rows_(block.weight, step)
 
 
 class Normalized(Residual):
@@ -168,12 +170,13 @@ class Normalized(Residual):
     def add_(self, block: Block, rates: Rates, rows: Mapping[str, Tensor], factor: Tensor | None) -> None:
         """-lr (s lift(u) + t sqrt((d - r) / d) D_i / rms(D_i))."""
         d, r = block.gradient.shape[1], block.coordinates.shape[1]
-        step = _outside(block)
-        norm = step.norm(dim=1, keepdim=True)
-        # rms(D_i) = |D_i| / sqrt(d)
-        step.mul_(torch.where(norm > 0, (d - r) ** 0.5 / norm, 0).mul_(-rates.lr * rates.residual_scale))
-        block.directions.add_lift_(step, block.update.mul_(-rates.lr * rates.scale))
-        block.weight.add_(step)
+        squares = block.gradient.square().sum(1, keepdim=True)
+        outside = squares - block.coordinates.square().sum(1, keepdim=True)
+        norm = torch.where(outside > _floor(squares), outside, 0).sqrt_()
+        weight = torch.where(norm > 0, (d - r) ** 0.5 / norm, 0).mul_(-rates.lr * rates.residual_scale)
+        inside = block.update.mul_(-rates.lr * rates.scale).sub_(block.coordinates * weight)
+        _add_scaled(block, weight)
+        block.directions.add_lift_(block.weight, inside)
 
 
 class Fira(Residual):
@@ -206,7 +209,7 @@ class Fira(Residual):
         assert factor is not None
         phi = _row_scaling(block).mul_(factor)
         inside = block.update.mul_(rates.scale).sub_(block.coordinates * (phi * self._removed(rates)))
-        block.weight.add_(block.gradient * phi.mul_(-rates.lr))
+        _add_scaled(block, phi.mul_(-rates.lr))
         block.directions.add_lift_(block.weight, inside.mul_(-rates.lr))
 
     def _removed(self, rates: Rates) -> float:
@@ -225,7 +228,7 @@ class ApolloRows(Residual):
 
     def partial_sums(self, block: Block, rates: Rates) -> Tensor:
         """|S|^2 = sum of phi_i^2 |A_i|^2."""
-        return (_row_scaling(block).mul_(block.gradient.norm(dim=1, keepdim=True))).square_().sum().view(1)
+        return (_row_scaling(block).square_() * block.gradient.square().sum(1, keepdim=True)).sum().view(1)
 
     def factor(self, sums: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         """The limiter's."""
@@ -263,12 +266,14 @@ class ApolloTensor(Residual):
         _add_scaled(block, factor * (-rates.lr * rates.scale))
 
 
-def _outside(block: Block) -> Tensor:
-    """D, as a tensor of its own."""
-    outside = block.gradient.clone(memory_format=torch.contiguous_format)
+def _outside(block: Block) -> tuple[Tensor, Tensor]:
+    """D, as a tensor of its own, and the length of its rows (b, 1)."""
+    gradient = contiguous_rows(block.gradient)
+    outside = gradient.clone() if gradient is block.gradient else gradient
+    whole = gradient.norm(dim=1, keepdim=True)
     block.directions.add_lift_(outside, -block.coordinates)
-    inside = outside.square().sum(1) <= _floor(block.gradient.square().sum(1))
-    return outside.masked_fill_(inside.unsqueeze(1), 0)
+    norm = outside.norm(dim=1, keepdim=True)
+    return outside, torch.where(norm.square() > _floor(whole.square()), norm, 0)
 
 
 def _floor(squares: Tensor) -> Tensor:
@@ -281,7 +286,10 @@ def _row_scaling(block: Block) -> Tensor:
 
 
 def _add_scaled(block: Block, factor: Tensor) -> None:
-    block.weight.add_(block.gradient * factor)
+    if block.weight.dtype == block.gradient.dtype:
+        block.weight.addcmul_(block.gradient, factor)
+    else:
+        block.weight.add_(block.gradient * factor)
 
 
 def _limiter_state(dtype: torch.dtype) -> dict[str, StateTensor]:

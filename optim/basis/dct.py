@@ -31,7 +31,7 @@ from torch._guards import detect_fake_mode
 from optim.basis.base import Directions
 from optim.basis.columns import FixedMatrix
 from optim.basis.directions import Vectors
-from optim.blocks import row_blocks
+from optim.blocks import add_rows_, contiguous_rows, row_blocks
 
 __all__ = ["DCT", "FourierColumns", "dct_matrix"]
 
@@ -107,7 +107,7 @@ class FourierColumns(Directions):
 
     def project(self, rows: Tensor) -> Tensor:
         """Permute, transform, and combine the two parts of the frequencies that are needed."""
-        spectrum = torch.view_as_real(torch.fft.rfft(rows.index_select(1, self.order))).flatten(1)
+        spectrum = torch.view_as_real(torch.fft.rfft(contiguous_rows(rows).index_select(1, self.order))).flatten(1)
         return (
             spectrum.index_select(1, self.real)
             .mul_(self.cosine)
@@ -128,7 +128,7 @@ class FourierColumns(Directions):
 
     def add_lift_(self, rows: Tensor, coordinates: Tensor) -> None:
         """Lift, then add."""
-        rows.add_(self.lift(coordinates))
+        add_rows_(rows, self.lift(coordinates))
 
 
 def _permutations(d: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -49,4 +49,7 @@ class Columns(Directions):
 
     def add_lift_(self, rows: Tensor, coordinates: Tensor) -> None:
         """Add to the selected columns only."""
-        rows.index_copy_(1, self.index, (rows.index_select(1, self.index) + coordinates).to(rows.dtype))
+        if rows.dtype == coordinates.dtype:
+            rows.index_add_(1, self.index, coordinates)
+        else:
+            rows.index_copy_(1, self.index, (rows.index_select(1, self.index) + coordinates).to(rows.dtype))
