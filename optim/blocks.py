@@ -9,7 +9,7 @@ __all__ = ["add_rows_", "contiguous_rows", "row_blocks"]
 
 _CPU_BLOCK_NUMBERS = 2**18
 """1 MiB of float32: stays in a core's cache, and is reused by the allocator instead of mapped and faulted in anew.
-Measured on two cores, projecting 5504 x 2048 on 512 DCT columns: 10 ms in such blocks, 46 ms at once."""
+Measured on one core, a DCT-AdamW step of 2048 x 2048 and 5504 x 2048 in a fresh process: 65 ms, 168 ms at 2^19."""
 
 _DEVICE_BLOCK_NUMBERS = 2**26
 """A GPU wants few, large kernels; this bounds workspace to a few times 256 MiB."""
@@ -24,12 +24,12 @@ def row_blocks(rows: int, width: int, device: torch.device) -> list[slice]:
 
 def contiguous_rows(block: Tensor) -> Tensor:
     """Rows (b, d), contiguous. Of a transposed matrix in two copies: one at once would go element by element."""
-    return block if block.stride(-1) == 1 else block.mT.contiguous().mT.contiguous()
+    return block if block.stride(-1) == 1 or block.device.type != "cpu" else block.mT.contiguous().mT.contiguous()
 
 
 def add_rows_(block: Tensor, value: Tensor) -> None:
     """``block += value`` (b, d), value contiguous: turned over first where the block is part of a transposed matrix."""
-    if block.stride(-1) == 1:
+    if block.stride(-1) == 1 or block.device.type != "cpu":
         block.add_(value)
     else:
         block.mT.add_(value.mT.contiguous())

@@ -13,7 +13,6 @@ Matrices with the same d and r that are refreshed at the same step share their d
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -51,9 +50,13 @@ class RandomVectors(Basis):
 
     def directions(self, state: Mapping[str, Tensor], d: int, r: int, like: Tensor) -> Directions:
         """Drawn anew when the seed has changed."""
-        draw = _draw if detect_fake_mode() is not None else _cached_draw
-        seed = 0 if detect_fake_mode() is not None else int(state["basis_seed"])
-        return Vectors(draw(seed, d, r, self.is_orthonormal, like.device, like.dtype))
+        key = (d, r, self.is_orthonormal, like.device, like.dtype)
+        if detect_fake_mode() is not None:
+            return Vectors(_draw(0, *key))
+        seed = int(state["basis_seed"])
+        if _drawn.get(key, (None,))[0] != seed:
+            _drawn[key] = seed, _draw(seed, *key)
+        return Vectors(_drawn[key][1])
 
     def carry(
         self,
@@ -78,4 +81,5 @@ def _draw(seed: int, d: int, r: int, orthonormal: bool, device: torch.device, dt
     return vectors.mT.contiguous().to(device=device, dtype=dtype)
 
 
-_cached_draw = lru_cache(maxsize=16)(_draw)
+_drawn: dict[tuple[int, int, bool, torch.device, torch.dtype], tuple[int, Tensor]] = {}
+"""The last draw of each kind, with its seed."""
