@@ -268,9 +268,8 @@ class ApolloTensor(Residual):
 
 def _outside(block: Block) -> tuple[Tensor, Tensor]:
     """D, as a tensor of its own, and the length of its rows (b, 1)."""
-    gradient = contiguous_rows(block.gradient)
-    outside = gradient.clone() if gradient is block.gradient else gradient
-    whole = gradient.norm(dim=1, keepdim=True)
+    outside = contiguous_rows(block.gradient).clone()  # of a single row or column the former copies nothing
+    whole = outside.norm(dim=1, keepdim=True)
     block.directions.add_lift_(outside, -block.coordinates)
     norm = outside.norm(dim=1, keepdim=True)
     return outside, torch.where(norm.square() > _floor(whole.square()), norm, 0)

@@ -306,6 +306,10 @@ PARTS = {
 }
 
 
+DEALT_ROUND = {"muon"}
+"""Whole matrices are one rank's work, another's each: it is their sum over the ranks that can be foreseen."""
+
+
 def promised_bytes(optimizer: optim.MatrixOptimizer, world_size: int) -> tuple[int, int]:
     """Per ordinary step, and per step that chooses directions."""
     step_bytes, refresh_bytes = 0, 0
@@ -351,11 +355,19 @@ def counted_and_promised(
 def test_collectives_carry_the_bytes_that_are_promised(
     placement: str, world_size: int, dtype: torch.dtype, cases: dict[str, Case]
 ) -> None:
-    """To the rank with the largest shares. 17 columns do not divide by 2, nor 6 by 4: turning over is counted."""
-    first, *others = run_distributed(counted_and_promised, world_size, cases, placement, dtype)
-    assert {label: pairs for label, pairs in first.items() if any(got != told for got, told in pairs)} == {}
+    """To the rank with the largest shares; of what is dealt round, on average.
+
+    17 columns do not divide by 2, nor 6 by 4: turning over is counted.
+    """
+    first, *others = by_rank = run_distributed(counted_and_promised, world_size, cases, placement, dtype)
     for label, pairs in first.items():
-        assert all(other[label][i][0] <= pairs[i][0] for other in others for i in range(2)), label
+        for i, (counted, promised) in enumerate(pairs):
+            if label in DEALT_ROUND:
+                mean = sum(found[label][i][0] for found in by_rank) / world_size
+                assert mean <= promised <= 1.25 * mean, label  # the promise is of even shares, rounded up
+            else:
+                assert counted == promised, label
+                assert all(other[label][i][0] <= counted for other in others), label
     silent = {label for label, pairs in first.items() if not any(counted for counted, _ in pairs)}
     assert silent == {"adamw"}
 
