@@ -72,7 +72,7 @@ def tiny_opt() -> nn.Module:
     return OPTForCausalLM(config)
 
 
-def build(name: str, model: nn.Module, **arguments: Any) -> optim.MatrixOptimizer:
+def build(name: str, model: nn.Module | list[dict[str, Any]], **arguments: Any) -> optim.MatrixOptimizer:
     """An optimizer with settings under which 8 steps exercise everything; a refresh falls on steps 0, 3 and 6."""
     arguments = {"lr": LR, "weight_decay": 0.1, **arguments}
     if "refresh_interval" in inspect.signature(optim.find(name)).parameters:

@@ -348,7 +348,7 @@ def counted_and_promised(
     ("placement", "world_size", "dtype", "cases"),
     [
         ("preferred", 2, torch.float64, CASES | PARTS),
-        ("preferred", 4, torch.bfloat16, CASES),
+        ("preferred", 4, torch.bfloat16, {**CASES, "svd": PARTS["basis svd"]}),
         ("hsdp", 4, torch.float32, {name: CASES[name] for name in ("adamw", "dct_adamw", "fira", "muon", "scale")}),
     ],
 )
@@ -564,6 +564,68 @@ def test_doubly_sharded_parameters_are_refused() -> None:
         return refused
 
     assert run_distributed(worker, 1) == [optim.names()]
+
+
+# ----------------------------------------------------------------------------------------------- unlike ones together
+
+DIFFERENT_PARTS: dict[str, dict[str, Any]] = {
+    "12x24|5x4": {"basis": "svd", "residual": "error_feedback", "moments": "keep"},
+    "24x12": {"basis": "subspace", "residual": "fira", "refresh_interval": 2},
+    "17x6|1x8": {"basis": "random_columns", "residual": "sign", "moments": "reset", "refresh_interval": 1},
+    "6x17": {"basis": "gaussian", "residual": "apollo_mini", "moments": "keep"},
+    "8x8": {"basis": "power", "residual": "ldadam", "refresh_interval": 1, "state_dtype": "float32"},
+}
+
+
+def train_different_parts(placement: str | None) -> dict[str, Tensor]:
+    model = new_model()
+    if placement is not None:
+        shard(model, "low_rank_adamw", placement)
+    groups = optim.param_groups(model, rules=DIFFERENT_PARTS)
+    optimizer = optim.create("low_rank_adamw", groups, lr=1e-2, refresh_interval=3)
+    run_steps(model, optimizer, 0, STEPS)
+    return {**weights(model), **states(model, optimizer)}
+
+
+@pytest.mark.parametrize(("placement", "world_size"), [("preferred", 3), ("rows", 2)])
+def test_matrices_of_different_methods_keep_step(placement: str, world_size: int) -> None:
+    """Refreshes, rounds and sums of one do not get mixed up with those of another."""
+    expected = train_different_parts(None)
+    for results in run_distributed(train_different_parts, world_size, placement):
+        assert_equal(results, expected, tolerance("fira"))
+
+
+def test_matrices_of_different_dtypes_keep_step() -> None:
+    """One sum over the ranks for each."""
+    dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float32]
+
+    def train(name: str, mesh: DeviceMesh | None) -> tuple[list[Tensor], list[int]]:
+        params = []
+        for i, dtype in enumerate(dtypes):
+            value = gradient(f"weight {i}", torch.Size((24, 12)), 0).to(dtype)
+            sharded = value if mesh is None else distribute_tensor(value, mesh, [Shard(0)], src_data_rank=None)
+            params.append(nn.Parameter(sharded))
+        optimizer = build(name, [{"params": [(str(i), p) for i, p in enumerate(params)], "role": "matrix"}])
+        sums = []
+        for step in range(REFRESH_INTERVAL + 1):
+            for i, param in enumerate(params):
+                param.grad = laid_out_as(param, gradient(str(i), param.shape, step).to(param.dtype))
+            with Collectives() as collectives:
+                optimizer.step()
+            sums.append(len(collectives.calls))
+        return [p.full_tensor() if isinstance(p, DTensor) else p.detach() for p in params], sums
+
+    def worker() -> dict[str, tuple[list[Tensor], list[int]]]:
+        return {name: train(name, one_dimensional_mesh()) for name in ("dct_adamw", "apollo")}
+
+    for results in run_distributed(worker, 2):
+        for name, (final, sums) in results.items():
+            # two dtypes of arithmetic, float32 and float64; APOLLO sums at every step, and once more for its draw
+            assert sums == {"dct_adamw": [2, 0, 0, 2], "apollo": [4, 2, 2, 4]}[name]
+            for value, expected in zip(final, train(name, None)[0], strict=True):
+                assert value.dtype == expected.dtype
+                precision = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-6}[value.dtype]
+                assert (value - expected).abs().max() <= precision
 
 
 # ------------------------------------------------------------------------------------------- more than two dimensions
