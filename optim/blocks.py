@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
-__all__ = ["add_rows_", "contiguous_rows", "row_blocks"]
+__all__ = ["add_rows_", "chunks", "contiguous_rows", "row_blocks"]
+
+Item = TypeVar("Item")
 
 _CPU_BLOCK_NUMBERS = 2**18
 """1 MiB of float32: stays in a core's cache, and is reused by the allocator instead of mapped and faulted in anew.
@@ -33,3 +38,17 @@ def add_rows_(block: Tensor, value: Tensor) -> None:
         block.add_(value)
     else:
         block.mT.add_(value.mT.contiguous())
+
+
+def chunks(items: Sequence[Item], numbers: Sequence[int], at_most: int) -> Iterator[list[Item]]:
+    """Consecutive items, as many at a time as bound the workspace; ``numbers`` must be equal on every rank."""
+    chunk: list[Item] = []
+    total = 0
+    for item, size in zip(items, numbers, strict=True):
+        if chunk and total + size > at_most:
+            yield chunk
+            chunk, total = [], 0
+        chunk.append(item)
+        total += size
+    if chunk:
+        yield chunk

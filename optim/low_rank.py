@@ -31,7 +31,7 @@ from __future__ import annotations
 import contextlib
 import math
 from abc import ABC
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ from torch.optim.optimizer import ParamsT
 
 from optim.base import MatrixOptimizer, Slot, Traffic, is_number
 from optim.basis import find_basis
+from optim.blocks import chunks
 from optim.matrix_step import ZERO, MatrixStep
 from optim.residual import find_residual
 from optim.sharding import (
@@ -131,7 +132,9 @@ class LowRankOptimizer(MatrixOptimizer, ABC):
         """The update of the module's docstring."""
         matrices = [MatrixStep(slot) for slot in slots]
         self._refresh([matrix for matrix in matrices if matrix.is_due])
-        for chunk in _chunks([matrix for matrix in matrices if matrix.has_directions]):
+        ready = [matrix for matrix in matrices if matrix.has_directions]
+        sizes = [max(matrix_shape(matrix.slot.param.shape)) * matrix.r for matrix in ready]
+        for chunk in chunks(ready, sizes, _CHUNK_NUMBERS):
             self._update(chunk)
 
     def coordinates_suffice(self, slot: Slot) -> bool:
@@ -156,8 +159,7 @@ class LowRankOptimizer(MatrixOptimizer, ABC):
         if not matrices:
             return
         proposals: list[Mapping[str, Tensor]] = [matrix.starting_directions() for matrix in matrices]
-        targets = [matrix.target() for matrix in matrices]
-        signs = torch.ones(len(matrices), device=targets[0].device)
+        signs = torch.ones(len(matrices), device=matrices[0].like.device)
         rounds = [matrix.basis.rounds(matrix.steps) for matrix in matrices]
         for round_ in range(max(rounds)):
             active = [i for i in range(len(matrices)) if round_ < rounds[i]]
@@ -166,9 +168,7 @@ class LowRankOptimizer(MatrixOptimizer, ABC):
                 if not members:
                     continue
                 decide = _decide_on_one_rank if owner_computed else _decide_on_every_rank
-                decisions, found = decide(
-                    [matrices[i] for i in members], [targets[i] for i in members], [proposals[i] for i in members]
-                )
+                decisions, found = decide([matrices[i] for i in members], [proposals[i] for i in members])
                 for i, decision, sign in zip(members, decisions, found, strict=True):
                     proposals[i] = decision
                     signs[i] *= sign
@@ -193,17 +193,17 @@ class LowRankOptimizer(MatrixOptimizer, ABC):
 
 
 def _decide_on_every_rank(
-    matrices: list[MatrixStep], targets: list[Tensor], proposals: list[Mapping[str, Tensor]]
+    matrices: list[MatrixStep], proposals: list[Mapping[str, Tensor]]
 ) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
     """New directions, from statistics summed for all matrices at once, and their ``_magnitude``."""
-    statistics = [m.basis.statistics(t, p) for m, t, p in zip(matrices, targets, proposals, strict=True)]
+    statistics = [m.basis.statistics(m.target(), p) for m, p in zip(matrices, proposals, strict=True)]
     totals = sum_over_shards([matrix.slot.param for matrix in matrices], statistics)
     decisions = [m.basis.choose(total, m.d, m.r, m.seed) for m, total in zip(matrices, totals, strict=True)]
     return decisions, [_magnitude(total) for total in totals]
 
 
 def _decide_on_one_rank(
-    matrices: list[MatrixStep], targets: list[Tensor], proposals: list[Mapping[str, Tensor]]
+    matrices: list[MatrixStep], proposals: list[Mapping[str, Tensor]]
 ) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
     """As ``_decide_on_every_rank``, where the choice is costly or not unique.
 
@@ -211,7 +211,7 @@ def _decide_on_one_rank(
     """
     like = [
         {
-            key: torch.empty(spec.shape, dtype=matrix.dtype, device=matrix.gradient.device)
+            key: torch.empty(spec.shape, dtype=matrix.dtype, device=matrix.like.device)
             for key, spec in matrix.basis.state_tensors(matrix.d, matrix.r, matrix.dtype).items()
         }
         for matrix in matrices
@@ -224,7 +224,9 @@ def _decide_on_one_rank(
                 return matrix.basis.choose(total, matrix.d, matrix.r, matrix.seed)
         return {key: torch.full_like(value, 0 if magnitude == 0 else torch.nan) for key, value in like[i].items()}
 
-    statistics = [m.basis.statistics(t, p) for m, t, p in zip(matrices, targets, proposals, strict=True)]
+    def statistics(i: int) -> Tensor:
+        return matrices[i].basis.statistics(matrices[i].target(), proposals[i])
+
     decisions = decide_on_one_rank([matrix.slot.param for matrix in matrices], statistics, decide, like)
     return decisions, [_magnitude(torch.cat([v.flatten() for v in decision.values()])) for decision in decisions]
 
@@ -233,21 +235,6 @@ def _magnitude(values: Tensor) -> Tensor:
     """1, or 0 if all are zero, or nan if one is not finite."""
     total = values.abs().sum()
     return torch.where(total.isfinite(), total.sign(), torch.nan)
-
-
-def _chunks(matrices: list[MatrixStep]) -> Iterator[list[MatrixStep]]:
-    """Runs of matrices of bounded size, cut alike on every rank."""
-    chunk: list[MatrixStep] = []
-    numbers = 0
-    for matrix in matrices:
-        size = max(matrix_shape(matrix.slot.param.shape)) * matrix.r
-        if chunk and numbers + size > _CHUNK_NUMBERS:
-            yield chunk
-            chunk, numbers = [], 0
-        chunk.append(matrix)
-        numbers += size
-    if chunk:
-        yield chunk
 
 
 def _check_settings(name: str, group: dict[str, Any]) -> None:

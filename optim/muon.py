@@ -30,7 +30,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from optim.base import MatrixOptimizer, Slot, Traffic, dense_gradient, is_number
-from optim.orthogonalize import chunks, newton_schulz
+from optim.blocks import chunks
+from optim.orthogonalize import CHUNK_NUMBERS, newton_schulz
 from optim.sharding import (
     StateTensor,
     add_tall,
@@ -117,7 +118,7 @@ class Muon(MatrixOptimizer):
 
     def step_matrices(self, slots: list[Slot]) -> None:
         """The update of the module's docstring; every rank goes through the same matrices, with or without gradient."""
-        for chunk in chunks(slots, [slot.param.numel() // shard_count(slot.param) for slot in slots]):
+        for chunk in chunks(slots, [slot.param.numel() // shard_count(slot.param) for slot in slots], CHUNK_NUMBERS):
             params = [slot.param for slot in chunk]
             blocks = [tall(slot.param, _averaged(slot)) for slot in chunk]
             travelling = [block.to(_travelling(block.dtype)) for block in blocks]

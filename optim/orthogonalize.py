@@ -28,14 +28,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from optim.sharding import sum_over_shards
 
-__all__ = ["chunks", "gram_polynomial", "newton_schulz", "orthogonalized"]
+__all__ = ["CHUNK_NUMBERS", "gram_polynomial", "newton_schulz", "orthogonalized"]
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Jordan et al. 2024: steepest at 0 among the quintics that keep [0, 1] within about [0.7, 1.2]."""
@@ -46,10 +45,8 @@ _STEPS = 5
 _SMALLEST_NORM = 1e-7
 """Of X, as in the code of Jordan et al. and ``torch.optim.Muon``; makes 0 of 0."""
 
-_CHUNK_NUMBERS = 2**25
+CHUNK_NUMBERS = 2**25
 """128 MiB of float32: far beyond the size at which an all-reduce is limited by bandwidth, and little workspace."""
-
-Item = TypeVar("Item")
 
 
 def newton_schulz(X: Tensor) -> Tensor:
@@ -93,20 +90,6 @@ def orthogonalized(params: Sequence[Tensor], blocks: Sequence[Tensor]) -> list[T
             for i, polynomial in zip(members, gram_polynomial(torch.stack([grams[i] for i in members])), strict=True):
                 results[i] = blocks[i] @ polynomial
     return results
-
-
-def chunks(items: Sequence[Item], numbers: Sequence[int]) -> Iterator[list[Item]]:
-    """Consecutive items, as many at a time as bound the workspace; ``numbers`` must be equal on every rank."""
-    chunk: list[Item] = []
-    total = 0
-    for item, size in zip(items, numbers, strict=True):
-        if chunk and total + size > _CHUNK_NUMBERS:
-            yield chunk
-            chunk, total = [], 0
-        chunk.append(item)
-        total += size
-    if chunk:
-        yield chunk
 
 
 @contextmanager

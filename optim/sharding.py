@@ -211,7 +211,7 @@ def max_over_shards(param: Tensor, value: Tensor) -> Tensor:
 
 def decide_on_one_rank(
     params: Sequence[Tensor],
-    statistics: Sequence[Tensor],  # of this rank's shard, summed over the ranks on the way
+    statistics: Callable[[int], Tensor],  # of this rank's shard of params[i]; they are large, so made when needed
     decide: Callable[[int, Tensor], dict[str, Tensor]],  # what only one rank may do, for params[i] and its sum
     like: Sequence[dict[str, Tensor]],  # shape, dtype and device of the decisions
 ) -> list[dict[str, Tensor]]:
@@ -224,15 +224,17 @@ def decide_on_one_rank(
     width = max((info.count for info in infos if info is not None), default=1)
     for start in range(0, len(params), width):
         dealt = range(start, min(start + width, len(params)))
-        for i in dealt:
-            info = infos[i]
-            owner = i % info.count if info is not None else 0
+        mine: list[tuple[int, Tensor]] = []
+        for i in dealt:  # every sum first, or the owners would work one after the other
+            info, total = infos[i], statistics(i)
             if info is not None and info.count > 1:
-                dist.reduce(statistics[i], group=info.group, group_dst=owner)
-            if info is None or info.index == owner:
-                decisions[i] = decide(i, statistics[i])
+                dist.reduce(total, group=info.group, group_dst=i % info.count)
+            if info is None or info.index == i % info.count:
+                mine.append((i, total))
             else:
                 decisions[i] = {key: torch.empty_like(value) for key, value in like[i].items()}
+        for i, total in mine:
+            decisions[i] = decide(i, total)
         for i in dealt:
             for key, value in decisions[i].items():
                 value = value.to(like[i][key].dtype).contiguous()

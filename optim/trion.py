@@ -40,9 +40,9 @@ from torch.optim.optimizer import ParamsT
 from optim.base import MatrixOptimizer, Slot, Traffic, dense_gradient, is_number
 from optim.basis import BASES, Directions, find_basis
 from optim.basis.columns import ColumnBasis
-from optim.blocks import row_blocks
+from optim.blocks import chunks, row_blocks
 from optim.low_rank import resolved_rank
-from optim.orthogonalize import chunks, orthogonalized
+from optim.orthogonalize import CHUNK_NUMBERS, orthogonalized
 from optim.sharding import (
     StateTensor,
     accumulator,
@@ -135,7 +135,7 @@ class Trion(MatrixOptimizer):
                 local(slot.state["momentum"]).add_(local(dense_gradient(slot)))  # B, in the place of M
         self._choose_columns(slots)
         coordinates = [max(matrix_shape(slot.param.shape)) * slot.state["basis_index"].numel() for slot in slots]
-        for chunk in chunks(slots, coordinates):
+        for chunk in chunks(slots, coordinates, CHUNK_NUMBERS):
             directions = [_directions(slot) for slot in chunk]
             b = [_projected(slot, columns) for slot, columns in zip(chunk, directions, strict=True)]
             o = orthogonalized([slot.param for slot in chunk], b)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from optim.orthogonalize import chunks, gram_polynomial, orthogonalized
+from optim.blocks import chunks
+from optim.orthogonalize import gram_polynomial, orthogonalized
 from tests.reference.muon import newton_schulz
 
 SPECTRA = {
@@ -127,12 +128,11 @@ def test_products_are_full_float32_and_the_users_choice_comes_back(
         torch.set_float32_matmul_precision(before)
 
 
-def test_chunks_bound_the_workspace_and_keep_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optim.orthogonalize._CHUNK_NUMBERS", 10)
+def test_chunks_bound_the_workspace_and_keep_the_order() -> None:
     numbers = [4, 4, 4, 25, 1, 9, 1]
-    found = list(chunks(numbers, numbers))
+    found = list(chunks(numbers, numbers, 10))
     assert found == [[4, 4], [4], [25], [1, 9], [1]]
-    assert list(chunks([], [])) == []
+    assert list(chunks([], [], 10)) == []
 
 
 def test_coefficients_are_the_published_ones() -> None:

@@ -121,7 +121,7 @@ def test_what_is_no_matrix_gets_adamw() -> None:
 
 def test_chunks_do_not_change_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = trained(build, 10)
-    monkeypatch.setattr("optim.orthogonalize._CHUNK_NUMBERS", 30)
+    monkeypatch.setattr("optim.trion.CHUNK_NUMBERS", 30)
     assert_equal(trained(build, 10), expected, 1e-12)
 
 
