@@ -14,12 +14,14 @@ from optim.param_groups import param_groups
 from optim.registry import check_arguments, create, describe, find, names
 from optim.scale import SCALE
 from optim.sharding import preferred_shard_dim
+from optim.sst import SST
 from optim.trion import Trion
 
 __all__ = [
     "APOLLO",
     "FRUGAL",
     "SCALE",
+    "SST",
     "APOLLOMini",
     "AdamW",
     "DCTAdamW",

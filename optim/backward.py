@@ -74,7 +74,7 @@ class BackwardUpdates:
         self._passes: dict[Tensor, int] = {}
         self._coordinates: dict[Tensor, Tensor] = {}
         self._squares: dict[Tensor, Tensor] = {}
-        slots = list(optimizer.slots())
+        slots = [slot for slot in optimizer.slots() if slot.group["role"] != "frozen"]
         for slot in slots:
             if self._waits_for_norm and slot.group["role"] in optimizer.method_roles and not self._projects(slot):
                 raise ValueError(

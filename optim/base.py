@@ -29,7 +29,17 @@ if TYPE_CHECKING:
 
 __all__ = ["ROLES", "MatrixOptimizer", "Slot", "Traffic", "adamw_state", "dense_gradient", "is_number"]
 
-ROLES = ("matrix", "embedding", "head", "vector")
+ROLES = (
+    "matrix",
+    "embedding",
+    "head",
+    "vector",
+    "singular_vectors",  # of a spectral layer, one per row, in training
+    "singular_values",
+    "lora_a",  # (rank, in) and (out, rank): the factors beside a frozen matrix
+    "lora_b",
+    "frozen",  # takes no gradient and has no state; a method may exchange it for what is trained
+)
 
 
 class Slot(NamedTuple):
@@ -109,13 +119,21 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
             self.in_backward.finish()
         else:
             self.step_slots(list(self.slots()))
+        self.end_step()
         return loss
+
+    def end_step(self) -> None:  # noqa: B027, most methods have nothing to do here
+        """Called when every parameter has been updated: what a method does to the model as a whole, now and then."""
+
+    def figures(self) -> dict[str, float]:
+        """Numbers worth a curve while training, by name; what there is on the host, without communication."""
+        return {}
 
     def step_slots(self, slots: list[Slot]) -> None:
         """Update these parameters from their gradients."""
         matrices = [slot for slot in slots if slot.group["role"] in self.method_roles]
         for group in self.param_groups:
-            if group["role"] not in self.method_roles:
+            if group["role"] not in self.method_roles and group["role"] != "frozen":
                 self.step_adamw([slot for slot in slots if slot.group is group])
         if matrices:
             self.step_matrices(matrices)
@@ -213,7 +231,10 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
 
     def state_layout(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
         """The state tensors of one parameter, by global shape."""
-        layout = self.matrix_state(name, param, group) if group["role"] in self.method_roles else adamw_state(param)
+        if group["role"] in self.method_roles:
+            layout = self.matrix_state(name, param, group)
+        else:
+            layout = {} if group["role"] == "frozen" else adamw_state(param)
         return as_stored(layout, group.get("state_dtype"))
 
     def _allocate(self, name: str, param: Tensor, group: dict[str, Any]) -> None:
@@ -232,7 +253,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         if all(param in self.state for param in current):
             return
         orphans = [param for param in self.state if param not in current]
-        if any(self.state[param]["step"].item() > 0 for param in orphans):
+        if any(self.state[param]["step"].item() > 0 for param in orphans if self.state[param]):
             raise RuntimeError(
                 "the parameters of this optimizer were replaced after it had made updates, so its state belongs to "
                 "tensors that no longer exist; shard the model first, or before the first step()"

@@ -211,7 +211,7 @@ def _decide_on_one_rank(
     """
     like = [
         {
-            key: torch.empty(spec.shape, dtype=matrix.dtype, device=matrix.like.device)
+            key: torch.empty(spec.shape, dtype=matrix.dtype, device="meta")
             for key, spec in matrix.basis.state_tensors(matrix.d, matrix.r, matrix.dtype).items()
         }
         for matrix in matrices
@@ -222,12 +222,14 @@ def _decide_on_one_rank(
         if magnitude > 0:
             with contextlib.suppress(LinAlgError):
                 return matrix.basis.choose(total, matrix.d, matrix.r, matrix.seed)
-        return {key: torch.full_like(value, 0 if magnitude == 0 else torch.nan) for key, value in like[i].items()}
+        failed = 0.0 if magnitude == 0 else torch.nan
+        return {key: torch.full(value.shape, failed, device=matrix.like.device) for key, value in like[i].items()}
 
     def statistics(i: int) -> Tensor:
         return matrices[i].basis.statistics(matrices[i].target(), proposals[i])
 
-    decisions = decide_on_one_rank([matrix.slot.param for matrix in matrices], statistics, decide, like)
+    params = [matrix.slot.param for matrix in matrices]
+    decisions = [decision for _, decision in decide_on_one_rank(params, statistics, decide, like)]
     return decisions, [_magnitude(torch.cat([v.flatten() for v in decision.values()])) for decision in decisions]
 
 

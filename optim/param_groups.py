@@ -21,6 +21,10 @@ def param_groups(model: nn.Module, *, rules: Mapping[str, Mapping[str, Any]] | N
     between embedding and head is an ``embedding``. Only role ``matrix`` is updated by a low-rank method. Vectors of one
     dimension get ``weight_decay`` 0 unless a rule says otherwise.
 
+    A module may name the roles of parameters below it itself, in an attribute ``parameter_roles`` (name relative to the
+    module -> role), as spectral layers and adapters do; what it calls ``frozen`` is listed although it takes no
+    gradient, because a method may exchange it for what is trained.
+
     Args:
         model: before or after ``fully_shard``.
         rules: regular expression -> settings for the parameters whose name it matches (``re.search``; the first rule
@@ -34,7 +38,7 @@ def param_groups(model: nn.Module, *, rules: Mapping[str, Mapping[str, Any]] | N
     matched: set[str] = set()
     groups: dict[tuple[str, str | None, bool], dict[str, Any]] = {}
     for name, param in model.named_parameters():
-        if not param.requires_grad:
+        if not param.requires_grad and roles.get(param) != "frozen":
             continue
         pattern = next((p for p in rules if re.search(p, name)), None)
         settings = dict(rules[pattern]) if pattern is not None else {}
@@ -52,7 +56,7 @@ def param_groups(model: nn.Module, *, rules: Mapping[str, Mapping[str, Any]] | N
     if unmatched:
         names = [name for name, param in model.named_parameters() if param.requires_grad]
         raise ValueError(f"rule {unmatched[0]!r} matches no trainable parameter; names are like {', '.join(names[:3])}")
-    if not groups:
+    if all(group["role"] == "frozen" for group in groups.values()):
         raise ValueError("the model has no trainable parameter; set requires_grad before building the optimizer")
     return list(groups.values())
 
@@ -61,8 +65,11 @@ def _roles(model: nn.Module) -> dict[Tensor, str]:
     roles: dict[Tensor, str] = {}
     modules = list(model.modules())
     for module in modules:
+        for name, role in getattr(module, "parameter_roles", {}).items():
+            roles[module.get_parameter(name)] = role
+    for module in modules:
         if isinstance(module, nn.Embedding):
-            roles[module.weight] = "embedding"
+            roles.setdefault(module.weight, "embedding")
     # the tallest embedding is the vocabulary; positions have one of their own
     vocabulary = max((m.num_embeddings for m in modules if isinstance(m, nn.Embedding)), default=0)
     output = getattr(model, "get_output_embeddings", lambda: None)()

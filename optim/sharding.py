@@ -9,7 +9,7 @@ all-to-all turns the shards over, and one turns the update back. Either way the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,9 +37,12 @@ __all__ = [
     "on_whole_matrices",
     "preferred_shard_dim",
     "projected_dim",
+    "put_rows",
+    "row_range",
     "shard_count",
     "sharded_dim",
     "sum_over_shards",
+    "take_rows",
     "tall",
     "turned_numbers",
 ]
@@ -201,6 +204,40 @@ def first_column(param: Tensor) -> int | None:
     return sum(chunk_sizes(param.shape[1], info.count)[: info.index])
 
 
+def row_range(param: Tensor) -> range:
+    """Global indices of the rows this rank holds. Raises ValueError if it holds parts of rows."""
+    info = _shard_info(param)
+    if info is None or info.count == 1:
+        return range(param.shape[0])
+    if info.dim != 0:
+        raise ValueError(
+            f"a parameter of shape {tuple(param.shape)} is sharded along dimension {info.dim}; its rows are singular "
+            "vectors and must stay whole: shard it along dimension 0, as fully_shard does unless told otherwise"
+        )
+    sizes = chunk_sizes(param.shape[0], info.count)
+    start = sum(sizes[: info.index])
+    return range(start, start + sizes[info.index])
+
+
+def take_rows(param: Tensor, block: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` (global, CPU) of ``block``, a local tensor with a row for each local row of ``param``.
+
+    Rows of other ranks are 0: ``sum_over_shards`` completes them.
+    """
+    here = row_range(param)
+    mine = (index >= here.start) & (index < here.stop)
+    rows = block.new_zeros(len(index), *block.shape[1:])
+    rows[mine.to(block.device)] = block[(index[mine] - here.start).to(block.device)]
+    return rows
+
+
+def put_rows(param: Tensor, block: Tensor, index: Tensor, rows: Tensor) -> None:
+    """The reverse of ``take_rows``: write those of the (whole) rows that are this rank's into ``block``."""
+    here = row_range(param)
+    mine = (index >= here.start) & (index < here.stop)
+    block[(index[mine] - here.start).to(block.device)] = rows[mine.to(rows.device)].to(block.dtype)
+
+
 def max_over_shards(param: Tensor, value: Tensor) -> Tensor:
     """Largest of each number over the ranks that share rows of a parameter; no communication if none do."""
     info = _shard_info(param)
@@ -213,34 +250,37 @@ def decide_on_one_rank(
     params: Sequence[Tensor],
     statistics: Callable[[int], Tensor],  # of this rank's shard of params[i]; they are large, so made when needed
     decide: Callable[[int, Tensor], dict[str, Tensor]],  # what only one rank may do, for params[i] and its sum
-    like: Sequence[dict[str, Tensor]],  # shape, dtype and device of the decisions
-) -> list[dict[str, Tensor]]:
+    like: Sequence[dict[str, Tensor]],  # shape and dtype of the decisions; on meta is enough
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Decisions equal on all ranks, each made by one of them: matrices are dealt round, one each at a time.
 
-    Every rank must call this with the same parameters in the same order. Over replicas too (HSDP) one rank decides.
+    Every rank must call this with the same parameters in the same order, and take every decision. Over replicas too
+    (HSDP) one rank decides.
+
+    Yields:
+        (i, decision for params[i]), in order; those of other ranks arrive one by one, so only one need be held.
     """
-    decisions: list[dict[str, Tensor]] = [{} for _ in params]
     infos = [_shard_info(param) for param in params]
     width = max((info.count for info in infos if info is not None), default=1)
     for start in range(0, len(params), width):
         dealt = range(start, min(start + width, len(params)))
-        mine: list[tuple[int, Tensor]] = []
+        mine: dict[int, Tensor] = {}
         for i in dealt:  # every sum first, or the owners would work one after the other
             info, total = infos[i], statistics(i)
             if info is not None and info.count > 1:
                 dist.reduce(total, group=info.group, group_dst=i % info.count)
             if info is None or info.index == i % info.count:
-                mine.append((i, total))
-            else:
-                decisions[i] = {key: torch.empty_like(value) for key, value in like[i].items()}
-        for i, total in mine:
-            decisions[i] = decide(i, total)
+                mine[i] = total
+        decided = {i: decide(i, mine.pop(i)) for i in list(mine)}
         for i in dealt:
-            for key, value in decisions[i].items():
-                value = value.to(like[i][key].dtype).contiguous()
-                _broadcast(params[i], infos[i], value, i)
-                decisions[i][key] = value
-    return decisions
+            device = local(params[i]).device
+            decision = decided.pop(i, None) or {
+                key: torch.empty(value.shape, dtype=value.dtype, device=device) for key, value in like[i].items()
+            }
+            for key, value in decision.items():
+                decision[key] = value.to(like[i][key].dtype).contiguous()
+                _broadcast(params[i], infos[i], decision[key], i)
+            yield i, decision
 
 
 def _broadcast(param: Tensor, info: _ShardInfo | None, value: Tensor, i: int) -> None:

@@ -1,0 +1,332 @@
+"""Linear layers in the spectral domain, W = U diag(sigma) V^T: conversion, the layer, and the way back.
+
+Source: Zhao et al., "Sparse Spectral Training" (arXiv 2405.15481v3), sections 3 and 4.6. ``optim.SST`` trains them.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lowrank_train.spectral_product import factored_is_cheaper, spectral_product
+from optim.sampling import SAMPLERS, sample
+from optim.spectral_factors import decode, decompose, encode
+
+__all__ = ["BLOCK_MATRICES", "SpectralLinear", "factorise", "merge", "merged_state_dict", "to_spectral"]
+
+BLOCK_MATRICES = r"\.(q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|down_proj|fc1|fc2)$"
+"""Attention and feed-forward matrices of Hugging Face's LLaMA and OPT: the ones the paper replaces."""
+
+_FROZEN_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "8bit": torch.int8}
+
+
+class SpectralLinear(nn.Module):
+    """A linear map x -> U diag(sigma) V^T x + bias, full rank, of which r triplets are trained.
+
+    Parameters, a triplet per row: ``u_active`` (r, out), ``sigma_active`` (r,), ``v_active`` (r, in), trainable;
+    ``sigma_frozen`` (k - r,), trainable; ``u_frozen`` (k - r, out) and ``v_frozen`` (k - r, in), not; k = min(out, in).
+    With r = k there are no frozen ones. Frozen vectors in 8 bits come with ``u_frozen_scale`` and ``v_frozen_scale``.
+
+    Args:
+        in_features: columns of W.
+        out_features: rows of W.
+        rank: r, 1 to k.
+        bias: whether there is one.
+        gradient: ``enhanced`` leaves sigma_i out of the gradient of u_i and v_i (Eq. 14, 15); ``plain`` is dL/du.
+        frozen_dtype: of the frozen vectors: None for the others' own, "float32", "bfloat16", "float16", "8bit".
+        path: ``auto`` takes the cheaper of ``factored`` and ``materialised`` for the tokens at hand.
+        device, dtype: as for ``nn.Linear``.
+
+    Raises:
+        ValueError: rank out of range, unknown gradient, frozen_dtype or path.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        bias: bool = True,
+        gradient: Literal["enhanced", "plain"] = "enhanced",
+        frozen_dtype: str | None = None,
+        path: Literal["auto", "factored", "materialised"] = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        k = min(in_features, out_features)
+        _check_layer(rank, k, gradient, frozen_dtype, path)
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.gradient, self.frozen_dtype, self.path = gradient, frozen_dtype, path
+
+        def empty(*shape: int, stored: torch.dtype | None = dtype, trained: bool = True) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(shape, device=device, dtype=stored), requires_grad=trained)
+
+        self.u_active = empty(rank, out_features)
+        self.sigma_active = empty(rank)
+        self.v_active = empty(rank, in_features)
+        if rank < k:
+            stored = dtype if frozen_dtype is None else _FROZEN_DTYPES[frozen_dtype]
+            self.u_frozen = empty(k - rank, out_features, stored=stored, trained=False)
+            self.sigma_frozen = empty(k - rank)
+            self.v_frozen = empty(k - rank, in_features, stored=stored, trained=False)
+            if frozen_dtype == "8bit":
+                self.u_frozen_scale = empty(k - rank, 1, trained=False)
+                self.v_frozen_scale = empty(k - rank, 1, trained=False)
+        self.bias = empty(out_features) if bias else None
+
+    @property
+    def parameter_roles(self) -> dict[str, str]:
+        """For ``optim.param_groups``."""
+        roles = {}
+        for name, _ in self.named_parameters(recurse=False):
+            if name != "bias":
+                vectors = "singular_vectors" if name.endswith("active") else "frozen"
+                roles[name] = "singular_values" if name.startswith("sigma") else vectors
+        return roles
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind) and x.dtype == torch.float32:
+            x = x.to(torch.get_autocast_dtype(kind))
+        tokens = x.numel() // self.in_features
+        cheaper = factored_is_cheaper(tokens, self.out_features, self.in_features, self.rank)
+        frozen, scales = None, None
+        if hasattr(self, "sigma_frozen"):
+            frozen = (self.u_frozen, self.sigma_frozen, self.v_frozen)
+            scales = (self.u_frozen_scale, self.v_frozen_scale) if self.frozen_dtype == "8bit" else None
+        return spectral_product(
+            x,
+            (self.u_active, self.sigma_active, self.v_active),
+            frozen,
+            scales,
+            self.bias,
+            enhanced=self.gradient == "enhanced",
+            factored=cheaper if self.path == "auto" else self.path == "factored",
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """W (out, in), made anew at every access and without a gradient."""
+        return _merged({name: param.detach() for name, param in self.named_parameters(recurse=False)})
+
+    def extra_repr(self) -> str:
+        """As shown by print."""
+        frozen = "" if self.frozen_dtype is None else f", frozen_dtype={self.frozen_dtype}"
+        shape = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+        return f"{shape}, bias={self.bias is not None}{frozen}"
+
+
+def to_spectral(
+    model: nn.Module,
+    rank: int,
+    *,
+    layers: str = BLOCK_MATRICES,
+    sampling: Literal["multinomial", "uniform", "sequential", "top"] = "multinomial",
+    seed: int = 0,
+    gradient: Literal["enhanced", "plain"] = "enhanced",
+    frozen_dtype: str | None = None,
+    path: Literal["auto", "factored", "materialised"] = "auto",
+) -> nn.Module:
+    """Replace linear layers by spectral ones with the same outputs, in place, before ``fully_shard``.
+
+    Args:
+        model: any module; on the meta device only shapes are made.
+        rank: r, triplets trained at a time in every layer.
+        layers: regular expression (``re.search``) on module names: which ``nn.Linear`` to replace; ``""`` for all.
+            The default takes attention and feed-forward matrices of LLaMA and OPT.
+        sampling: how the first active triplets are drawn, as ``optim.SST`` draws the later ones.
+        seed: of that draw.
+        gradient: of the layers, see ``SpectralLinear``.
+        frozen_dtype: likewise.
+        path: likewise.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: no layer matches, the model is spectral already or sharded, a matched layer's weight is tied to
+            another module, too small for the rank, all zero or not finite; wrong sampling, gradient, dtype or path.
+    """
+    if sampling not in SAMPLERS:
+        raise ValueError(f"sampling={sampling!r}; expected one of {', '.join(SAMPLERS)}")
+    found = _convertible(model, layers)
+    for index, (name, linear) in enumerate(found.items()):
+        settings = {"gradient": gradient, "frozen_dtype": frozen_dtype, "path": path}
+        try:
+            spectral = _like(linear, rank, **settings)
+            if not linear.weight.is_meta:
+                factors = factorise(linear.weight, rank, sampling=sampling, seed=seed, index=index)
+                fill_spectral(spectral, factors, linear.bias, lambda param, value: param.data.copy_(value))
+        except ValueError as error:
+            raise ValueError(f"cannot convert {name!r}: {error}") from None
+        _replace(model, linear, spectral)
+    return model
+
+
+def factorise(
+    weight: Tensor, rank: int, *, sampling: str = "multinomial", seed: int = 0, index: int = 0
+) -> dict[str, Tensor]:
+    """Factors ``u``, ``sigma``, ``v`` of a weight (out, in), float64, of which the first ``rank`` are drawn as active.
+
+    Raises ValueError for a weight that is all zero or not finite.
+    """
+    factors = decompose(weight.detach())
+    if not factors["sigma"][0] > 0:
+        raise ValueError("its weight is all zero, so its singular vectors mean nothing; initialise it, or leave it out")
+    chosen = sample(
+        sampling, factors["sigma"].cpu(), rank, iteration=0, seed=zlib.crc32(f"{seed}/{index}/0".encode())
+    ).tolist()
+    active = set(chosen)
+    order = torch.tensor(chosen + [i for i in range(len(factors["sigma"])) if i not in active], device=weight.device)
+    return {key: value[order] for key, value in factors.items()}
+
+
+@torch.no_grad()
+def fill_spectral(
+    target: SpectralLinear,
+    factors: Mapping[str, Tensor],
+    bias: Tensor | None,
+    fill: Callable[[nn.Parameter, Tensor], object],
+) -> None:
+    """Give a spectral layer its factors (``factorise``): ``fill(parameter, whole value)`` puts each where it belongs."""
+    r = target.rank
+    values = {f"{key}_active": value[:r] for key, value in factors.items()}
+    if r < len(factors["sigma"]):
+        values.update({f"{key}_frozen": value[r:] for key, value in factors.items()})
+        if target.frozen_dtype == "8bit":
+            for key in ("u_frozen", "v_frozen"):
+                values[key], values[f"{key}_scale"] = encode(values[key])
+    if bias is not None:
+        values["bias"] = bias
+    for name, value in values.items():
+        fill(target.get_parameter(name), value)
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> nn.Module:
+    """Replace every spectral layer by a plain ``nn.Linear`` with the same outputs, in place.
+
+    Returns:
+        The model itself, as before ``to_spectral``.
+
+    Raises:
+        ValueError: there is no spectral layer, or the model is sharded.
+    """
+    found = {name: module for name, module in model.named_modules() if isinstance(module, SpectralLinear)}
+    if not found:
+        raise ValueError("the model has no spectral layer to merge; it is plain already")
+    for name, spectral in found.items():
+        if isinstance(spectral.u_active, DTensor):
+            raise ValueError(
+                f"{name!r} is sharded; gather its state first (get_model_state_dict with full_state_dict=True) and "
+                "pass that to merged_state_dict"
+            )
+        with torch.device("meta"):
+            linear = nn.Linear(spectral.in_features, spectral.out_features, bias=False, dtype=spectral.u_active.dtype)
+        linear.weight = nn.Parameter(spectral.weight)
+        linear.bias = spectral.bias
+        linear.train(spectral.training)
+        _replace(model, spectral, linear)
+    return model
+
+
+@torch.no_grad()
+def merged_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole (unsharded) state dict of a model with spectral layers, as that of the plain model."""
+    merged: dict[str, Tensor] = {}
+    layers = [name.removesuffix("sigma_active") for name in state if name.endswith(".sigma_active")]
+    layers += [""] if "sigma_active" in state else []
+    for name, value in state.items():
+        prefix, dot, factor = name.rpartition(".")
+        layer = prefix + dot
+        if layer not in layers or factor == "bias":
+            merged[name] = value
+        elif factor == "u_active":
+            own = {key.removeprefix(layer): state[key] for key in state if key.rpartition(".")[0] + dot == layer}
+            merged[f"{layer}weight"] = _merged(own)
+    return merged
+
+
+def _merged(factors: Mapping[str, Tensor]) -> Tensor:
+    """W in the type of ``u_active``; the sum is made in float32 or wider."""
+    dtype = torch.promote_types(factors["u_active"].dtype, torch.float32)
+    weight = factors["u_active"].to(dtype).mT @ _scaled(factors, "active", dtype)
+    if "sigma_frozen" in factors:
+        u = decode(factors["u_frozen"], factors.get("u_frozen_scale"), dtype)
+        weight.addmm_(u.mT, _scaled(factors, "frozen", dtype))
+    return weight.to(factors["u_active"].dtype)
+
+
+def _scaled(factors: Mapping[str, Tensor], segment: str, dtype: torch.dtype) -> Tensor:
+    v = decode(factors[f"v_{segment}"], factors.get(f"v_{segment}_scale"), dtype)
+    return v * factors[f"sigma_{segment}"].to(dtype).unsqueeze(1)
+
+
+def _convertible(model: nn.Module, layers: str) -> dict[str, nn.Linear]:
+    modules = dict(model.named_modules())
+    spectral = next((name for name, module in modules.items() if isinstance(module, SpectralLinear)), None)
+    if spectral is not None:
+        raise ValueError(f"the model is spectral already (its {spectral!r}); merge it first, or convert it only once")
+    linears = {name: module for name, module in modules.items() if type(module) is nn.Linear}
+    found = {name: linear for name, linear in linears.items() if re.search(layers, name)}
+    if not found:
+        names = ", ".join(repr(name) for name in list(linears)[:3]) or "none at all"
+        raise ValueError(f"layers={layers!r} matches no nn.Linear of the model; it has {names}")
+    owners: dict[Tensor, list[str]] = {}
+    for name, module in modules.items():
+        for key, param in module._parameters.items():
+            if param is not None:
+                owners.setdefault(param, []).append(f"{name}.{key}")
+    for name, linear in found.items():
+        if isinstance(linear.weight, DTensor):
+            raise ValueError(f"{name!r} is sharded already; convert the model before fully_shard")
+        others = [owner for owner in owners[linear.weight] if owner != f"{name}.weight"]
+        if others:
+            raise ValueError(f"the weight of {name!r} is tied to {others[0]!r}; leave it out with layers=...")
+    return found
+
+
+def _like(linear: nn.Linear, rank: int, **settings: object) -> SpectralLinear:
+    weight = linear.weight
+    spectral = SpectralLinear(
+        linear.in_features,
+        linear.out_features,
+        rank,
+        bias=linear.bias is not None,
+        device=weight.device,
+        dtype=weight.dtype,
+        **settings,  # type: ignore[arg-type]
+    )
+    if linear.bias is not None:
+        spectral.bias = linear.bias
+    return spectral.train(linear.training)
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Wherever the module is, under several names perhaps."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child is old:
+                setattr(parent, name, new)
+
+
+def _check_layer(rank: int, k: int, gradient: str, frozen_dtype: str | None, path: str) -> None:
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= k:
+        raise ValueError(f"rank={rank!r}; expected a whole number from 1 to {k}, the smaller side of the weight")
+    if frozen_dtype is not None and frozen_dtype not in _FROZEN_DTYPES:
+        raise ValueError(f"frozen_dtype={frozen_dtype!r}; expected None or one of {', '.join(_FROZEN_DTYPES)}")
+    for key, value, valid in (
+        ("gradient", gradient, ("enhanced", "plain")),
+        ("path", path, ("auto", "factored", "materialised")),
+    ):
+        if value not in valid:
+            raise ValueError(f"{key}={value!r}; expected one of {', '.join(valid)}")

@@ -1,0 +1,177 @@
+"""The factors of a spectral layer, W = sum_i sigma_i u_i v_i^T, as an optimizer sees them.
+
+A row of every factor belongs to one triplet: ``u`` (k, out), ``sigma`` (k,), ``v`` (k, in), k = min(out, in). The first
+r triplets are *active* (trained), the others *frozen* (only sigma is trained):
+
+    u_active (r, out)   sigma_active (r,)   v_active (r, in)        u_frozen (k - r, out)   sigma_frozen   v_frozen
+
+Sharded over rows, as FSDP2 does, a vector is whole on one rank and its sigma is on the same: normalising needs no
+communication, and W is a sum over the ranks. Frozen vectors may be stored in 16 bits, or in 8 with a scale each
+(``u_frozen_scale``, ``v_frozen_scale``).
+
+    decompose:  A = W W^T (on the smaller side) = P L P^T in float64;  B = W^T P;  sigma_i = |b_i|;  v_i = b_i / sigma_i
+
+eigh of the Gram matrix is 40 times faster than an SVD of a wide matrix. v loses orthogonality as eps (sigma_1 /
+sigma_i)^2, so where that matters V is taken from a QR factorisation of B, whose R is then diagonal up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optim.base import Slot
+from optim.quantization import RowCodec
+from optim.sharding import local, put_rows, row_range, take_rows
+
+__all__ = ["FACTORS", "SpectralFactors", "decode", "decompose", "encode", "factors_of"]
+
+FACTORS = ("u_active", "v_active", "sigma_active", "u_frozen", "v_frozen", "sigma_frozen")
+SCALES = ("u_frozen_scale", "v_frozen_scale")
+
+_WORST_RATIO = 3e-5
+"""Smallest sigma_i / sigma_1 for which v_i = b_i / sigma_i is orthogonal to 1e-7: eps (sigma_1 / sigma_i)^2."""
+
+_CODEC = RowCodec(8)
+
+
+def decompose(weight: Tensor) -> dict[str, Tensor]:
+    """Singular value decomposition of (out, in): ``u`` (k, out), ``sigma`` (k,) falling, ``v`` (k, in), in float64.
+
+    The largest entry of each u_i is positive. Raises ValueError for numbers that are not finite, and
+    ``torch.linalg.LinAlgError`` if the iteration does not converge.
+    """
+    if not torch.isfinite(weight).all():
+        raise ValueError("the weight has entries that are not finite")
+    wide = weight.double() if weight.shape[0] <= weight.shape[1] else weight.double().mT
+    vectors = torch.linalg.eigh(wide @ wide.mT).eigenvectors.flip(1)
+    vectors = vectors * _signs(vectors.gather(0, vectors.abs().argmax(0, keepdim=True)))
+    image = wide.mT @ vectors
+    sigma = torch.linalg.vector_norm(image, dim=0)
+    if sigma.min() > _WORST_RATIO * sigma.max():
+        other = image / sigma
+    else:
+        other, upper = torch.linalg.qr(image)
+        diagonal = upper.diagonal()
+        other, sigma = other * _signs(diagonal), diagonal.abs()
+    order = sigma.argsort(descending=True, stable=True)
+    narrow, long = vectors.mT[order], other.mT[order]
+    u, v = (narrow, long) if weight.shape[0] <= weight.shape[1] else (long, narrow)
+    return {"u": u.contiguous(), "sigma": sigma[order], "v": v.contiguous()}
+
+
+def _signs(values: Tensor) -> Tensor:
+    return torch.where(values < 0, -1.0, 1.0).to(values.dtype)
+
+
+def decode(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Vectors (n, d) in ``dtype``; the stored tensor itself if it has that type."""
+    return stored.to(dtype) if scale is None else _CODEC.decode(stored, scale, stored.shape[1], dtype)
+
+
+def encode(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """8-bit codes (n, d) and scales (n, 1) with which the decoded vectors are as long as these."""
+    codes, scale = _CODEC.encode(vectors)
+    length = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    coded = torch.linalg.vector_norm(codes.to(vectors.dtype), dim=1, keepdim=True)
+    return codes, torch.where(coded > 0, length / coded.clamp_min(1), scale)
+
+
+@dataclass(frozen=True)
+class SpectralFactors:
+    """One layer: the slots of its factors by name, on this rank the rows of its shard."""
+
+    name: str
+    slots: dict[str, Slot]
+
+    @property
+    def rank(self) -> int:
+        """r, the number of active triplets."""
+        return self.slots["u_active"].param.shape[0]
+
+    @property
+    def count(self) -> int:
+        """k, the number of triplets."""
+        return self.rank + (self.slots["sigma_frozen"].param.shape[0] if "sigma_frozen" in self.slots else 0)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight."""
+        return self.slots["u_active"].param.shape[1], self.slots["v_active"].param.shape[1]
+
+    @property
+    def segments(self) -> tuple[str, ...]:
+        """``active``, and ``frozen`` if there is anything to wait."""
+        return ("active", "frozen") if "sigma_frozen" in self.slots else ("active",)
+
+    def param(self, factor: str) -> Tensor:
+        """A factor, sharded or not."""
+        return self.slots[factor].param
+
+    def vectors(self, factor: str, dtype: torch.dtype) -> Tensor:
+        """This rank's rows of ``u_active`` ... ``v_frozen``."""
+        scale = self.slots.get(f"{factor}_scale")
+        return decode(local(self.param(factor)), None if scale is None else local(scale.param), dtype)
+
+    def write(self, factor: str, index: Tensor, rows: Tensor) -> None:
+        """Put whole rows in the places ``index`` (global) of a factor, where they are this rank's."""
+        param = self.param(factor)
+        if f"{factor}_scale" in self.slots:
+            rows, scale = encode(rows)
+            scale_param = self.param(f"{factor}_scale")
+            put_rows(scale_param, local(scale_param), index, scale)
+        put_rows(param, local(param), index, rows)
+
+    def weight_part(self, dtype: torch.dtype) -> Tensor:
+        """This rank's share (out, in) of W, which is the sum over the ranks."""
+        out, width = self.shape
+        total = torch.zeros(out, width, dtype=dtype, device=local(self.param("u_active")).device)
+        for segment in self.segments:
+            row_range(self.param(f"u_{segment}"))
+            sigma = local(self.param(f"sigma_{segment}")).to(dtype)
+            u, v = self.vectors(f"u_{segment}", dtype), self.vectors(f"v_{segment}", dtype)
+            total.addmm_(u.mT, v * sigma.unsqueeze(1))
+        return total
+
+    def replace(self, factors: dict[str, Tensor]) -> None:
+        """Take whole new factors ``u``, ``sigma``, ``v`` (k rows): the first r become active."""
+        start = 0
+        for segment in self.segments:
+            size = self.param(f"sigma_{segment}").shape[0]
+            for kind in ("u", "sigma", "v"):
+                self.write(f"{kind}_{segment}", torch.arange(size), factors[kind][start : start + size])
+            start += size
+
+    def take(self, segment: str, index: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """Rows ``index`` of u, sigma, v of a segment; to be summed over the shards."""
+        rows = []
+        for kind in ("u", "sigma", "v"):
+            factor = f"{kind}_{segment}"
+            rows.append(take_rows(self.param(factor), self.vectors(factor, dtype), index))
+        return rows
+
+    def put(self, segment: str, index: Tensor, rows: list[Tensor]) -> None:
+        """The reverse of ``take``."""
+        for kind, values in zip(("u", "sigma", "v"), rows, strict=True):
+            self.write(f"{kind}_{segment}", index, values)
+
+
+def factors_of(slots: Iterable[Slot]) -> Iterator[SpectralFactors]:
+    """The spectral layers among parameters, by their names. Raises ValueError if one lacks a factor."""
+    layers: dict[str, dict[str, Slot]] = {}
+    for slot in slots:
+        layer, _, factor = slot.name.rpartition(".")
+        if factor in FACTORS or factor in SCALES:
+            layers.setdefault(layer, {})[factor] = slot
+    for layer, found in layers.items():
+        needed = FACTORS if any("frozen" in factor for factor in found) else FACTORS[:3]
+        missing = [factor for factor in needed if factor not in found]
+        if missing:
+            raise ValueError(
+                f"the spectral layer {layer!r} came without its {missing[0]!r}; expected all of {', '.join(needed)}: "
+                "pass optim.param_groups(model), or the model itself, whose frozen vectors take turns with the active"
+            )
+        yield SpectralFactors(layer, found)

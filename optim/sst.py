@@ -1,0 +1,400 @@
+"""SST, Sparse Spectral Training: weights trained as W = U diag(sigma) V^T, a few of the vectors at a time.
+
+    every T2 iterations   U, sigma, V <- SVD(U diag(sigma) V^T)                                     a round
+    every T3 steps        draw r triplets A by sigma (``optim.sampling``); forget the moments       an iteration
+    every step            sigma_i <- max(sigma_i - lr_t Adam(dL/dsigma_i), 0)      for all i        Eq. 4
+                          u_i <- normalize(u_i - lr_t Adam(G v_i))                 for i in A       Eq. 7, 14
+                          v_i <- normalize(v_i - lr_t Adam(G^T u_i))               for i in A       Eq. 7, 15
+    lr_t = lr min(1, (s + 1) / warmup_steps),  s steps after the iteration began
+
+G = dL/dW, W (m, n), U (m, k), V (n, k), k = min(m, n). Gradients come from the layer (``lowrank_train.spectral``),
+already without the factor sigma_i ("enhanced"). In memory a vector is a row, active and frozen ones in two tensors.
+
+Sharded over rows, a step communicates nothing. A round sums W onto one rank per matrix, which decomposes it and tells
+the others; an iteration moves the rows that change places. What is drawn follows from seed, layer and iteration alone:
+nothing but ``step`` need be saved to resume in the middle of one.
+
+Source: Zhao, Zhao, Zhang et al., "Sparse Spectral Training and Inference on Euclidean and Hyperbolic Neural Networks"
+(arXiv 2405.15481v3), Algorithm 2.
+
+We differ:
+  * the draw of the first iteration is made by whoever makes the layers (``to_spectral``): the gradients of the first
+    step belong to it;
+  * biases are corrected by the age of each row, so that a moment that was reset does not make a first step too long;
+  * weight decay, where asked for, acts on sigma only: that is what decay of W is, and unit vectors would ignore it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+import zlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
+
+from optim.base import MatrixOptimizer, Slot, Traffic, dense_gradient, is_number
+from optim.param_groups import param_groups
+from optim.rules import adam_direction
+from optim.sampling import SAMPLERS, sample
+from optim.sharding import StateTensor, decide_on_one_rank, local, put_rows, sum_over_shards, take_rows
+from optim.spectral_factors import SpectralFactors, decompose, factors_of
+
+__all__ = ["SST"]
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "age")
+
+
+class SST(MatrixOptimizer):
+    """Sparse Spectral Training of the spectral layers of a model, AdamW on everything else.
+
+    Args:
+        params: a model with spectral layers (``lowrank_train.spectral.to_spectral``), or groups that
+            ``optim.param_groups`` made of it; before or after ``fully_shard``.
+        lr: learning rate of all groups; float or tensor. The factors usually want 3 to 10 times the rate of the rest:
+            give those groups their own.
+        resample_every: T3, steps between two draws of active triplets.
+        resvd_every: T2, iterations between two re-SVDs; None: ceil(k / r), by when each triplet could have had its
+            turn; 0: never.
+        warmup_steps: steps over which the rate of the factors rises after each draw.
+        sampling: ``multinomial`` (Eq. 16), ``uniform``, ``sequential`` or ``top``.
+        seed: of all draws.
+        keep_sigma_moments: carry the moments of sigma from one iteration to the next (not over a re-SVD).
+        keep_vector_moments: likewise those of vectors that are drawn again.
+        tangent: remove from the gradient of a vector what lies along it, before Adam sees it.
+        negative_sigma: ``clamp`` to 0 as the paper, or ``reflect``: -sigma, -u, the same W.
+        staggered: spread the re-SVDs of the layers over the iterations of a round.
+        betas: decay of Adam's moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, per unit of ``lr``; of the factors, it acts on sigma.
+
+    Raises:
+        ValueError: at construction, for a model without spectral layers, incomplete ones, and values out of range.
+
+    State: of each active vector two moments and an age; of each sigma, frozen ones too, likewise; a step count.
+    Communication when sharded: nothing in a step; the rows that change places every ``resample_every`` steps; a sum
+    and a broadcast of each matrix at a re-SVD.
+    """
+
+    source = "Zhao et al., arXiv 2405.15481"
+    layers = "spectral"
+    method_roles = frozenset({"singular_vectors", "singular_values"})
+    structural_settings = ("resample_every", "resvd_every", "sampling", "seed", "staggered")
+
+    # Of the class, because torch's copies and pickles drop attributes
+    resvd_failures = 0
+    """Decompositions that failed since this object was made; the old factors were kept."""
+    _resvd_seconds = 0.0
+    _began: float | None = None
+    _drawn: tuple[float, float] = (math.nan, math.nan)
+
+    def __init__(
+        self,
+        params: ParamsT | nn.Module,
+        lr: float | Tensor = 1e-3,
+        *,
+        resample_every: int = 200,
+        resvd_every: int | None = None,
+        warmup_steps: int = 20,
+        sampling: Literal["multinomial", "uniform", "sequential", "top"] = "multinomial",
+        seed: int = 0,
+        keep_sigma_moments: bool = False,
+        keep_vector_moments: bool = False,
+        tangent: bool = False,
+        negative_sigma: Literal["clamp", "reflect"] = "clamp",
+        staggered: bool = False,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        schedule = {"resample_every": resample_every, "resvd_every": resvd_every, "warmup_steps": warmup_steps}
+        draw = {"sampling": sampling, "seed": seed, "staggered": staggered}
+        keep = {"keep_sigma_moments": keep_sigma_moments, "keep_vector_moments": keep_vector_moments}
+        update = {"tangent": tangent, "negative_sigma": negative_sigma}
+        adam = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
+        _check(schedule, draw | update | keep)
+        groups = param_groups(params) if isinstance(params, nn.Module) else params
+        super().__init__(groups, {"lr": lr, **schedule, **draw, **keep, **update, **adam})
+        if not self._layers():
+            raise ValueError(
+                "the model has no spectral layers, so SST has nothing to train; convert it first: "
+                "model = lowrank_train.spectral.to_spectral(model, rank=...)"
+            )
+
+    def matrix_state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
+        """Adam's moments in float32 or wider, the age of each row, the clock of the schedule."""
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        return {
+            "step": StateTensor((), torch.float32, "host"),
+            "age": StateTensor((param.shape[0],), torch.float32, "leading"),
+            "exp_avg": StateTensor(tuple(param.shape), dtype, "parameter"),
+            "exp_avg_sq": StateTensor(tuple(param.shape), dtype, "parameter"),
+        }
+
+    def traffic(self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int) -> Traffic:
+        """Nothing in a step."""
+        return Traffic()
+
+    # ---------------------------------------------------------------------------------------------------------- step
+
+    def step_matrices(self, slots: list[Slot]) -> None:
+        """Adam on sigma and on active vectors, each parameter on its own."""
+        if self._began is None:
+            self._began = time.perf_counter()
+        for slot in slots:
+            if slot.param.grad is not None:
+                update = _update_vectors if slot.group["role"] == "singular_vectors" else _update_values
+                update(slot)
+
+    def end_step(self) -> None:
+        """Advance the clock; where an iteration ends, re-SVD what is due, draw again, forget moments."""
+        layers = self._layers()
+        for layer in layers:
+            for slot in layer.slots.values():
+                if slot.state:
+                    slot.state["step"] += 1
+            if layer.slots["u_active"].group["negative_sigma"] == "reflect":
+                _reflect(layer)
+        begin = [i for i, layer in enumerate(layers) if _clock(layer) % _settings(layer)["resample_every"] == 0]
+        if not begin:
+            return
+        round_iterations = {i: self._round_iterations(layers, i) for i in begin}
+        due = [i for i in begin if _is_due(layers, i, round_iterations[i])]
+        error = max((_orthogonality_error(layers[i]) for i in begin), default=0.0)
+        self._decompose([layers[i] for i in due])
+        shares = [_draw(layers[i], i, round_iterations[i], decomposed=i in due) for i in begin]
+        self._drawn = error, sum(shares) / len(shares)
+
+    def _round_iterations(self, layers: list[SpectralFactors], index: int) -> int:
+        """T2: the same for all layers, that they may be decomposed together; 0 for never."""
+        given = _settings(layers[index])["resvd_every"]
+        return max(math.ceil(layer.count / layer.rank) for layer in layers) if given is None else int(given)
+
+    def _decompose(self, layers: list[SpectralFactors]) -> None:
+        """New factors of the same weights; a layer whose decomposition fails keeps those it has."""
+        if not layers:
+            return
+        began = time.perf_counter()
+        params = [layer.param("u_active") for layer in layers]
+        dtypes = [torch.promote_types(param.dtype, torch.float32) for param in params]
+        like = []
+        for layer, dtype in zip(layers, dtypes, strict=True):
+            (out, width), k = layer.shape, layer.count
+            shapes = {"u": (k, out), "sigma": (k,), "v": (k, width)}
+            like.append({key: torch.empty(shape, dtype=dtype, device="meta") for key, shape in shapes.items()})
+
+        def decide(i: int, weight: Tensor) -> dict[str, Tensor]:
+            try:
+                return decompose(weight)
+            except (ValueError, torch.linalg.LinAlgError):
+                return {key: torch.full(v.shape, torch.nan, device=weight.device) for key, v in like[i].items()}
+
+        for i, factors in decide_on_one_rank(params, lambda i: layers[i].weight_part(dtypes[i]), decide, like):
+            if torch.isfinite(factors["sigma"]).all():
+                layers[i].replace(factors)
+            else:
+                self.resvd_failures += 1
+                warnings.warn(
+                    f"the re-SVD of {layers[i].name!r} failed: its weight is not finite, or the iteration did not "
+                    "converge; the layer keeps the factors it has",
+                    stacklevel=2,
+                )
+        self._resvd_seconds += time.perf_counter() - began
+
+    def _layers(self) -> list[SpectralFactors]:
+        return list(factors_of(self.slots()))
+
+    def figures(self) -> dict[str, float]:
+        """Where the schedule stands, and how the last iteration ended.
+
+        ``orthogonality_error``: largest |<u_i, u_j>| of two active vectors of a layer before the last draw;
+        ``sampled_share``: of the sum of sigma, on average over the layers; ``resvd_time_share``: of the time since the
+        first step.
+        """
+        layers = self._layers()
+        iteration = _clock(layers[0]) // _settings(layers[0])["resample_every"]
+        t2 = self._round_iterations(layers, 0)
+        elapsed = time.perf_counter() - self._began if self._began is not None else math.inf
+        return {
+            "iteration": iteration,
+            "round": iteration // t2 if t2 else 0,
+            "orthogonality_error": self._drawn[0],
+            "sampled_share": self._drawn[1],
+            "resvd_time_share": self._resvd_seconds / elapsed,
+            "resvd_failures": self.resvd_failures,
+        }
+
+
+def _update_vectors(slot: Slot) -> None:
+    """Rows u_i, or v_i: Adam, then back to unit length (Eq. 7)."""
+    param, gradient = local(slot.param), local(dense_gradient(slot))
+    vectors = param.to(torch.promote_types(param.dtype, torch.float32))
+    gradient = gradient.to(vectors.dtype)
+    if slot.group["tangent"]:
+        gradient = gradient - (gradient * vectors).sum(1, keepdim=True) * vectors
+    vectors = vectors.sub_(_adam(slot, gradient) * _rate(slot))
+    length = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    vectors.div_(length.clamp_min(torch.finfo(vectors.dtype).tiny))
+    if vectors.dtype != param.dtype:
+        param.copy_(vectors)
+
+
+def _update_values(slot: Slot) -> None:
+    """sigma: Adam, decay, no negative ones (Eq. 4)."""
+    param, group = local(slot.param), slot.group
+    values = param.to(torch.promote_types(param.dtype, torch.float32))
+    rate = _rate(slot)
+    step = _adam(slot, local(dense_gradient(slot)).to(values.dtype))
+    values.mul_(1 - rate * group["weight_decay"]).sub_(step * rate)
+    if group["negative_sigma"] == "clamp":
+        values.clamp_(min=0)
+    if values.dtype != param.dtype:
+        param.copy_(values)
+
+
+def _adam(slot: Slot, gradient: Tensor) -> Tensor:
+    """Adam's direction; the bias of a row's moments is corrected by its own age."""
+    state, betas = slot.state, slot.group["betas"]
+    age = local(state["age"])
+    age += 1
+    column = age.to(gradient.dtype).view(-1, *[1] * (gradient.ndim - 1))
+    return adam_direction(
+        gradient,
+        local(state["exp_avg"]),
+        local(state["exp_avg_sq"]),
+        1 - betas[0] ** column,
+        (1 - betas[1] ** column).sqrt(),
+        betas=betas,
+        eps=slot.group["eps"],
+    )
+
+
+def _rate(slot: Slot) -> float | Tensor:
+    group = slot.group
+    since = int(slot.state["step"]) % group["resample_every"]
+    return group["lr"] * min(1.0, (since + 1) / max(1, group["warmup_steps"]))
+
+
+def _reflect(layer: SpectralFactors) -> None:
+    """-sigma_i with -u_i, and the moments of both with them: W and what Adam will do to it stay as they are."""
+    for segment in layer.segments:
+        sigma, u = layer.slots[f"sigma_{segment}"], layer.slots[f"u_{segment}"]
+        values = local(sigma.param)
+        signs = torch.where(values < 0, -1, 1)
+        values.mul_(signs)
+        local(sigma.state["exp_avg"]).mul_(signs)
+        column = signs.unsqueeze(1)
+        local(u.param).mul_(column.to(u.param.dtype))
+        if u.state:
+            local(u.state["exp_avg"]).mul_(column)
+
+
+def _settings(layer: SpectralFactors) -> dict[str, Any]:
+    return layer.slots["sigma_active"].group
+
+
+def _clock(layer: SpectralFactors) -> int:
+    """Steps since the start; in CPU memory, so that reading it waits for nothing."""
+    return int(layer.slots["sigma_active"].state["step"])
+
+
+def _is_due(layers: list[SpectralFactors], index: int, round_iterations: int) -> bool:
+    """Whether a layer, whose iteration begins, is to be decomposed first."""
+    if round_iterations == 0:
+        return False
+    settings = _settings(layers[index])
+    iteration = _clock(layers[index]) // settings["resample_every"]
+    offset = index * round_iterations // len(layers) if settings["staggered"] else 0
+    return (iteration - offset) % round_iterations == 0
+
+
+def _draw(layer: SpectralFactors, index: int, round_iterations: int, *, decomposed: bool) -> float:
+    """Begin an iteration: exchange active triplets for those drawn; returns their share of all sigma."""
+    settings = _settings(layer)
+    r, k, dtype = layer.rank, layer.count, torch.promote_types(layer.param("u_active").dtype, torch.float32)
+    iteration = _clock(layer) // settings["resample_every"]
+    sigma = _whole_sigma(layer)
+    chosen = sample(
+        settings["sampling"],
+        sigma,
+        r,
+        iteration=iteration % round_iterations if round_iterations else iteration,
+        seed=zlib.crc32(f"{settings['seed']}/{index}/{iteration}".encode()),
+    )
+    arriving = chosen[chosen >= r] - r
+    leaving = torch.tensor(sorted(set(range(r)) - set(chosen.tolist())), dtype=torch.long)
+    if len(arriving):
+        _exchange(layer, leaving, arriving, dtype)
+    _forget(layer, leaving, everything=decomposed)
+    return float(sigma[chosen].sum() / sigma.sum()) if k and sigma.sum() > 0 else math.nan
+
+
+def _whole_sigma(layer: SpectralFactors) -> Tensor:
+    """All singular values, active first, on the CPU."""
+    parts = []
+    for segment in layer.segments:
+        param = layer.param(f"sigma_{segment}")
+        rows = take_rows(param, local(param), torch.arange(param.shape[0]))
+        parts += sum_over_shards([param], [rows])
+    return torch.cat(parts).cpu().clamp_min(0)
+
+
+def _exchange(layer: SpectralFactors, leaving: Tensor, arriving: Tensor, dtype: torch.dtype) -> None:
+    """Active rows ``leaving`` and frozen rows ``arriving`` change places, each sigma with its moments."""
+    param = layer.param("u_active")
+    rows = [layer.take("active", leaving, dtype), layer.take("frozen", arriving, dtype)]
+    for index, segment, own in ((leaving, "active", rows[0]), (arriving, "frozen", rows[1])):
+        slot = layer.slots[f"sigma_{segment}"]
+        own += [take_rows(slot.param, local(slot.state[key]), index).to(dtype) for key in _MOMENTS]
+    flat = [torch.cat([values.reshape(-1) for values in own]) for own in rows]
+    wholes = sum_over_shards([param, param], flat)
+    for whole, own, index, segment in (
+        (wholes[0], rows[0], arriving, "frozen"),
+        (wholes[1], rows[1], leaving, "active"),
+    ):
+        parts = [part.view_as(old) for part, old in zip(whole.split([v.numel() for v in own]), own, strict=True)]
+        layer.put(segment, index, parts[:3])
+        slot = layer.slots[f"sigma_{segment}"]
+        for key, values in zip(_MOMENTS, parts[3:], strict=True):
+            put_rows(slot.param, local(slot.state[key]), index, values)
+
+
+def _forget(layer: SpectralFactors, replaced: Tensor, *, everything: bool) -> None:
+    """Set moments and ages to 0, of all rows or of what is not kept."""
+    settings = _settings(layer)
+    for factor, slot in layer.slots.items():
+        kept = settings["keep_sigma_moments" if factor.startswith("sigma") else "keep_vector_moments"]
+        for key in _MOMENTS if slot.state else ():
+            block = local(slot.state[key])
+            if everything or not kept:
+                block.zero_()
+            elif not factor.startswith("sigma"):
+                put_rows(slot.param, block, replaced, block.new_zeros(len(replaced), *block.shape[1:]))
+
+
+def _orthogonality_error(layer: SpectralFactors) -> float:
+    """Largest |<u_i, u_j>|, i != j, of active vectors."""
+    param = layer.param("u_active")
+    rows = take_rows(param, local(param), torch.arange(layer.rank))
+    whole = sum_over_shards([param], [rows])[0].float()
+    return float((whole @ whole.mT).fill_diagonal_(0).abs().max())
+
+
+def _check(schedule: dict[str, Any], others: dict[str, Any]) -> None:
+    for key, low in (("resample_every", 1), ("resvd_every", 0), ("warmup_steps", 0), ("seed", 0)):
+        value = (schedule | others)[key]
+        if value is None and key == "resvd_every":
+            continue
+        if not is_number(value) or not isinstance(value, int) or value < low:
+            allowed = ", or None" if key == "resvd_every" else ""
+            raise ValueError(f"{key}={value!r}; expected a whole number >= {low}{allowed}")
+    for key, valid in (("sampling", tuple(SAMPLERS)), ("negative_sigma", ("clamp", "reflect"))):
+        if others[key] not in valid:
+            raise ValueError(f"{key}={others[key]!r}; expected one of {', '.join(valid)}")
+    for key in ("keep_sigma_moments", "keep_vector_moments", "tangent", "staggered"):
+        if not isinstance(others[key], bool):
+            raise ValueError(f"{key}={others[key]!r}; expected True or False")
