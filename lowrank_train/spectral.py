@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -18,7 +18,15 @@ from lowrank_train.spectral_product import factored_is_cheaper, spectral_product
 from optim.sampling import SAMPLERS, sample
 from optim.spectral_factors import decode, decompose, encode
 
-__all__ = ["BLOCK_MATRICES", "SpectralLinear", "factorise", "merge", "merged_state_dict", "to_spectral"]
+__all__ = [
+    "BLOCK_MATRICES",
+    "SpectralLinear",
+    "factorise",
+    "merge",
+    "merged_state_dict",
+    "spectral_values",
+    "to_spectral",
+]
 
 BLOCK_MATRICES = r"\.(q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|down_proj|fc1|fc2)$"
 """Attention and feed-forward matrices of Hugging Face's LLaMA and OPT: the ones the paper replaces."""
@@ -165,7 +173,8 @@ def to_spectral(
             spectral = _like(linear, rank, **settings)
             if not linear.weight.is_meta:
                 factors = factorise(linear.weight, rank, sampling=sampling, seed=seed, index=index)
-                fill_spectral(spectral, factors, linear.bias, lambda param, value: param.data.copy_(value))
+                for key, value in spectral_values(spectral, factors, None).items():
+                    spectral.get_parameter(key).data.copy_(value)
         except ValueError as error:
             raise ValueError(f"cannot convert {name!r}: {error}") from None
         _replace(model, linear, spectral)
@@ -191,13 +200,8 @@ def factorise(
 
 
 @torch.no_grad()
-def fill_spectral(
-    target: SpectralLinear,
-    factors: Mapping[str, Tensor],
-    bias: Tensor | None,
-    fill: Callable[[nn.Parameter, Tensor], object],
-) -> None:
-    """Give a spectral layer its factors (``factorise``): ``fill(parameter, whole value)`` puts each where it belongs."""
+def spectral_values(target: SpectralLinear, factors: Mapping[str, Tensor], bias: Tensor | None) -> dict[str, Tensor]:
+    """What ``factorise`` made, as the (whole) parameters of a spectral layer."""
     r = target.rank
     values = {f"{key}_active": value[:r] for key, value in factors.items()}
     if r < len(factors["sigma"]):
@@ -207,8 +211,7 @@ def fill_spectral(
                 values[key], values[f"{key}_scale"] = encode(values[key])
     if bias is not None:
         values["bias"] = bias
-    for name, value in values.items():
-        fill(target.get_parameter(name), value)
+    return values
 
 
 @torch.no_grad()
@@ -230,10 +233,10 @@ def merge(model: nn.Module) -> nn.Module:
                 f"{name!r} is sharded; gather its state first (get_model_state_dict with full_state_dict=True) and "
                 "pass that to merged_state_dict"
             )
-        with torch.device("meta"):
-            linear = nn.Linear(spectral.in_features, spectral.out_features, bias=False, dtype=spectral.u_active.dtype)
+        linear = nn.Linear(spectral.in_features, spectral.out_features, bias=spectral.bias is not None, device="meta")
         linear.weight = nn.Parameter(spectral.weight)
-        linear.bias = spectral.bias
+        if spectral.bias is not None:
+            linear.bias = spectral.bias
         linear.train(spectral.training)
         _replace(model, spectral, linear)
     return model

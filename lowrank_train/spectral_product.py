@@ -50,9 +50,7 @@ def spectral_product(
     """The product (..., out), in the type of x."""
     frozen_parts = frozen if frozen is not None else (None, None, None)
     scale_parts = scales if scales is not None else (None, None)
-    y: Tensor = _SpectralProduct.apply(
-        x.flatten(0, -2), *active, *frozen_parts, *scale_parts, bias, enhanced, factored
-    )
+    y: Tensor = _SpectralProduct.apply(x.flatten(0, -2), *active, *frozen_parts, *scale_parts, bias, enhanced, factored)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -122,7 +122,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         self.end_step()
         return loss
 
-    def end_step(self) -> None:  # noqa: B027, most methods have nothing to do here
+    def end_step(self) -> None:
         """Called when every parameter has been updated: what a method does to the model as a whole, now and then."""
 
     def figures(self) -> dict[str, float]:

@@ -35,6 +35,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._C import _LinAlgError as LinAlgError
 from torch.optim.optimizer import ParamsT
 
 from optim.base import MatrixOptimizer, Slot, Traffic, dense_gradient, is_number
@@ -190,7 +191,7 @@ class SST(MatrixOptimizer):
         def decide(i: int, weight: Tensor) -> dict[str, Tensor]:
             try:
                 return decompose(weight)
-            except (ValueError, torch.linalg.LinAlgError):
+            except (ValueError, LinAlgError):
                 return {key: torch.full(v.shape, torch.nan, device=weight.device) for key, v in like[i].items()}
 
         for i, factors in decide_on_one_rank(params, lambda i: layers[i].weight_part(dtypes[i]), decide, like):

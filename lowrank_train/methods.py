@@ -1,0 +1,79 @@
+"""Training methods by name: which layers, which optimizer. A name of ``optim.names()`` trains dense layers."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import optim
+from lowrank_train.parametrization import Dense, Parametrization, Spectral
+
+__all__ = ["Method", "describe", "find", "names"]
+
+
+class Method(NamedTuple):
+    """What ``optimizer.name`` stands for."""
+
+    layers: Callable[..., Parametrization]
+    optimizer: str
+
+    def arguments(self) -> list[str]:
+        """Keys of either, each once."""
+        own = [key for key in inspect.signature(optim.find(self.optimizer)).parameters if key != "params"]
+        return [*own, *(key for key in inspect.signature(self.layers).parameters if key not in own)]
+
+    def parametrization(self, arguments: dict[str, Any]) -> Parametrization:
+        """The layers, from those of the arguments that are theirs. Raises ValueError if one is missing."""
+        parameters = inspect.signature(self.layers).parameters
+        for key, parameter in parameters.items():
+            if parameter.default is parameter.empty and key not in arguments:
+                raise ValueError(f"{key} is missing: give optimizer.{key}=")
+        return self.layers(**{key: arguments[key] for key in parameters if key in arguments})
+
+    def optimizer_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Those of the arguments that are the optimizer's."""
+        own = inspect.signature(optim.find(self.optimizer)).parameters
+        return {key: value for key, value in arguments.items() if key in own}
+
+
+_TABLE: dict[str, Method] = {
+    "sst": Method(Spectral, "sst"),
+}
+
+
+def names() -> list[str]:
+    """All values of ``optimizer.name``, sorted."""
+    return sorted({*optim.names(), *_TABLE})
+
+
+def find(name: str, arguments: Iterable[str] = ()) -> Method:
+    """The method of a name; raises ValueError for an unknown one, or an argument it does not take."""
+    if name not in names():
+        raise ValueError(f"unknown optimizer {name!r}; {_suggestion(name, names())}")
+    method = _TABLE.get(name, Method(Dense, name))
+    for argument in arguments:
+        if argument not in method.arguments():
+            raise ValueError(
+                f"optimizer {name!r} takes no argument {argument!r}; {_suggestion(argument, method.arguments())}"
+            )
+    return method
+
+
+def describe(name: str) -> str:
+    """Its optimizer's line, and the settings of its layers."""
+    method = find(name)
+    layers = inspect.signature(method.layers).parameters
+    settings = [key if p.default is p.empty else f"{key}={p.default!r}" for key, p in layers.items()]
+    line = optim.describe(method.optimizer)
+    line = f"{name}: " + line.split(": ", 1)[1]
+    if not settings:
+        return line
+    about = (inspect.getdoc(method.layers) or "").splitlines()[0]
+    return f"{line} Layers: {about} Arguments: {', '.join(settings)}"
+
+
+def _suggestion(got: str, valid: list[str]) -> str:
+    close = difflib.get_close_matches(got, valid, n=1)
+    return (f"did you mean {close[0]!r}? " if close else "") + f"expected one of {', '.join(valid)}"
