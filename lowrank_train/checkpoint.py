@@ -33,6 +33,7 @@ from transformers.utils.logging import disable_progress_bar
 import optim
 from lowrank_train.errors import UserError
 from lowrank_train.parallel import Ranks
+from lowrank_train.parametrization import Parametrization
 
 __all__ = ["Checkpoints", "export_huggingface", "find_checkpoint", "last_good"]
 
@@ -243,14 +244,25 @@ def find_checkpoint(resume: str, folder: Path) -> Path | None:
     return path
 
 
-def export_huggingface(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, ranks: Ranks) -> None:
-    """Write the whole model and its tokenizer as a Hugging Face folder. Raises UserError if it cannot be written."""
-    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+def export_huggingface(
+    model: PreTrainedModel,
+    layers: Parametrization,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    ranks: Ranks,
+) -> None:
+    """Write the whole, plain model and its tokenizer as a Hugging Face folder.
+
+    Raises UserError if it cannot be written.
+    """
+    whole: dict[str, Any] = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
 
     def write() -> None:
         disable_progress_bar()  # of the library's own writer: one file is written
         try:
-            model.save_pretrained(folder, state_dict=whole)
+            model.save_pretrained(folder, state_dict=layers.plain_state_dict(whole))
             tokenizer.save_pretrained(folder)
         except Exception as error:  # the writers in Rust raise errors of their own
             raise UserError(f"cannot write the Hugging Face folder {folder}: {error}; free space and resume") from None

@@ -14,7 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
-import optim
+from lowrank_train import methods
 from lowrank_train.errors import UserError
 
 __all__ = [
@@ -128,7 +128,7 @@ class Config:
     optimizer: dict[str, Any] = setting(
         {"name": "adamw", "lr": 1e-3},
         "name and arguments of an optimizer: optimizer.name=dct_adamw optimizer.rank=64; and optimizer.other_lr, the "
-        "rate of all but the matrices (embeddings, head, norms), where that is not optimizer.lr",
+        "rate of all but the matrices or their factors (embeddings, head, norms), where that is not optimizer.lr",
     )
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -209,7 +209,7 @@ def changed_keys(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
 def help_text() -> str:
     """Every key with its default and meaning."""
     lines = ["usage: launch/pretrain.py [FILE.yaml ...] [key=value ...]", "", "optimizers:"]
-    lines += [f"  {optim.describe(name)}" for name in optim.names()]
+    lines += [f"  {methods.describe(name)}" for name in methods.names()]
     return "\n".join([*lines, "", *key_help(Config)])
 
 
@@ -312,6 +312,6 @@ def _check(config: Config) -> None:
         raise UserError(f"optimizer.other_lr={other_lr!r}; expected a number >= 0")
     try:
         arguments = [key for key in config.optimizer if key not in ("name", "other_lr")]
-        optim.check_arguments(str(config.optimizer.get("name")), arguments)
+        methods.find(str(config.optimizer.get("name")), arguments)
     except ValueError as error:
         raise UserError(f"in optimizer: {error}") from None

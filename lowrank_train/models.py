@@ -16,7 +16,8 @@ from transformers.utils import logging as transformers_logging
 
 from lowrank_train.config import ModelConfig
 from lowrank_train.errors import UserError
-from lowrank_train.parallel import fill
+from lowrank_train.parallel import Ranks, fill
+from lowrank_train.parametrization import Parametrization
 
 __all__ = ["SIZES", "architecture", "initialize", "load_weights", "parameter_count", "skeleton"]
 
@@ -179,41 +180,40 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def initialize(model: PreTrainedModel, blueprint: PreTrainedModel, device: torch.device, seed: int) -> None:
+def initialize(
+    model: PreTrainedModel, plain: PreTrainedModel, layers: Parametrization, ranks: Ranks, seed: int
+) -> None:
     """Fill a (sharded) meta model with transformers' initial weights, the same for any number of ranks.
 
-    Every rank draws the weights of one module at a time, whole, from a seed of its own made of ``seed`` and the
-    module's name, and keeps its shard: random numbers drawn shard by shard would depend on the mesh.
+    The weights of a module are drawn whole, from a seed of its own made of ``seed`` and the module's name, and each
+    rank keeps its shard: random numbers drawn shard by shard would depend on the mesh.
 
     Args:
-        model: the model to fill, on meta, perhaps sharded.
-        blueprint: the same model on meta, never sharded.
-        device: where the weights go.
+        model: the model to fill, on meta, perhaps converted and sharded.
+        plain: the same model on meta, neither.
+        layers: what was converted.
+        ranks: of the run; all of them must call.
         seed: of the run.
     """
-    model.to_empty(device=device)
-    model.tie_weights()  # emptying gives the tied weights of an unsharded model a tensor each
-    filled: set[torch.Tensor] = set()
-    for name, module in blueprint.named_modules():
-        if not module._parameters and not module._buffers:
-            continue
-        whole = copy.deepcopy(module).to_empty(device=device, recurse=False)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+
+    def draw(name: str) -> nn.Module:
+        whole = copy.deepcopy(plain.get_submodule(name)).to_empty(device=ranks.device, recurse=False)
+        with torch.random.fork_rng(devices=[ranks.device] if ranks.device.type == "cuda" else []):
             torch.manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-            blueprint._init_weights(whole)
-        target = model.get_submodule(name)
-        for key, value in [*whole.named_parameters(recurse=False), *whole.named_buffers(recurse=False)]:
-            destination = getattr(target, key)
-            if destination not in filled:  # a tied weight is drawn once, by its first owner
-                fill(destination, value)
-                filled.add(destination)
+            plain._init_weights(whole)
+        return whole
+
+    _fill(model, plain, draw, layers, ranks)
 
 
 @torch.no_grad()
-def load_weights(model: PreTrainedModel, folder: str, device: torch.device) -> None:
-    """Fill a (sharded) meta model from a local Hugging Face folder. Raises UserError if the weights do not fit."""
-    model.to_empty(device=device)
-    model.tie_weights()  # emptying gives the tied weights of an unsharded model a tensor each
+def load_weights(
+    model: PreTrainedModel, plain: PreTrainedModel, folder: str, layers: Parametrization, ranks: Ranks
+) -> None:
+    """Fill a (sharded) meta model from a local Hugging Face folder; arguments as for ``initialize``.
+
+    Raises UserError if the weights do not fit.
+    """
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -223,11 +223,49 @@ def load_weights(model: PreTrainedModel, folder: str, device: torch.device) -> N
     finally:
         transformers_logging.set_verbosity(verbosity)
     values = {**dict(source.named_parameters()), **dict(source.named_buffers())}
-    for name, destination in [*model.named_parameters(), *model.named_buffers()]:
-        if name not in values or values[name].shape != destination.shape:
+    for name, expected in [*plain.named_parameters(), *plain.named_buffers()]:
+        if name not in values or values[name].shape != expected.shape:
             got = tuple(values[name].shape) if name in values else "nothing"
-            raise UserError(f"model.name={folder} has {got} for {name!r}; expected shape {tuple(destination.shape)}")
-        fill(destination, values[name].to(device))
+            raise UserError(f"model.name={folder} has {got} for {name!r}; expected shape {tuple(expected.shape)}")
+    _fill(model, plain, lambda name: source.get_submodule(name).to(ranks.device), layers, ranks)
+
+
+def _fill(
+    model: PreTrainedModel,
+    plain: PreTrainedModel,
+    whole: Callable[[str], nn.Module],
+    layers: Parametrization,
+    ranks: Ranks,
+) -> None:
+    """Give each module of a model what ``whole(name)`` holds, a module of the plain model."""
+    model.to_empty(device=ranks.device)
+    model.tie_weights()  # emptying gives the tied weights of an unsharded model a tensor each
+    filled: set[torch.Tensor] = set()
+    converted: list[str] = []
+    for name, module in plain.named_modules():
+        if not module._parameters and not module._buffers:
+            continue
+        target = model.get_submodule(name)
+        if layers.converted(target):
+            converted.append(name)
+            continue
+        source = whole(name)
+        for key, value in [*source.named_parameters(recurse=False), *source.named_buffers(recurse=False)]:
+            destination = getattr(target, key)
+            if destination not in filled:  # a tied weight is drawn once, by its first owner
+                fill(destination, value)
+                filled.add(destination)
+
+    def values(i: int) -> dict[str, torch.Tensor]:
+        try:
+            return layers.values(i, model.get_submodule(converted[i]), whole(converted[i]))
+        except ValueError as error:
+            raise UserError(f"cannot convert {converted[i]!r}: {error}") from None
+
+    shapes = [dict(model.get_submodule(name).named_parameters()) for name in converted]
+    for i, made in ranks.deal(len(converted), values, shapes):  # each layer's factors are made by one rank
+        for key, value in made.items():
+            fill(shapes[i][key], value)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -80,6 +80,30 @@ class Ranks:
             dist.all_gather_object(errors, error)
             raise next(e for e in errors if e is not None)
         return result  # type: ignore[return-value]
+
+    def deal(
+        self,
+        count: int,
+        work: Callable[[int], Mapping[str, Tensor]],
+        like: Sequence[Mapping[str, Tensor]],  # global shape and dtype of what work(i) gives
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """``work(i)`` for i = 0 .. count - 1, each on one rank, side by side; all ranks get (i, result), in order.
+
+        Raises UserError on all ranks if ``work`` does on one.
+        """
+        for start in range(0, count, self.world_size):
+            own = start + self.rank
+            mine = self.each(lambda own=own: work(own) if own < count else {})  # type: ignore[misc]
+            for i in range(start, min(start + self.world_size, count)):
+                result = {}
+                for key, spec in like[i].items():
+                    value = mine[key].to(spec.dtype).contiguous() if i == own else None
+                    if value is None:
+                        value = torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
+                    if self.world_size > 1:
+                        dist.broadcast(value, src=i - start)
+                    result[key] = value
+                yield i, result
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank, so that all act together. No device sync: the answer travels by CPU."""

@@ -11,12 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import optim
-from lowrank_train import models, parallel
+from lowrank_train import methods, models, parallel
 from lowrank_train.checkpoint import Checkpoints
 from lowrank_train.config import Config
 from lowrank_train.data import Data, prepare_data
 from lowrank_train.errors import UserError
 from lowrank_train.parallel import Ranks
+from lowrank_train.parametrization import Parametrization
 
 __all__ = ["Progress", "Run", "build_run", "check_settings", "micro_batches", "predicted_state_bytes", "unsharded"]
 
@@ -56,6 +57,8 @@ class Run:
     model: PreTrainedModel
     blueprint: PreTrainedModel
     """The model's shapes, on meta, never sharded."""
+    layers: Parametrization
+    """What its matrices are made of."""
     optimizer: optim.MatrixOptimizer
     settings: list[dict[str, Any]]
     """Hyperparameters of each parameter group as configured."""
@@ -103,8 +106,13 @@ def check_settings(config: Config, world_size: int) -> None:
 
 
 def unsharded(config: Config) -> PreTrainedModel:
-    """The model's shapes on meta, with the vocabulary of the original; no text is needed for it."""
-    return models.skeleton(models.architecture(config.model, seq_len=config.seq_len), _DTYPES[config.precision])
+    """The shapes of what is trained, on meta, with the vocabulary of the original; no text is needed for it.
+
+    Raises ValueError for settings of the layers that do not fit.
+    """
+    model = models.skeleton(models.architecture(config.model, seq_len=config.seq_len), _DTYPES[config.precision])
+    _layers(config).convert(model)
+    return model
 
 
 def build_run(config: Config, ranks: Ranks) -> Run:
@@ -115,14 +123,15 @@ def build_run(config: Config, ranks: Ranks) -> Run:
     architecture = models.architecture(config.model, vocab_size=len(data.tokenizer), seq_len=config.seq_len, **ids)
 
     # shapes, then shards, then weights
-    name = config.optimizer["name"]
-    blueprint = models.skeleton(architecture, _DTYPES[config.precision])
-    model = models.skeleton(architecture, _DTYPES[config.precision])
+    name, layers = methods.find(config.optimizer["name"]).optimizer, _layers(config)
+    plain, blueprint, model = (models.skeleton(architecture, _DTYPES[config.precision]) for _ in range(3))
+    layers.convert(blueprint)
+    layers.convert(model)
     parallel.shard_model(model, ranks.mesh, optim.find(name), config.precision)
     if config.model.name in models.SIZES:
-        models.initialize(model, blueprint, ranks.device, config.seed)
+        models.initialize(model, plain, layers, ranks, config.seed)
     else:
-        models.load_weights(model, config.model.name, ranks.device)
+        models.load_weights(model, plain, config.model.name, layers, ranks)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -133,7 +142,7 @@ def build_run(config: Config, ranks: Ranks) -> Run:
         folder / "checkpoints", ranks, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
     )
     torch.manual_seed(config.seed + ranks.rank)
-    return Run(config, ranks, folder, data, model, blueprint, optimizer, settings, checkpoints, Progress())
+    return Run(config, ranks, folder, data, model, blueprint, layers, optimizer, settings, checkpoints, Progress())
 
 
 def micro_batches(config: Config, world_size: int) -> int:
@@ -174,26 +183,28 @@ def predicted_state_bytes(
         shard: which of them.
     """
     groups = [group for group in _parameter_groups(config, model) if role in (None, group["role"])]
-    arguments = _optimizer_arguments(config)
-    return optim.predicted_state_bytes(
-        config.optimizer["name"], groups, world_size=world_size, shard=shard, **arguments
-    )
+    name = methods.find(config.optimizer["name"]).optimizer
+    return optim.predicted_state_bytes(name, groups, world_size=world_size, shard=shard, **_optimizer_arguments(config))
 
 
 def _parameter_groups(config: Config, model: PreTrainedModel) -> list[dict[str, Any]]:
-    """Parameters by role; all but the matrices at ``optimizer.other_lr``, if it is given."""
+    """Parameters by role; all but the matrices and their factors at ``optimizer.other_lr``, if it is given."""
     groups = optim.param_groups(model)
     other_lr = config.optimizer.get("other_lr")
     if other_lr is not None:
         for group in groups:
-            if group["role"] != "matrix":
+            if group["role"] in ("embedding", "head", "vector"):
                 group["lr"] = other_lr
     return groups
 
 
+def _layers(config: Config) -> Parametrization:
+    return methods.find(config.optimizer["name"]).parametrization(config.optimizer)
+
+
 def _optimizer_arguments(config: Config) -> dict[str, Any]:
     """What the optimizer's constructor is given."""
-    return {key: value for key, value in config.optimizer.items() if key not in ("name", "other_lr")}
+    return methods.find(config.optimizer["name"]).optimizer_arguments(config.optimizer)
 
 
 def _random_state(ranks: Ranks) -> dict[str, Tensor]:

@@ -105,7 +105,8 @@ def _loop(run: Run, metrics: Metrics, stop: Stop) -> None:
         progress.optimizer_seconds += optimizer_clock.take()
         progress.peak_memory_gib = max(progress.peak_memory_gib, peak_memory_gib(ranks.device))
 
-        metrics.advance(loss, config.tokens_per_step / took)
+        figures = run.optimizer.figures()
+        metrics.advance(loss, config.tokens_per_step / took, figures)
         if progress.step % config.log_every == 0 or not finite:
             scalars = {
                 "train/loss": loss,
@@ -115,6 +116,7 @@ def _loop(run: Run, metrics: Metrics, stop: Stop) -> None:
                 "train/skipped_steps": progress.skipped_steps,
                 "throughput/tokens_per_second": config.tokens_per_step / took,
                 "memory/peak_gib": progress.peak_memory_gib,
+                **{f"optimizer/{name}": value for name, value in figures.items()},
             }
             metrics.log(progress.step, scalars)
         if progress.bad_in_a_row >= config.max_bad_steps:
@@ -169,7 +171,7 @@ def _finish(run: Run) -> RunRecord:
     config, ranks, progress = run.config, run.ranks, run.progress
     finished = progress.step >= config.steps
     if finished:
-        export_huggingface(run.model, run.data.tokenizer, run.folder / "huggingface", ranks)
+        export_huggingface(run.model, run.layers, run.data.tokenizer, run.folder / "huggingface", ranks)
     shards = ranks.mesh.size(ranks.mesh.ndim - 1)
     predicted = predicted_state_bytes(config, run.blueprint, world_size=shards, shard=ranks.rank % shards)
     record = RunRecord(

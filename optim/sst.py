@@ -35,7 +35,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._C import _LinAlgError as LinAlgError
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.optim.optimizer import ParamsT
 
 from optim.base import MatrixOptimizer, Slot, Traffic, dense_gradient, is_number

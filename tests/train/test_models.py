@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import optim
 from lowrank_train import models, parallel
 from lowrank_train.config import ModelConfig
 from lowrank_train.errors import UserError
+from lowrank_train.parametrization import Dense
 from tests.distributed import run_distributed
 
 VOCABULARY = 301  # uneven over 2 ranks
@@ -60,14 +62,15 @@ def filled(model: ModelConfig, *, seed: int = 0, shard: bool = False, folder: st
     """A model with weights in float64, as the trainer makes it; on several ranks if there are some."""
     architecture = models.architecture(model, vocab_size=VOCABULARY)
     made = models.skeleton(architecture, torch.float64)
-    blueprint = models.skeleton(architecture, torch.float64)
+    plain = models.skeleton(architecture, torch.float64)
     if shard:
         mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),), mesh_dim_names=("shard",))
         parallel.shard_model(made, mesh, optim.find("dct_adamw"), "float64")
+    ranks = parallel.Ranks(0, 1, torch.device("cpu"), mesh=Mock(), patient=Mock())  # dense layers need no other rank
     if folder is None:
-        models.initialize(made, blueprint, torch.device("cpu"), seed)
+        models.initialize(made, plain, Dense(), ranks, seed)
     else:
-        models.load_weights(made, folder, torch.device("cpu"))
+        models.load_weights(made, plain, folder, Dense(), ranks)
     return made
 
 
