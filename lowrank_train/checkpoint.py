@@ -171,7 +171,10 @@ class Checkpoints:
             load(state, checkpoint_id=path)
         except (CheckpointException, OSError, RuntimeError) as error:
             raise self._damage(path, error) from None
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        try:
+            set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        except ValueError as error:
+            raise UserError(f"{path}: {error}, or resume=never with another run_dir") from None
         return {key: state[key] for key in extra}
 
     def _publish(self, scratch: Path) -> None:

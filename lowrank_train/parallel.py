@@ -24,7 +24,7 @@ from lowrank_train.config import ParallelConfig
 from lowrank_train.errors import UserError
 from lowrank_train.loss import token_loss
 
-__all__ = ["Ranks", "fill", "reshard", "shard_model", "start"]
+__all__ = ["Ranks", "fill", "reshard", "shard_dims", "shard_model", "start"]
 
 T = TypeVar("T")
 
@@ -164,12 +164,7 @@ def shard_model(
         optimizer: class that will train it.
         precision: bfloat16 computes in it with float32 weights and reductions; others as the weights.
     """
-    shards = mesh.size(mesh.ndim - 1)
-    dims = {
-        param: optimizer.shard_dim(group["role"], param.shape, shards)
-        for group in optim.param_groups(model)
-        for _, param in group["params"]
-    }
+    dims = shard_dims(model, optimizer, mesh.size(mesh.ndim - 1))
     policy = MixedPrecisionPolicy()
     if precision == "bfloat16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -184,6 +179,15 @@ def shard_model(
     fully_shard(model, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
     model.token_loss = MethodType(token_loss, model)
     register_fsdp_forward_method(model, "token_loss")  # gathers the parameters as forward does
+
+
+def shard_dims(model: nn.Module, optimizer: type[optim.MatrixOptimizer], shards: int) -> dict[Tensor, int]:
+    """Along which dimension each parameter that the optimizer knows is sharded; the others along the first."""
+    return {
+        param: optimizer.shard_dim(group["role"], param.shape, shards)
+        for group in optim.param_groups(model)
+        for _, param in group["params"]
+    }
 
 
 @torch.no_grad()

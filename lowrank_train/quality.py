@@ -9,9 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import optim
+from lowrank_train import methods
 from lowrank_train.config import Config, complete, key_help, load_schema, setting
 from lowrank_train.errors import UserError
+from lowrank_train.models import architecture, skeleton
 from lowrank_train.quality_report import write_quality_report
 from lowrank_train.run import check_settings, predicted_state_bytes, unsharded
 from lowrank_train.sweep import Trial, compare, rate, summarize
@@ -79,14 +83,14 @@ def measure_quality(quality: QualityConfig) -> str:
     if not any(outcome.record for outcome in outcomes):
         raise UserError(f"no training finished; the first: {outcomes[0].message}")
     _check_same_text(trials, outcomes)
+    groups = optim.param_groups(skeleton(architecture(quality.base.model), torch.float32))
+    matrices = sum(param.numel() for group in groups if group["role"] == "matrix" for _, param in group["params"])
     rows = []
     for label in quality.optimizers:
         mine = [(trial, outcome) for trial, outcome in zip(trials, outcomes, strict=True) if trial.label == label]
         config = mine[0][0].config
-        model = unsharded(config)
-        matrices = [p for group in optim.param_groups(model) if group["role"] == "matrix" for _, p in group["params"]]
-        state = predicted_state_bytes(config, model, role="matrix")  # what is measured, to the byte
-        rows.append(summarize(mine, state, sum(p.numel() for p in matrices)))
+        state = predicted_state_bytes(config, unsharded(config), matrices_only=True)  # what is measured, to the byte
+        rows.append(summarize(mine, state, matrices))
     return write_quality_report(compare(rows, BASELINE), trials, outcomes, Path(quality.output))
 
 
@@ -140,7 +144,7 @@ def _check_row(label: str, row: Any) -> None:
     if not re.fullmatch(r"[\w+.-]*\w[\w+.-]*", label):
         raise UserError(f"{where}: the label names a folder; expected letters, digits and _ + . -")
     if not isinstance(row, dict) or "name" not in row or "lr" not in row:
-        raise UserError(f"{where}={row}; expected the keys name (one of {', '.join(optim.names())}) and lr")
+        raise UserError(f"{where}={row}; expected the keys name (one of {', '.join(methods.names())}) and lr")
     if "other_lr" in row:
         raise UserError(f"{where}.other_lr: it is the same for all rows; give other_lr at the top")
     lrs = row["lr"]

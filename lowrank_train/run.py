@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import optim
@@ -24,6 +24,9 @@ __all__ = ["Progress", "Run", "build_run", "check_settings", "micro_batches", "p
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 """Of the weights; bfloat16 is the dtype of the arithmetic only."""
 
+
+_OTHER_ROLES = ("embedding", "head", "vector")
+"""Of parameters that are neither matrices nor what matrices are made of."""
 
 _NOT_ARCHITECTURE = {"dtype", "transformers_version", "_name_or_path", "architectures", "use_cache"}
 """Keys of a Hugging Face configuration that do not change what a model computes."""
@@ -171,29 +174,29 @@ def micro_batches(config: Config, world_size: int) -> int:
 
 
 def predicted_state_bytes(
-    config: Config, model: PreTrainedModel, *, role: str | None = None, world_size: int = 1, shard: int = 0
+    config: Config, model: nn.Module, *, matrices_only: bool = False, world_size: int = 1, shard: int = 0
 ) -> int:
     """Bytes of optimizer state that one rank holds.
 
     Args:
         config: of the run.
         model: never sharded; on meta is enough.
-        role: count the parameters of this role only; None counts all.
+        matrices_only: leave out embeddings, head, norms and biases.
         world_size: ranks a parameter is sharded over.
         shard: which of them.
     """
-    groups = [group for group in _parameter_groups(config, model) if role in (None, group["role"])]
+    groups = [g for g in _parameter_groups(config, model) if not (matrices_only and g["role"] in _OTHER_ROLES)]
     name = methods.find(config.optimizer["name"]).optimizer
     return optim.predicted_state_bytes(name, groups, world_size=world_size, shard=shard, **_optimizer_arguments(config))
 
 
-def _parameter_groups(config: Config, model: PreTrainedModel) -> list[dict[str, Any]]:
+def _parameter_groups(config: Config, model: nn.Module) -> list[dict[str, Any]]:
     """Parameters by role; all but the matrices and their factors at ``optimizer.other_lr``, if it is given."""
     groups = optim.param_groups(model)
     other_lr = config.optimizer.get("other_lr")
     if other_lr is not None:
         for group in groups:
-            if group["role"] in ("embedding", "head", "vector"):
+            if group["role"] in _OTHER_ROLES:
                 group["lr"] = other_lr
     return groups
 

@@ -1,0 +1,64 @@
+"""Bytes a training holds between its steps: predicted from shapes, and measured. The two are equal, exactly."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+import optim
+from lowrank_train import methods
+from lowrank_train.config import Config
+from lowrank_train.parallel import shard_dims
+from lowrank_train.run import predicted_state_bytes
+from optim.sharding import StateTensor, local_shape
+
+__all__ = ["StaticMemory", "measured", "predicted"]
+
+
+@dataclass(frozen=True)
+class StaticMemory:
+    """Bytes of one rank, as SST's paper counts them: no activations, logits, workspace or gathered weights."""
+
+    weights: int
+    gradients: int
+    """One for each number that is trained, in its own type."""
+    optimizer_state: int
+
+    @property
+    def total(self) -> int:
+        """Of all three."""
+        return self.weights + self.gradients + self.optimizer_state
+
+
+def predicted(config: Config, model: nn.Module, *, world_size: int = 1, shard: int = 0) -> StaticMemory:
+    """What one rank will hold.
+
+    Args:
+        config: of the run; its optimizer is what is read.
+        model: converted as the run does it (``run.unsharded``), never sharded; on meta is enough.
+        world_size: ranks a parameter is sharded over.
+        shard: which of them.
+    """
+    dims = shard_dims(model, optim.find(methods.find(config.optimizer["name"]).optimizer), world_size)
+    weights = gradients = 0
+    for param in model.parameters():
+        spec = StateTensor(tuple(param.shape), param.dtype, "parameter")
+        size = math.prod(local_shape(spec, dims.get(param, 0), shard, world_size)) * param.dtype.itemsize
+        weights += size
+        gradients += size if param.requires_grad else 0
+    return StaticMemory(weights, gradients, predicted_state_bytes(config, model, world_size=world_size, shard=shard))
+
+
+def measured(model: nn.Module, optimizer: optim.MatrixOptimizer) -> StaticMemory:
+    """What this rank holds; gradients are there after a backward pass only."""
+    weights = [param.to_local() if isinstance(param, DTensor) else param for param in model.parameters()]
+    gradients = [param.grad for param in model.parameters() if param.grad is not None]
+    gradients = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
+    return StaticMemory(
+        sum(weight.numel() * weight.element_size() for weight in weights),
+        sum(grad.numel() * grad.element_size() for grad in gradients),
+        optim.state_bytes(optimizer),
+    )
