@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable
 
 try:
-    from lowrank_train import quality, step_benchmark
+    from lowrank_train import quality, step_benchmark, training_benchmark
+    from lowrank_train.digits import measure_digits
     from lowrank_train.errors import UserError
     from optim.__main__ import main as list_optimizers
 except ModuleNotFoundError as error:
@@ -31,6 +32,16 @@ def measure_steps(arguments: list[str]) -> None:
     print(step_benchmark.measure_steps(arguments))
 
 
+def measure_training(arguments: list[str]) -> None:
+    """Time whole training steps of methods against dense AdamW, interleaved."""
+    print(training_benchmark.measure_training(arguments))
+
+
+def digits(arguments: list[str]) -> None:
+    """Train a small perceptron on handwritten digits: full, LoRA, ReLoRA* and SST."""
+    print(measure_digits(arguments))
+
+
 def communication(arguments: list[str]) -> None:
     """Predict the bytes each optimizer sends per step when a model is sharded."""
     print(step_benchmark.communication(arguments))
@@ -39,6 +50,8 @@ def communication(arguments: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "quality": measure_quality,
     "optimizer-step": measure_steps,
+    "training-step": measure_training,
+    "digits": digits,
     "communication": communication,
 }
 

@@ -6,14 +6,13 @@ import math
 from dataclasses import dataclass
 
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 import optim
 from lowrank_train import methods
 from lowrank_train.config import Config
 from lowrank_train.parallel import shard_dims
 from lowrank_train.run import predicted_state_bytes
-from optim.sharding import StateTensor, local_shape
+from optim.sharding import StateTensor, local, local_shape
 
 __all__ = ["StaticMemory", "measured", "predicted"]
 
@@ -54,9 +53,8 @@ def predicted(config: Config, model: nn.Module, *, world_size: int = 1, shard: i
 
 def measured(model: nn.Module, optimizer: optim.MatrixOptimizer) -> StaticMemory:
     """What this rank holds; gradients are there after a backward pass only."""
-    weights = [param.to_local() if isinstance(param, DTensor) else param for param in model.parameters()]
-    gradients = [param.grad for param in model.parameters() if param.grad is not None]
-    gradients = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
+    weights = [local(param) for param in model.parameters()]
+    gradients = [local(param.grad) for param in model.parameters() if param.grad is not None]
     return StaticMemory(
         sum(weight.numel() * weight.element_size() for weight in weights),
         sum(grad.numel() * grad.element_size() for grad in gradients),

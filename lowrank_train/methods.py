@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import optim
+from lowrank_train.adapters import LowRankAdapters
 from lowrank_train.parametrization import Dense, Parametrization, Spectral
 
 __all__ = ["Method", "describe", "find", "names"]
@@ -39,6 +40,8 @@ class Method(NamedTuple):
 
 
 _TABLE: dict[str, Method] = {
+    "lora": Method(LowRankAdapters, "adamw"),
+    "relora": Method(LowRankAdapters, "relora"),
     "sst": Method(Spectral, "sst"),
 }
 

@@ -217,11 +217,15 @@ def load_weights(
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        source = AutoModelForCausalLM.from_pretrained(folder, dtype=next(model.parameters()).dtype)
+        source, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=next(plain.parameters()).dtype, output_loading_info=True
+        )
     except Exception as error:  # transformers and safetensors raise many kinds
         raise UserError(f"cannot load the weights of model.name={folder}: {error}") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
+    if found["missing_keys"]:  # transformers would leave them at random numbers
+        raise UserError(f"model.name={folder} has no weights for {min(found['missing_keys'])!r}; it is not complete")
     values = {**dict(source.named_parameters()), **dict(source.named_buffers())}
     for name, expected in [*plain.named_parameters(), *plain.named_buffers()]:
         if name not in values or values[name].shape != expected.shape:

@@ -12,11 +12,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lowrank_train.spectral_product import factored_is_cheaper, spectral_product
 from optim.sampling import SAMPLERS, sample
-from optim.spectral_factors import decode, decompose, encode
+from optim.sharding import is_sharded
+from optim.spectral_factors import FACTORS, SCALES, decode, decompose, encode
 
 __all__ = [
     "BLOCK_MATRICES",
@@ -103,14 +103,14 @@ class SpectralLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         kind = x.device.type
-        if torch.is_autocast_enabled(kind) and x.dtype == torch.float32:
+        if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(kind))
         tokens = x.numel() // self.in_features
         cheaper = factored_is_cheaper(tokens, self.out_features, self.in_features, self.rank)
         frozen, scales = None, None
         if hasattr(self, "sigma_frozen"):
             frozen = (self.u_frozen, self.sigma_frozen, self.v_frozen)
-            scales = (self.u_frozen_scale, self.v_frozen_scale) if self.frozen_dtype == "8bit" else None
+            scales = (self.u_frozen_scale, self.v_frozen_scale) if hasattr(self, "u_frozen_scale") else None
         return spectral_product(
             x,
             (self.u_active, self.sigma_active, self.v_active),
@@ -123,7 +123,7 @@ class SpectralLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W (out, in), made anew at every access and without a gradient."""
+        """W (out, in), to read: made anew at every access, without a gradient."""
         return _merged({name: param.detach() for name, param in self.named_parameters(recurse=False)})
 
     def extra_repr(self) -> str:
@@ -167,17 +167,20 @@ def to_spectral(
     if sampling not in SAMPLERS:
         raise ValueError(f"sampling={sampling!r}; expected one of {', '.join(SAMPLERS)}")
     found = _convertible(model, layers)
-    for index, (name, linear) in enumerate(found.items()):
-        settings = {"gradient": gradient, "frozen_dtype": frozen_dtype, "path": path}
+    for name, linear in found.items():  # all of them before the first is replaced
         try:
-            spectral = _like(linear, rank, **settings)
+            _check_layer(rank, min(linear.weight.shape), gradient, frozen_dtype, path)
             if not linear.weight.is_meta:
-                factors = factorise(linear.weight, rank, sampling=sampling, seed=seed, index=index)
-                for key, value in spectral_values(spectral, factors, None).items():
-                    spectral.get_parameter(key).data.copy_(value)
+                _check_weight(linear.weight)
         except ValueError as error:
             raise ValueError(f"cannot convert {name!r}: {error}") from None
-        _replace(model, linear, spectral)
+    for index, linear in enumerate(found.values()):
+        spectral = _like(linear, rank, gradient=gradient, frozen_dtype=frozen_dtype, path=path)
+        if not linear.weight.is_meta:
+            factors = factorise(linear.weight, rank, sampling=sampling, seed=seed, index=index)
+            for key, value in spectral_values(spectral, factors, linear.bias).items():
+                spectral.get_parameter(key).data.copy_(value)
+        model = _replace(model, linear, spectral)
     return model
 
 
@@ -188,9 +191,8 @@ def factorise(
 
     Raises ValueError for a weight that is all zero or not finite.
     """
+    _check_weight(weight)
     factors = decompose(weight.detach())
-    if not factors["sigma"][0] > 0:
-        raise ValueError("its weight is all zero, so its singular vectors mean nothing; initialise it, or leave it out")
     chosen = sample(
         sampling, factors["sigma"].cpu(), rank, iteration=0, seed=zlib.crc32(f"{seed}/{index}/0".encode())
     ).tolist()
@@ -227,35 +229,36 @@ def merge(model: nn.Module) -> nn.Module:
     found = {name: module for name, module in model.named_modules() if isinstance(module, SpectralLinear)}
     if not found:
         raise ValueError("the model has no spectral layer to merge; it is plain already")
-    for name, spectral in found.items():
-        if isinstance(spectral.u_active, DTensor):
-            raise ValueError(
-                f"{name!r} is sharded; gather its state first (get_model_state_dict with full_state_dict=True) and "
-                "pass that to merged_state_dict"
-            )
+    if is_sharded(model):
+        raise ValueError(
+            "the model is sharded; gather its state first (get_model_state_dict with full_state_dict=True) and pass "
+            "that to merged_state_dict"
+        )
+    for spectral in found.values():
         linear = nn.Linear(spectral.in_features, spectral.out_features, bias=spectral.bias is not None, device="meta")
         linear.weight = nn.Parameter(spectral.weight)
         if spectral.bias is not None:
             linear.bias = spectral.bias
         linear.train(spectral.training)
-        _replace(model, spectral, linear)
+        model = _replace(model, spectral, linear)
     return model
 
 
 @torch.no_grad()
 def merged_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The whole (unsharded) state dict of a model with spectral layers, as that of the plain model."""
-    merged: dict[str, Tensor] = {}
-    layers = [name.removesuffix("sigma_active") for name in state if name.endswith(".sigma_active")]
-    layers += [""] if "sigma_active" in state else []
+    layers: dict[str, dict[str, Tensor]] = {}
     for name, value in state.items():
-        prefix, dot, factor = name.rpartition(".")
-        layer = prefix + dot
-        if layer not in layers or factor == "bias":
+        layer, dot, factor = name.rpartition(".")
+        if factor in (*FACTORS, *SCALES):
+            layers.setdefault(layer + dot, {})[factor] = value
+    merged: dict[str, Tensor] = {}
+    for name, value in state.items():
+        layer, dot, factor = name.rpartition(".")
+        if factor == "u_active":
+            merged[f"{layer}{dot}weight"] = _merged(layers[layer + dot])
+        elif factor not in (*FACTORS, *SCALES):
             merged[name] = value
-        elif factor == "u_active":
-            own = {key.removeprefix(layer): state[key] for key in state if key.rpartition(".")[0] + dot == layer}
-            merged[f"{layer}weight"] = _merged(own)
     return merged
 
 
@@ -277,6 +280,8 @@ def _scaled(factors: Mapping[str, Tensor], segment: str, dtype: torch.dtype) -> 
 def _convertible(model: nn.Module, layers: str) -> dict[str, nn.Linear]:
     modules = dict(model.named_modules())
     spectral = next((name for name, module in modules.items() if isinstance(module, SpectralLinear)), None)
+    if is_sharded(model):
+        raise ValueError("the model is sharded already; convert the model before fully_shard")
     if spectral is not None:
         raise ValueError(f"the model is spectral already (its {spectral!r}); merge it first, or convert it only once")
     linears = {name: module for name, module in modules.items() if type(module) is nn.Linear}
@@ -290,8 +295,6 @@ def _convertible(model: nn.Module, layers: str) -> dict[str, nn.Linear]:
             if param is not None:
                 owners.setdefault(param, []).append(f"{name}.{key}")
     for name, linear in found.items():
-        if isinstance(linear.weight, DTensor):
-            raise ValueError(f"{name!r} is sharded already; convert the model before fully_shard")
         others = [owner for owner in owners[linear.weight] if owner != f"{name}.weight"]
         if others:
             raise ValueError(f"the weight of {name!r} is tied to {others[0]!r}; leave it out with layers=...")
@@ -314,12 +317,20 @@ def _like(linear: nn.Linear, rank: int, **settings: object) -> SpectralLinear:
     return spectral.train(linear.training)
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Wherever the module is, under several names perhaps."""
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """Wherever the module is, under several names perhaps; returns the model, which may be that module itself."""
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # named_children would give a module used twice only once
             if child is old:
                 setattr(parent, name, new)
+    return new if model is old else model
+
+
+def _check_weight(weight: Tensor) -> None:
+    if not torch.isfinite(weight).all():
+        raise ValueError("its weight has entries that are not finite")
+    if not weight.any():
+        raise ValueError("its weight is all zero, so its singular vectors mean nothing; initialise it, or leave it out")
 
 
 def _check_layer(rank: int, k: int, gradient: str, frozen_dtype: str | None, path: str) -> None:

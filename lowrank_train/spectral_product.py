@@ -12,7 +12,7 @@ Two ways to the same numbers, X (T, n), dY (T, m), U (k, m) and V (k, n) with a 
                    before the next layer;  d u_A = V_A G^T;  d v_A = U_A G;  d sigma = sum (U G) V
 
 in 4 T k (m + n) + 2 T r (m + n) and 6 T m n + 6 k m n + 2 r m n multiplications: wide layers are cheaper factored than
-dense, square ones cheaper materialised when there are many tokens.
+dense, square ones cheaper materialised when there are many tokens. What waits for backward: X, and Z if factored.
 
 Source: Zhao et al. (arXiv 2405.15481v3), section 3.
 """
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from optim.spectral_factors import decode
 
@@ -50,8 +51,11 @@ def spectral_product(
     """The product (..., out), in the type of x."""
     frozen_parts = frozen if frozen is not None else (None, None, None)
     scale_parts = scales if scales is not None else (None, None)
-    y: Tensor = _SpectralProduct.apply(x.flatten(0, -2), *active, *frozen_parts, *scale_parts, bias, enhanced, factored)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    tokens = x.shape[:-1]
+    y: Tensor = _SpectralProduct.apply(
+        x.reshape(tokens.numel(), x.shape[-1]), *active, *frozen_parts, *scale_parts, bias, enhanced, factored
+    )
+    return y.view(*tokens, y.shape[-1])
 
 
 class _SpectralProduct(torch.autograd.Function):
@@ -90,6 +94,7 @@ class _SpectralProduct(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """dY (T, m) -> gradients of x, u_active, sigma_active, v_active, sigma_frozen and bias."""
         x, bias, *rest = ctx.saved_tensors

@@ -53,7 +53,7 @@ def measure_steps(arguments: Sequence[str]) -> str:
     device = _device(given.device)
     shapes = _shapes(given.shapes, given.layers, device)
     dtype = _DTYPES[given.dtype]
-    names = given.optimizers or optim.names()
+    names = given.optimizers or optim.names(of_matrices=True)
     load = _load()
     try:
         settings = {name: rank_argument(name, given.rank) for name in names}
@@ -291,7 +291,7 @@ def communication(arguments: Sequence[str]) -> str:
     model = _model(given.model).to(_DTYPES[given.dtype])
     head = ["optimizer", "payload", "sent", "sent at other steps", "every", "sent per step"]
     rows = []
-    for name in optim.names():
+    for name in optim.names(of_matrices=True):
         try:
             found = communicated_bytes(name, model, world_size=ranks, **rank_argument(name, given.rank))
         except ValueError as error:

@@ -12,6 +12,7 @@ from optim.memory import predicted_state_bytes, state_bytes
 from optim.muon import Muon
 from optim.param_groups import param_groups
 from optim.registry import check_arguments, create, describe, find, names
+from optim.relora import ReLoRA
 from optim.scale import SCALE
 from optim.sharding import preferred_shard_dim
 from optim.sst import SST
@@ -31,6 +32,7 @@ __all__ = [
     "LowRankAdamW",
     "MatrixOptimizer",
     "Muon",
+    "ReLoRA",
     "Trion",
     "attach_to_backward",
     "check_arguments",

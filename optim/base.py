@@ -80,6 +80,9 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
     method_roles: frozenset[str] = frozenset({"matrix"})
     """The roles the method itself updates; parameters of the others get AdamW."""
 
+    layers: str | None = None
+    """What it trains in place of matrices, by the package that converts them (``spectral``); None: matrices."""
+
     in_backward: BackwardUpdates | None = None  # of the class, because torch's copies and pickles drop attributes
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from optim.base import MatrixOptimizer
 from optim.low_rank_adamw import APOLLO, FRUGAL, APOLLOMini, DCTAdamW, Fira, GaLoreAdamW, LDAdam, LowRankAdamW
 from optim.muon import Muon
 from optim.param_groups import param_groups
+from optim.relora import ReLoRA
 from optim.scale import SCALE
 from optim.sst import SST
 from optim.trion import Trion
@@ -31,15 +32,16 @@ _TABLE: dict[str, type[MatrixOptimizer]] = {
     "ldadam": LDAdam,
     "low_rank_adamw": LowRankAdamW,
     "muon": Muon,
+    "relora": ReLoRA,
     "scale": SCALE,
     "sst": SST,
     "trion": Trion,
 }
 
 
-def names() -> list[str]:
-    """All registered names, sorted."""
-    return sorted(_TABLE)
+def names(*, of_matrices: bool = False) -> list[str]:
+    """All registered names, sorted; with ``of_matrices``, only of optimizers that need no layers of their own."""
+    return sorted(name for name, cls in _TABLE.items() if cls.layers is None or not of_matrices)
 
 
 def find(name: str) -> type[MatrixOptimizer]:

@@ -60,6 +60,11 @@ def sample(rule: str, sigma: Tensor, r: int, *, iteration: int, seed: int) -> Te
         r: how many.
         iteration: since the last re-SVD, or since the start where there is none.
         seed: of this drawing.
+
+    Raises:
+        ValueError: unknown rule.
     """
+    if rule not in SAMPLERS:
+        raise ValueError(f"sampling={rule!r}; expected one of {', '.join(SAMPLERS)}")
     generator = torch.Generator().manual_seed(seed)
     return SAMPLERS[rule](sigma.double(), r, iteration, generator).sort().values

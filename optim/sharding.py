@@ -15,8 +15,9 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
@@ -30,6 +31,7 @@ __all__ = [
     "copy_into",
     "decide_on_one_rank",
     "first_column",
+    "is_sharded",
     "local",
     "local_shape",
     "matrix_shape",
@@ -114,6 +116,13 @@ def preferred_shard_dim(shape: Sequence[int], world_size: int) -> int:
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor; any other tensor as it is. No communication, shared storage."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ``fully_shard`` was applied anywhere in a model, though its parameters may be gathered at the moment."""
+    return any(isinstance(module, FSDPModule) for module in model.modules()) or any(
+        isinstance(param, DTensor) for param in model.parameters()
+    )
 
 
 def chunk_sizes(size: int, parts: int) -> list[int]:

@@ -12,7 +12,7 @@ communication, and W is a sum over the ranks. Frozen vectors may be stored in 16
     decompose:  A = W W^T (on the smaller side) = P L P^T in float64;  B = W^T P;  sigma_i = |b_i|;  v_i = b_i / sigma_i
 
 eigh of the Gram matrix is 40 times faster than an SVD of a wide matrix. v loses orthogonality as eps (sigma_1 /
-sigma_i)^2, so where that matters V is taken from a QR factorisation of B, whose R is then diagonal up to rounding.
+sigma_i)^2, so where that matters B = Q R, and the SVD of the small R, which is nearly diagonal, turns Q and P.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from optim.base import Slot
 from optim.quantization import RowCodec
 from optim.sharding import local, put_rows, row_range, take_rows
 
-__all__ = ["FACTORS", "SpectralFactors", "decode", "decompose", "encode", "factors_of"]
+__all__ = ["FACTORS", "SCALES", "SpectralFactors", "decode", "decompose", "encode", "factors_of"]
 
 FACTORS = ("u_active", "v_active", "sigma_active", "u_frozen", "v_frozen", "sigma_frozen")
 SCALES = ("u_frozen_scale", "v_frozen_scale")
@@ -48,28 +48,25 @@ def decompose(weight: Tensor) -> dict[str, Tensor]:
         raise ValueError("the weight has entries that are not finite")
     wide = weight.double() if weight.shape[0] <= weight.shape[1] else weight.double().mT
     vectors = torch.linalg.eigh(wide @ wide.mT).eigenvectors.flip(1)
-    vectors = vectors * _signs(vectors.gather(0, vectors.abs().argmax(0, keepdim=True)))
     image = wide.mT @ vectors
     sigma = torch.linalg.vector_norm(image, dim=0)
     if sigma.min() > _WORST_RATIO * sigma.max():
         other = image / sigma
     else:
-        other, upper = torch.linalg.qr(image)
-        diagonal = upper.diagonal()
-        other, sigma = other * _signs(diagonal), diagonal.abs()
+        orthonormal, upper = torch.linalg.qr(image)
+        left, sigma, right = torch.linalg.svd(upper)
+        other, vectors = orthonormal @ left, vectors @ right.mT
     order = sigma.argsort(descending=True, stable=True)
     narrow, long = vectors.mT[order], other.mT[order]
     u, v = (narrow, long) if weight.shape[0] <= weight.shape[1] else (long, narrow)
-    return {"u": u.contiguous(), "sigma": sigma[order], "v": v.contiguous()}
-
-
-def _signs(values: Tensor) -> Tensor:
-    return torch.where(values < 0, -1.0, 1.0).to(values.dtype)
+    largest = u.gather(1, u.abs().argmax(1, keepdim=True))
+    signs = torch.where(largest < 0, -1.0, 1.0).to(u.dtype)
+    return {"u": u * signs, "sigma": sigma[order], "v": v * signs}
 
 
 def decode(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Vectors (n, d) in ``dtype``; the stored tensor itself if it has that type."""
-    return stored.to(dtype) if scale is None else _CODEC.decode(stored, scale, stored.shape[1], dtype)
+    return stored.to(dtype) if scale is None else stored.to(dtype) * scale.to(dtype)
 
 
 def encode(vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,7 +127,7 @@ class SpectralFactors:
         out, width = self.shape
         total = torch.zeros(out, width, dtype=dtype, device=local(self.param("u_active")).device)
         for segment in self.segments:
-            row_range(self.param(f"u_{segment}"))
+            row_range(self.param(f"u_{segment}"))  # raises if vectors are cut
             sigma = local(self.param(f"sigma_{segment}")).to(dtype)
             u, v = self.vectors(f"u_{segment}", dtype), self.vectors(f"v_{segment}", dtype)
             total.addmm_(u.mT, v * sigma.unsqueeze(1))

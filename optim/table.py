@@ -49,7 +49,7 @@ def compare(
     world_size: int = 8,
     device: torch.device | None = None,
 ) -> list[Row]:
-    """Every registered optimizer on a rows x columns matrix, by name.
+    """Every registered optimizer of matrices on one of rows x columns, by name.
 
     Args:
         rows: of the matrix.
@@ -62,7 +62,7 @@ def compare(
     Raises:
         ValueError: sizes that do not go together.
     """
-    settings = {name: rank_argument(name, rank) for name in names()}
+    settings = {name: rank_argument(name, rank) for name in names(of_matrices=True)}
     times: dict[str, StepTime] = {}
     if device is not None:
         height, width, small = timing_sizes(rows, columns, rank, device)

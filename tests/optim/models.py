@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import re
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,11 +16,32 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import optim
+from lowrank_train.spectral import merged_state_dict, to_spectral
 from tests.distributed import dumps
 
 MATRIX_SHAPES = [(1, 8), (3, 12), (5, 4), (5, 1), (17, 6), (6, 17), (12, 24), (24, 12), (8, 8)]
 LR = 1e-2
 REFRESH_INTERVAL = 3
+LAYER_RANK = 3
+"""Of converted layers: of one matrix all is active, of others a little waits, and of 4 ranks one has no active row."""
+SCHEDULE = {
+    "refresh_interval": REFRESH_INTERVAL,
+    "resample_every": REFRESH_INTERVAL,  # SST: a draw ends steps 2 and 5, the latter after a re-SVD
+    "resvd_every": 2,
+    "restart_every": REFRESH_INTERVAL,  # ReLoRA: likewise
+    "warmup_steps": 2,
+}
+"""Of every optimizer that has such a setting."""
+
+
+def _add_adapters(model: nn.Module, rank: int, **settings: Any) -> nn.Module:
+    from lowrank_train.adapters import add_adapters  # peft is optional
+
+    return add_adapters(model, rank, **settings)
+
+
+CONVERSIONS: dict[str, Callable[..., Any]] = {"spectral": to_spectral, "adapter": _add_adapters}
+"""By ``MatrixOptimizer.layers``: model, rank, ``layers=`` (a regular expression) -> the model converted in place."""
 TOLERANCES = {
     # Directions from an iteration: as exact as its products are well conditioned.
     "galore_adamw": 1e-10,
@@ -26,6 +49,8 @@ TOLERANCES = {
     # A row nearly orthogonal to its directions, |g| << |A|, is scaled by |u| / |g|.
     "apollo": 1e-10,
     "fira": 1e-9,
+    # A decomposition: singular vectors are as exact as their values are apart.
+    "sst": 1e-9,
 }
 
 
@@ -72,12 +97,41 @@ def tiny_opt() -> nn.Module:
     return OPTForCausalLM(config)
 
 
+def prepare(name: str, model: nn.Module, *, rank: int = LAYER_RANK, **settings: Any) -> nn.Module:
+    """The model as an optimizer needs it: if it trains layers of its own, matrices are converted to these, in place.
+
+    Every optimizer is handed the same model otherwise. Matrices smaller than the rank stay: ``matrix`` is then one of
+    the roles that get AdamW.
+    """
+    kind = optim.find(name).layers
+    if kind is not None:
+        groups = [group for group in optim.param_groups(model) if group["role"] == "matrix"]
+        matrices = [(key, p) for group in groups for key, p in group["params"] if p.ndim == 2 and min(p.shape) >= rank]
+        names = "|".join(re.escape(key.removesuffix(".weight")) for key, _ in matrices)
+        CONVERSIONS[kind](model, rank, layers=f"^({names})$", **settings)
+    return model
+
+
+def beside_layers(name: str, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups, followed by those of a small layer of the kind the optimizer cannot do without, if there is one."""
+    if optim.find(name).layers is None:
+        return groups
+    return [*groups, *optim.param_groups(prepare(name, nn.Sequential(nn.Linear(6, 4, bias=False))))]
+
+
+def trained_matrix(module: nn.Module) -> nn.Parameter:
+    """The weight of a linear layer; of a converted one the first matrix that takes a gradient."""
+    return next(param for param in module.parameters() if param.requires_grad and param.ndim == 2)
+
+
 def build(name: str, model: nn.Module | list[dict[str, Any]], **arguments: Any) -> optim.MatrixOptimizer:
-    """An optimizer with settings under which 8 steps exercise everything; a refresh falls on steps 0, 3 and 6."""
-    arguments = {"lr": LR, "weight_decay": 0.1, **arguments}
-    if "refresh_interval" in inspect.signature(optim.find(name)).parameters:
-        arguments.setdefault("refresh_interval", REFRESH_INTERVAL)
-    return optim.create(name, model, **arguments)
+    """An optimizer with settings under which 8 steps exercise everything; a refresh falls on steps 0, 3 and 6.
+
+    The model must be prepared for it.
+    """
+    own = inspect.signature(optim.find(name)).parameters
+    schedule = {key: value for key, value in SCHEDULE.items() if key in own}
+    return optim.create(name, model, **{"lr": LR, "weight_decay": 0.1, **schedule, **arguments})
 
 
 def tolerance(name: str) -> float:
@@ -91,8 +145,14 @@ def gradient(name: str, shape: torch.Size, step: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All but those with role ``frozen``."""
+    return {name: param for name, param in model.named_parameters() if param.requires_grad}
+
+
 def set_gradients(model: nn.Module, step: int) -> None:
-    for name, param in model.named_parameters():
+    """Of every parameter that takes one."""
+    for name, param in trainable(model).items():
         param.grad = laid_out_as(param, gradient(name, param.shape, step).to(param.dtype))
 
 
@@ -145,8 +205,19 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return all_whole(dict(model.named_parameters()))
 
 
+def plain_weights(model: nn.Module) -> dict[str, Tensor]:
+    """As ``weights``, converted layers as the matrices they stand for: what a change of factors alone leaves."""
+    plain = merged_state_dict(weights(model))
+    if any(".lora_A." in name for name in plain):
+        from lowrank_train.adapters import LowRankAdapters
+
+        rank = next(value.shape[0] for name, value in plain.items() if ".lora_A." in name)
+        plain = LowRankAdapters(rank).plain_state_dict(plain)
+    return plain
+
+
 def states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Copies of all state tensors, whole, by ``parameter.key``."""
+    """Copies of all state tensors, whole, by ``parameter.key``; frozen parameters have none."""
     return all_whole(
         {
             f"{name}.{key}": value

@@ -11,21 +11,38 @@ from torch import Tensor, nn
 
 import optim
 from optim.residual import RESIDUALS
-from tests.optim.models import MixedModel, assert_equal, build, gradient, run_steps, set_gradients, states, weights
+from tests.optim.models import (
+    MixedModel,
+    assert_equal,
+    build,
+    gradient,
+    prepare,
+    run_steps,
+    set_gradients,
+    states,
+    tolerance,
+    trainable,
+    trained_matrix,
+    weights,
+)
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in optim.names()},
     **{residual: ("low_rank_adamw", {"residual": residual}) for residual in RESIDUALS},
     "svd": ("low_rank_adamw", {"basis": "svd", "residual": "drop"}),
     "dct_adamw 8bit": ("dct_adamw", {"state_dtype": "8bit"}),
+    "sst reflect": ("sst", {"negative_sigma": "reflect", "tangent": True, "keep_sigma_moments": True}),
+    "sst frozen 8bit": ("sst", {"keep_vector_moments": True, "staggered": True}),
 }
+LAYERS: dict[str, dict[str, Any]] = {"sst frozen 8bit": {"frozen_dtype": "8bit", "gradient": "plain"}}
+"""Settings of converted layers, by case."""
 
 every_case = pytest.mark.parametrize("case", CASES)
 
 
-def new_model(dtype: torch.dtype = torch.float64) -> MixedModel:
+def new_model(case: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(0)
-    return MixedModel(dtype)
+    return prepare(CASES[case][0], MixedModel(dtype), **LAYERS.get(case, {}))
 
 
 def optimizer_of(case: str, model: nn.Module, **arguments: Any) -> optim.MatrixOptimizer:
@@ -39,13 +56,14 @@ def optimizer_of(case: str, model: nn.Module, **arguments: Any) -> optim.MatrixO
 @every_case
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_gradients_are_never_written(case: str, dtype: torch.dtype) -> None:
-    model = new_model(dtype)
+    model = new_model(case, dtype)
     optimizer = optimizer_of(case, model)
     for step in range(4):
         set_gradients(model, step)
-        held = {name: (param.grad, param.grad._version, param.grad.clone()) for name, param in model.named_parameters()}
+        held = {name: (p.grad, p.grad._version, p.grad.clone()) for name, p in trainable(model).items()}
         optimizer.step()
-        for name, param in model.named_parameters():
+        assert all(param.grad is None for param in model.parameters() if not param.requires_grad)
+        for name, param in trainable(model).items():
             grad, version, value = held[name]
             assert param.grad is grad
             assert grad._version == version, name
@@ -56,21 +74,21 @@ def test_gradients_are_never_written(case: str, dtype: torch.dtype) -> None:
 def test_a_tensor_lr_and_a_scheduler_are_a_float_lr_and_a_scheduler(case: str) -> None:
     finals = []
     for lr in (1e-2, torch.tensor(1e-2, dtype=torch.float64)):
-        model = new_model()
+        model = new_model(case)
         optimizer = optimizer_of(case, model, lr=lr)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.7**step)
         before = weights(model)
-        for step in range(6):
+        for step in range(7):  # 6 end with what sets a factor of ReLoRA back to zero
             run_steps(model, optimizer, step, step + 1)
             scheduler.step()
         finals.append(weights(model))
-        assert all(not torch.equal(value, before[name]) for name, value in finals[-1].items())
-    assert_equal(*finals, 1e-13)
+        assert all(not torch.equal(finals[-1][name], before[name]) for name in trainable(model))
+    assert_equal(*finals, max(1e-13, tolerance(CASES[case][0]) / 1e3))
 
 
 @every_case
 def test_the_closure_is_called_once_with_gradients_enabled(case: str) -> None:
-    model, twin = new_model(), new_model()
+    model, twin = new_model(case), new_model(case)
     optimizer, twin_optimizer = optimizer_of(case, model), optimizer_of(case, twin)
     calls = []
 
@@ -88,12 +106,16 @@ def test_the_closure_is_called_once_with_gradients_enabled(case: str) -> None:
 
 @every_case
 def test_a_missing_gradient_leaves_its_parameter_and_state_alone(case: str) -> None:
-    """But for counters: a matrix's clock is that of its refreshes, which are due at one time on all ranks."""
-    model = new_model()
-    optimizer = optimizer_of(case, model)
+    """But for counters: a matrix's clock is that of its refreshes, which are due at one time on all ranks.
+
+    Not so where factors change with or without a gradient, at a draw of SST, a restart of ReLoRA: these are put off.
+    """
+    model = new_model(case)
+    never = {"sst": {"resample_every": 100}, "relora": {"restart_every": 100}}
+    optimizer = optimizer_of(case, model, **never.get(CASES[case][0], {}))
     run_steps(model, optimizer, 0, 3)
     for step in (3, 4, 5):  # with and without a refresh
-        missing = {name for i, name in enumerate(weights(model)) if i % 3 == step % 3}
+        missing = {name for i, name in enumerate(trainable(model)) if i % 3 == step % 3}
         before = {**weights(model), **states(model, optimizer)}
         set_gradients(model, step)
         for name, param in model.named_parameters():
@@ -103,11 +125,14 @@ def test_a_missing_gradient_leaves_its_parameter_and_state_alone(case: str) -> N
             warnings.simplefilter("ignore")
             optimizer.step()
         after = {**weights(model), **states(model, optimizer)}
-        changed = {key for key, value in after.items() if not torch.equal(value, before[key])}
+        # A sigma below zero turns the sign of its vector, whose gradient may be missing: the same matrix.
+        kept = (lambda a, b: torch.equal(a.abs(), b.abs())) if case == "sst reflect" else torch.equal
+        changed = {key for key, value in after.items() if not kept(value, before[key])}
         counters = ("step", "skipped_refreshes")
         touched = {name for name in missing for key in changed if key.startswith(name) and not key.endswith(counters)}
         assert touched == set()
-        assert changed >= set(weights(model)) - missing
+        assert changed >= set(trainable(model)) - missing
+        assert not changed & (set(weights(model)) - set(trainable(model)))
 
 
 @every_case
@@ -115,10 +140,10 @@ def test_gradients_of_any_layout_in_memory(case: str) -> None:
     """Transposed, a part of something larger, or one row for all."""
     finals = []
     for turned in (False, True):
-        model = new_model()
+        model = new_model(case)
         optimizer = optimizer_of(case, model)
         for step in range(4):
-            for i, (name, param) in enumerate(model.named_parameters()):
+            for i, (name, param) in enumerate(trainable(model).items()):
                 value = gradient(name, param.shape, step)
                 if i % 3 == 2:  # along the longer dimension: along the other the DCT would discard rounding only
                     row = value[:, :1] if value.ndim == 2 and value.shape[0] < value.shape[1] else value[:1]
@@ -137,17 +162,17 @@ def test_gradients_of_any_layout_in_memory(case: str) -> None:
 
 @every_case
 def test_a_gradient_scaler_skips_what_overflows(case: str) -> None:
-    model, twin = new_model(torch.float32), new_model(torch.float32)
+    model, twin = new_model(case, torch.float32), new_model(case, torch.float32)
     optimizer, twin_optimizer = optimizer_of(case, model), optimizer_of(case, twin)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=100)
     run = 0
     for step in range(4):
         overflows = step == 2
         set_gradients(model, step)
-        for param in model.parameters():
+        for param in trainable(model).values():
             param.grad *= scaler.get_scale()
         if overflows:
-            model.matrix_8x8.weight.grad[0, 0] = torch.inf
+            trained_matrix(model.matrix_8x8).grad[0, 0] = torch.inf
         scaler.scale(torch.zeros(()))  # what makes it ready
         scaler.step(optimizer)
         scaler.update()
@@ -156,15 +181,16 @@ def test_a_gradient_scaler_skips_what_overflows(case: str) -> None:
             twin_optimizer.step()
             run += 1
     assert scaler.get_scale() == 2.0
-    assert {state["step"].item() for state in optimizer.state.values()} == {float(run)}
+    assert {state["step"].item() for state in optimizer.state.values() if state} == {float(run)}
     assert_equal(weights(model), weights(twin))
 
 
 @pytest.mark.parametrize("name", optim.names())
 def test_loss_falls(name: str) -> None:
     """Of a small regression, through autograd."""
-    teacher, model = nn.Linear(12, 6), nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 6))
-    optimizer = optim.create(name, model, lr=3e-3 if name != "apollo_mini" else 3e-4)
+    teacher = nn.Linear(12, 6)
+    model = prepare(name, nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 6)))
+    optimizer = optim.create(name, model, lr={"apollo_mini": 3e-4, "sst": 1e-2}.get(name, 3e-3))
     losses: list[float] = []
     for _ in range(60):
         x: Tensor = torch.randn(32, 12)

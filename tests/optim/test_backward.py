@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import optim
 from tests.distributed import run_distributed
-from tests.optim.models import assert_equal, build, gradient, states, weights
+from tests.optim.models import assert_equal, build, gradient, prepare, states, weights
 from tests.optim.test_sharded import Network
 
 STEPS = 16  # crosses two refreshes
@@ -43,7 +43,7 @@ def train(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float]]:
     """Weights, state and gradient norms of a loop with a schedule."""
     torch.manual_seed(0)
-    model = Network()
+    model = prepare(name, Network())
     if world_size:
         cls = optim.find(name)
         mesh = init_device_mesh("cpu", (world_size,))
@@ -142,10 +142,10 @@ def test_clipping_the_global_norm(name: str) -> None:
     assert_same_training(name, 1e-11, max_norm=1e-2)
 
 
-@pytest.mark.parametrize("name", ["apollo", "muon", "adamw"])
+@pytest.mark.parametrize("name", ["apollo", "muon", "adamw", "relora", "sst"])
 def test_global_clipping_is_refused_where_the_whole_gradient_is_needed(name: str) -> None:
-    model = Network()
-    with pytest.raises(ValueError, match=r"max_norm=1\.0 with clip='global'.*'layers\.0\.weight'.*clip='parameter'"):
+    model = prepare(name, Network())
+    with pytest.raises(ValueError, match=r"max_norm=1\.0 with clip='global'.*'layers\.0\.[\w.]+'.*clip='parameter'"):
         optim.attach_to_backward(model, build(name, model), max_norm=1.0)
 
 

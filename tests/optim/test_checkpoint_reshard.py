@@ -22,7 +22,17 @@ from torch.distributed.tensor import Shard
 
 import optim
 from tests.distributed import run_distributed
-from tests.optim.models import MixedModel, assert_equal, build, run_steps, set_gradients, states, tolerance, weights
+from tests.optim.models import (
+    MixedModel,
+    assert_equal,
+    build,
+    prepare,
+    run_steps,
+    set_gradients,
+    states,
+    tolerance,
+    weights,
+)
 
 SAVED_AT, STEPS = 4, 7  # within a refresh interval; another refresh follows
 
@@ -40,7 +50,7 @@ class Checkpoint(NamedTuple):
 
 def sharded(name: str, dtype: torch.dtype, *, seed: int) -> Run:
     torch.manual_seed(seed)
-    model = MixedModel(dtype)
+    model = prepare(name, MixedModel(dtype))
     world_size = dist.get_world_size()
     roles = {param: group["role"] for group in optim.param_groups(model) for _, param in group["params"]}
     cls = optim.find(name)
@@ -140,7 +150,7 @@ def test_a_checkpoint_of_two_ranks_loads_on_any_number(
 def test_a_checkpoint_of_two_ranks_loads_in_a_plain_process(checkpoint: Checkpoint) -> None:
     runs = {}
     for name in optim.names():
-        model = MixedModel(checkpoint.dtype)
+        model = prepare(name, MixedModel(checkpoint.dtype))
         runs[name] = (model, build(name, model))
     check(load_and_continue(runs, checkpoint.folder), checkpoint)
 
@@ -149,7 +159,7 @@ def load_after_a_swap(folder: str, dtype: torch.dtype) -> Results:
     """As HF Trainer and Accelerate resume: the optimizer is older than the sharded parameters it was handed."""
     runs = {}
     for name in optim.names():
-        model = MixedModel(dtype)
+        model = prepare(name, MixedModel(dtype))
         optimizer = build(name, model)
         fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
         named = dict(model.named_parameters())

@@ -11,7 +11,7 @@ from torch import nn
 import optim
 from optim.communication import FORMULAS, ModelShapes, all_reduce_bytes, communicated_bytes, model_shapes
 from optim.timing import rank_argument
-from tests.optim.models import MixedModel, tiny_llama
+from tests.optim.models import MixedModel, prepare, tiny_llama
 
 MEGA, GIGA = 1e6, 1e9
 
@@ -86,10 +86,10 @@ def test_every_formula_says_in_one_line_where_it_comes_from() -> None:
 
 @pytest.mark.parametrize("name", optim.names())
 def test_every_registered_optimizer_has_a_prediction(name: str) -> None:
-    arguments = rank_argument(name, 2)
-    sent = communicated_bytes(name, tiny_llama(), world_size=4, **arguments)
+    arguments, model = rank_argument(name, 2), prepare(name, tiny_llama())
+    sent = communicated_bytes(name, model, world_size=4, **arguments)
     assert 0 <= sent.step_sent <= sent.mean_sent <= sent.refresh_sent
-    alone = communicated_bytes(name, tiny_llama(), world_size=1, **arguments)
+    alone = communicated_bytes(name, model, world_size=1, **arguments)
     assert alone.refresh_sent == alone.mean_payload == 0
     assert alone.interval == sent.interval
 

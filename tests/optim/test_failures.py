@@ -16,7 +16,18 @@ import optim
 from optim.basis import BASES
 from optim.residual import RESIDUALS
 from tests.distributed import run_distributed
-from tests.optim.models import MixedModel, assert_equal, build, gradient, run_steps, states, weights
+from tests.optim.models import (
+    MixedModel,
+    assert_equal,
+    beside_layers,
+    build,
+    gradient,
+    prepare,
+    run_steps,
+    states,
+    trainable,
+    weights,
+)
 from tests.optim.sharded import shard
 
 LOW_RANK = [name for name in optim.names() if "skipped_refreshes" in dir(optim.find(name))]
@@ -35,11 +46,12 @@ def create(name: str, *params: nn.Parameter, **arguments: Any) -> optim.MatrixOp
     if "refresh_interval" in inspect.signature(optim.find(name)).parameters:
         arguments = {"refresh_interval": 2, **arguments}
     groups = [{"params": [(f"layer{i}.weight", param) for i, param in enumerate(params)], "role": "matrix"}]
-    return optim.create(name, groups, **arguments)
+    return optim.create(name, beside_layers(name, groups), **arguments)
 
 
 def step(optimizer: optim.MatrixOptimizer, *gradients: Tensor | None) -> None:
-    params = [param for group in optimizer.param_groups for param in group["params"]]
+    """Of the matrices of ``create``."""
+    params = optimizer.param_groups[0]["params"]
     for param, value in zip(params, gradients, strict=True):
         param.grad = value
     optimizer.step()
@@ -58,7 +70,7 @@ def refresh_interval(optimizer: optim.MatrixOptimizer) -> int:
 
 
 def test_the_lists_of_these_tests() -> None:
-    assert set(LOW_RANK) == set(optim.names()) - {"adamw", "muon", "scale", "trion"}
+    assert set(LOW_RANK) == set(optim.names()) - {"adamw", "muon", "relora", "scale", "sst", "trion"}
     assert set(WITH_RANK) == {*LOW_RANK, "trion"}
 
 
@@ -129,11 +141,13 @@ def test_a_refused_setting_leaves_nothing_behind(name: str) -> None:
     """Of a group added later: the optimizer goes on as it was."""
     good = matrix(8, 9)
     optimizer = create(name, good)
+    before, groups = set(optimizer.state), len(optimizer.param_groups)
     bad: dict[str, Any] = {"lr": -1.0}
     with pytest.raises(ValueError, match="lr=-1"):
         optimizer.add_param_group({"params": [("bad", matrix(8, 9))], "role": "matrix", **bad})
-    assert set(optimizer.state) == {good}
-    assert len(optimizer.param_groups) == 1
+    assert good in before
+    assert set(optimizer.state) == before
+    assert len(optimizer.param_groups) == groups
     step(optimizer, gradient("g", good.shape, 0))
 
 
@@ -253,18 +267,23 @@ def test_skipped_refreshes_are_saved(name: str) -> None:
 
 @pytest.mark.parametrize("name", optim.names())
 def test_a_zero_gradient_at_lr_0_changes_nothing(name: str) -> None:
-    """What torch.distributed.checkpoint does to an optimizer that it believes to have no state."""
-    model = MixedModel()
+    """What torch.distributed.checkpoint does to an optimizer that it believes to have no state.
+
+    Of converted layers it changes the last digit, by which unit vectors are not quite that, and the age of moments.
+    """
+    model = prepare(name, MixedModel())
     optimizer = build(name, model, weight_decay=0.5)
     before, fresh = weights(model), states(model, optimizer)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-    for param in model.parameters():
+    for param in trainable(model).values():
         param.grad = torch.zeros_like(param)
     optimizer.step()
-    assert_equal(weights(model), before)
+    plain = optim.find(name).layers is None
+    assert_equal(weights(model), before, 0.0 if plain else 1e-15)
     counted = {key for key, value in states(model, optimizer).items() if not torch.equal(value, fresh[key])}
-    assert all(key.endswith(".step") for key in counted), "only the count of AdamW's updates, as in torch"
+    counters = (".step",) if plain else (".step", ".age")
+    assert all(key.endswith(counters) for key in counted), "only the count of AdamW's updates, as in torch"
     if name in LOW_RANK:
         assert not any(key.startswith("matrix") and "weight" in key for key in counted)
 

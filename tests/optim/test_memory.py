@@ -19,7 +19,7 @@ import optim
 from optim.basis import BASES
 from optim.residual import RESIDUALS
 from tests.distributed import run_distributed
-from tests.optim.models import MixedModel, build, run_steps, tiny_llama, tiny_opt
+from tests.optim.models import LAYER_RANK, MixedModel, build, prepare, run_steps, tiny_llama, tiny_opt
 
 RANK = 2
 
@@ -116,6 +116,27 @@ HEAD: dict[str, Callable[[int, int], int]] = {"scale": lambda numbers, item: num
 """From this rank's numbers, where the method itself updates these."""
 
 
+def spectral_bytes(key: str, rows: int, columns: int, item: int) -> int | None:
+    """Moments in float32 or wider, an age for each row, a clock: of all sigma, and of the vectors in training."""
+    factor = key.rpartition(".")[2]
+    if factor in ("u_frozen", "v_frozen"):
+        return 0
+    if factor not in ("u_active", "sigma_active", "v_active", "sigma_frozen"):
+        return None
+    return 2 * rows * columns * max(4, item) + rows * AGE_BYTES + COUNTER_BYTES
+
+
+def adapter_bytes(key: str, rows: int, columns: int, item: int) -> int | None:
+    """AdamW's state of A and B, and a clock."""
+    if key.endswith("base_layer.weight"):
+        return 0
+    return 2 * rows * columns * item + 2 * COUNTER_BYTES if ".lora_" in key else None
+
+
+LAYERS: dict[str, Callable[[str, int, int, int], int | None]] = {"relora": adapter_bytes, "sst": spectral_bytes}
+"""Of a parameter of converted layers, by its name: bytes from this rank's rows of it; None for other parameters."""
+
+
 def takes(name: str, argument: str) -> bool:
     return argument in inspect.signature(optim.find(name)).parameters
 
@@ -152,6 +173,10 @@ def expected_bytes(
     for key, param in model.named_parameters():
         item, kind = param.element_size(), role(key, param)
         columns = math.prod(param.shape[1:])
+        of_layer = LAYERS[name](key, share(param.shape[0]), columns, item) if name in LAYERS else None
+        if of_layer is not None:
+            total += of_layer
+            continue
         numbers = share(param.shape[0]) * columns
         if kind == "matrix" and matrix is not None:
             m, d = max(param.shape), min(param.shape)
@@ -170,7 +195,8 @@ def expected_bytes(
 
 
 def test_every_registered_optimizer_and_part_has_a_formula() -> None:
-    assert sorted([*MATRIX, "adamw"]) == optim.names()
+    assert sorted([*MATRIX, *LAYERS, "adamw"]) == optim.names()
+    assert set(LAYERS) == {name for name in optim.names() if optim.find(name).layers is not None}
     assert set(BASIS) == set(BASES)
     assert set(RESIDUAL) == set(RESIDUALS)
 
@@ -196,7 +222,8 @@ COMBINATIONS = [
 def test_predicted_equals_counted_equals_formula(
     name: str, state_dtype: str | None, make: Callable[[], nn.Module], rank: int | None, dtype: torch.dtype
 ) -> None:
-    model = make().to(dtype)
+    layer_rank = rank or LAYER_RANK
+    model = prepare(name, make().to(dtype), rank=layer_rank)
     arguments = arguments_of(name, rank)
     if state_dtype is not None:
         arguments["state_dtype"] = state_dtype
@@ -204,7 +231,7 @@ def test_predicted_equals_counted_equals_formula(
     assert counted == optim.predicted_state_bytes(name, model, **arguments)
     assert counted == expected_bytes(name, model, rank, state_dtype=state_dtype)
     with torch.device("meta"):
-        weightless = make().to(dtype)
+        weightless = prepare(name, make().to(dtype), rank=layer_rank)
     assert optim.predicted_state_bytes(name, weightless, **arguments) == counted
 
 
@@ -229,9 +256,16 @@ def test_what_8_bits_save() -> None:
     assert coded / whole == (1 + 4 / 128) / 4
 
 
+@pytest.mark.parametrize("frozen_dtype", ["bfloat16", "8bit"])
+def test_the_storage_of_frozen_vectors_is_the_models_and_not_the_optimizers(frozen_dtype: str) -> None:
+    model, plain = prepare("sst", MixedModel(), frozen_dtype=frozen_dtype), prepare("sst", MixedModel())
+    counted = optim.state_bytes(build("sst", model))
+    assert counted == optim.predicted_state_bytes("sst", model) == optim.state_bytes(build("sst", plain))
+
+
 @pytest.mark.parametrize("name", optim.names())
 def test_steps_do_not_change_the_bytes(name: str) -> None:
-    model = MixedModel()
+    model = prepare(name, MixedModel())
     optimizer = build(name, model)
     before = optim.state_bytes(optimizer)
     run_steps(model, optimizer, 0, 9)
@@ -275,6 +309,11 @@ def cases() -> list[tuple[str, str]]:
     ]
 
 
+def new_sharded_model(name: str, label: str) -> nn.Module:
+    make, rank, _ = sharded_models()[label]
+    return prepare(name, make(), rank=rank or LAYER_RANK)
+
+
 def arguments_of_case(name: str, label: str) -> dict[str, Any]:
     _, rank, state_dtype = sharded_models()[label]
     return {**arguments_of(name, rank), **({} if state_dtype is None else {"state_dtype": state_dtype})}
@@ -286,7 +325,7 @@ def sharded_bytes() -> dict[tuple[str, str], int]:
     mesh = init_device_mesh("cpu", (world_size,))
     counted = {}
     for name, label in cases():
-        model = sharded_models()[label][0]()
+        model = new_sharded_model(name, label)
         roles = {param: group["role"] for group in optim.param_groups(model) for _, param in group["params"]}
         cls = optim.find(name)
         fully_shard(
@@ -301,8 +340,8 @@ def sharded_bytes() -> dict[tuple[str, str], int]:
 def predicted_is_counted(by_rank: list[dict[tuple[str, str], int]]) -> None:
     world_size = len(by_rank)
     for name, label in cases():
-        make, rank, state_dtype = sharded_models()[label]
-        model = make()
+        _, rank, state_dtype = sharded_models()[label]
+        model = new_sharded_model(name, label)
         for shard, counted in enumerate(by_rank):
             predicted = optim.predicted_state_bytes(
                 name, model, world_size=world_size, shard=shard, **arguments_of_case(name, label)

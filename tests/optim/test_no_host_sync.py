@@ -15,20 +15,24 @@ import optim
 from optim import rules
 from optim.basis import BASES
 from optim.residual import RESIDUALS
+from tests.optim.models import prepare
 
-SHAPES = [(256, 128), (128, 384), (128, 128)]
-METHODS = [name for name in optim.names() if name != "adamw"]  # of AdamW all of the work is torch's fused kernel
+SHAPES = [(128, 256), (384, 128), (128, 128)]  # in, out
+METHODS = [name for name in optim.names() if name not in ("adamw", "relora")]
+"""Of these two all of the work in a step is torch's fused kernel, which there is none of on meta."""
 
 
 def optimizer_without_values(name: str, **arguments: object) -> optim.MatrixOptimizer:
     """Between two refreshes."""
-    params = [(f"p{i}", nn.Parameter(torch.empty(shape, device="meta"))) for i, shape in enumerate(SHAPES)]
+    model = nn.ModuleDict({f"p{i}": nn.Linear(*shape, bias=False, device="meta") for i, shape in enumerate(SHAPES)})
+    prepare(name, model)
     if "refresh_interval" in inspect.signature(optim.find(name)).parameters:
         arguments = {"refresh_interval": 100, **arguments}
-    optimizer = optim.create(name, [{"params": params, "role": "matrix"}], weight_decay=0.1, **arguments)
-    for _, param in params:
-        param.grad = torch.empty_like(param)
-        optimizer.state[param]["step"].fill_(1)
+    optimizer = optim.create(name, model, weight_decay=0.1, **arguments)
+    for slot in optimizer.slots():
+        if slot.state:
+            slot.param.grad = torch.empty_like(slot.param)
+            slot.state["step"].fill_(1)
     return optimizer
 
 
@@ -49,6 +53,27 @@ def test_of_every_residual(residual: str) -> None:
 
 def test_of_quantised_state() -> None:
     optimizer_without_values("low_rank_adamw", state_dtype="8bit").step()
+
+
+def test_the_clock_of_relora_is_on_the_host() -> None:
+    """What it does around AdamW, in a step without gradients; of a restart it reads nothing either."""
+    optimizer = optimizer_without_values("relora", restart_every=4)
+    optimizer.zero_grad()
+    for _ in range(4):
+        optimizer.step()
+    assert optimizer.figures()["restarts"] == 1
+
+
+@pytest.mark.parametrize("settings", [{"negative_sigma": "reflect"}, {"tangent": True, "warmup_steps": 5}])
+def test_of_spectral_layers(settings: dict[str, object]) -> None:
+    """What is not the default; frozen vectors are not looked at, whatever they are stored in."""
+    optimizer_without_values("sst", **settings).step()
+
+
+def test_a_draw_does_read_or_that_test_could_not_fail() -> None:
+    optimizer = optimizer_without_values("sst", resample_every=2)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        optimizer.step()
 
 
 def test_a_refresh_does_read_once_or_this_test_could_not_fail() -> None:

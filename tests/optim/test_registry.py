@@ -10,19 +10,21 @@ import torch
 from torch import nn
 
 import optim
-from tests.optim.models import MixedModel, tiny_llama
+from tests.optim.models import MixedModel, beside_layers, prepare, tiny_llama
 
 
 def test_names_are_sorted_and_find_their_classes() -> None:
     assert optim.names() == sorted(optim.names())
     assert {"adamw", "dct_adamw"} <= set(optim.names())
+    assert optim.names(of_matrices=True) == [name for name in optim.names() if optim.find(name).layers is None]
+    assert {"relora", "sst"} == set(optim.names()) - set(optim.names(of_matrices=True))
     assert optim.find("adamw") is optim.AdamW
     assert optim.find("dct_adamw") is optim.DCTAdamW
 
 
 @pytest.mark.parametrize("name", optim.names())
 def test_every_name_creates_its_class_from_a_model_or_from_groups(name: str) -> None:
-    model = MixedModel()
+    model = prepare(name, MixedModel())
     for source in (model, optim.param_groups(model)):
         optimizer = optim.create(name, source, lr=0.5)
         assert type(optimizer) is optim.find(name)
@@ -52,6 +54,13 @@ def test_every_optimizer_says_where_it_is_published(name: str) -> None:
     cls = optim.find(name)
     assert "arXiv" in cls.source or cls.source == "this project"
     assert inspect.getdoc(cls) != inspect.getdoc(optim.MatrixOptimizer)
+
+
+@pytest.mark.parametrize("name", [name for name in optim.names() if optim.find(name).layers is not None])
+def test_a_model_without_the_layers_of_a_method_is_refused_with_the_way_to_make_them(name: str) -> None:
+    for model in (MixedModel(), tiny_llama(), optim.param_groups(MixedModel())):
+        with pytest.raises(ValueError, match=r"the model has no .*layers.*convert it first: .*lowrank_train\."):
+            optim.create(name, model)
 
 
 def test_unknown_names_suggest_the_nearest() -> None:
@@ -114,14 +123,14 @@ def test_a_refresh_interval_below_one_is_refused(interval: Any) -> None:
 def test_negative_numbers_are_refused(name: str, argument: str, value: float) -> None:
     groups = [{"params": [("w", nn.Parameter(torch.ones(3, 3)))], "role": "matrix"}]
     with pytest.raises(ValueError, match=rf"parameter group 0 has {argument}={value}; expected a number >= 0"):
-        optim.create(name, groups, **{argument: value})
+        optim.create(name, beside_layers(name, groups), **{argument: value})
 
 
 @pytest.mark.parametrize("name", optim.names())
 @pytest.mark.parametrize("betas", [(1.0, 0.9), (0.9, -0.1), (0.9,), (0.9, 0.99, 0.999), (0.9, float("nan"))])
 def test_betas_out_of_range_are_refused(name: str, betas: Any) -> None:
     with pytest.raises(ValueError, match=r"parameter group 0 has betas=.*; expected two numbers in \[0, 1\)"):
-        optim.create(name, MixedModel(), betas=betas)
+        optim.create(name, prepare(name, MixedModel()), betas=betas)
 
 
 @pytest.mark.parametrize("name", optim.names())
@@ -129,15 +138,17 @@ def test_betas_out_of_range_are_refused(name: str, betas: Any) -> None:
 def test_role_matrix_needs_two_dimensions(name: str, shape: tuple[int, ...]) -> None:
     groups = [{"params": [("conv.weight", nn.Parameter(torch.ones(shape)))], "role": "matrix"}]
     with pytest.raises(ValueError, match=r"'conv\.weight' has role 'matrix' and shape .*; expected two non-empty"):
-        optim.create(name, groups)
-    optim.create(name, [{"params": [("conv.weight", nn.Parameter(torch.ones(2, 3, 4)))], "role": "matrix"}])
+        optim.create(name, beside_layers(name, groups))
+    groups = [{"params": [("conv.weight", nn.Parameter(torch.ones(2, 3, 4)))], "role": "matrix"}]
+    optim.create(name, beside_layers(name, groups))
 
 
 @pytest.mark.parametrize("name", optim.names())
 @pytest.mark.parametrize("role", ["embedding", "matrix"])
 def test_sparse_gradients_are_refused_by_name(name: str, role: str) -> None:
     embedding = nn.Embedding(5, 3, sparse=True)
-    optimizer = optim.create(name, [{"params": [("tokens.weight", embedding.weight)], "role": role}])
+    groups = [{"params": [("tokens.weight", embedding.weight)], "role": role}]
+    optimizer = optim.create(name, beside_layers(name, groups))
     embedding(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(ValueError, match=r"the gradient of 'tokens\.weight' is sparse.*sparse=False"):
         optimizer.step()

@@ -17,13 +17,16 @@ from optim.timing import BASELINES, StepTime, rank_argument, time_steps
 SHAPES = [(12, 8), (8, 12)]
 
 
+OF_MATRICES = optim.names(of_matrices=True)
+
+
 def settings(*names: str) -> dict[str, dict[str, int]]:
-    return {name: rank_argument(name, 2) for name in names or optim.names()}
+    return {name: rank_argument(name, 2) for name in names or OF_MATRICES}
 
 
-def test_every_registered_optimizer_can_be_timed() -> None:
+def test_every_optimizer_of_matrices_can_be_timed() -> None:
     times = time_steps(settings(), SHAPES, rounds=2, refreshes=1, interval=50)
-    assert [time.name for time in times] == optim.names()
+    assert [time.name for time in times] == OF_MATRICES
     for time in times:
         assert time.first_seconds > 0
         assert time.ordinary_seconds > 0
@@ -31,6 +34,13 @@ def test_every_registered_optimizer_can_be_timed() -> None:
         for key in BASELINES:
             assert time.adamw_seconds[key] > 0
             assert time.quartiles[key][0] <= time.ordinary_ratio[key] <= time.quartiles[key][1]
+
+
+@pytest.mark.parametrize("name", sorted(set(optim.names()) - set(OF_MATRICES)))
+def test_an_optimizer_that_trains_layers_of_its_own_cannot_be_timed_on_matrices(name: str) -> None:
+    """It could not update the same weights from the same gradients; the error says what it lacks."""
+    with pytest.raises(ValueError, match=r"the model has no .*layers"):
+        time_steps({name: {}}, SHAPES, rounds=1, refreshes=1)
 
 
 def test_interval_is_the_given_one_where_there_is_one() -> None:

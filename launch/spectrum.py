@@ -1,0 +1,36 @@
+"""Singular values of a model's matrices: ``python launch/spectrum.py FOLDER [FOLDER ...] [key=value ...]``."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+try:
+    from lowrank_train.errors import UserError
+    from lowrank_train.spectrum_run import help_text, load_settings, measure
+except ModuleNotFoundError as error:
+    if error.name not in ("lowrank_train", "optim"):
+        raise
+    sys.exit("lowrank-train is not installed in this Python: run 'pip install -e .' in its folder")
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code: 0 done, 2 for anything the user must mend, 130 stopped."""
+    if {"-h", "--help"} & set(arguments):
+        print(help_text())
+        return 0
+    try:
+        folders, settings = load_settings(arguments)
+        print(measure(folders, settings))
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    print(f"\nplots, CSV and JSON: {settings.out}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
