@@ -83,6 +83,9 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
     layers: str | None = None
     """What it trains in place of matrices, by the package that converts them (``spectral``); None: matrices."""
 
+    refresh_setting: str = "refresh_interval"
+    """The hyperparameter, of those that have it, by which ``Traffic.refresh_bytes`` comes every so many steps."""
+
     in_backward: BackwardUpdates | None = None  # of the class, because torch's copies and pickles drop attributes
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:

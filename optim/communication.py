@@ -91,7 +91,7 @@ def communicated_bytes(
     for group in optimizer.param_groups:
         if group["role"] not in optimizer.method_roles:
             continue
-        interval = group.get("refresh_interval")
+        interval = group.get(optimizer.refresh_setting)
         if interval is not None:
             intervals.append(interval)
         for param in group["params"] if world_size > 1 else ():

@@ -80,8 +80,10 @@ def create(
         ValueError: unknown name or argument, or one that does not fit the parameters.
     """
     check_arguments(name, arguments)
-    groups = param_groups(model) if isinstance(model, nn.Module) else model
-    return find(name)(groups, **arguments)
+    cls = find(name)
+    if isinstance(model, nn.Module) and cls.layers is None:
+        return cls(param_groups(model), **arguments)
+    return cls(model, **arguments)  # type: ignore[arg-type]
 
 
 def _arguments(cls: type[MatrixOptimizer]) -> dict[str, Any]:

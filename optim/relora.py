@@ -88,6 +88,7 @@ class ReLoRA(MatrixOptimizer):
 
     source = "Lialin et al., arXiv 2307.05695"
     layers = "adapter"
+    refresh_setting = "restart_every"
     method_roles = frozenset({"lora_a", "lora_b"})
     structural_settings = _SHARED
 

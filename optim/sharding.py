@@ -220,8 +220,8 @@ def row_range(param: Tensor) -> range:
         return range(param.shape[0])
     if info.dim != 0:
         raise ValueError(
-            f"a parameter of shape {tuple(param.shape)} is sharded along dimension {info.dim}; its rows are singular "
-            "vectors and must stay whole: shard it along dimension 0, as fully_shard does unless told otherwise"
+            f"a parameter of shape {tuple(param.shape)} is sharded along dimension {info.dim}; its rows (singular "
+            "vectors or factors) must stay whole: shard it along dimension 0, as fully_shard does unless told otherwise"
         )
     sizes = chunk_sizes(param.shape[0], info.count)
     start = sum(sizes[: info.index])

@@ -42,7 +42,7 @@ from optim.base import MatrixOptimizer, Slot, Traffic, dense_gradient, is_number
 from optim.param_groups import param_groups
 from optim.rules import adam_direction
 from optim.sampling import SAMPLERS, sample
-from optim.sharding import StateTensor, decide_on_one_rank, local, put_rows, sum_over_shards, take_rows
+from optim.sharding import StateTensor, decide_on_one_rank, local, put_rows, row_range, sum_over_shards, take_rows
 from optim.spectral_factors import SpectralFactors, decompose, factors_of
 
 __all__ = ["SST"]
@@ -84,6 +84,7 @@ class SST(MatrixOptimizer):
     source = "Zhao et al., arXiv 2405.15481"
     layers = "spectral"
     method_roles = frozenset({"singular_vectors", "singular_values"})
+    refresh_setting = "resample_every"
     structural_settings = ("resample_every", "resvd_every", "sampling", "seed", "staggered")
 
     # Of the class, because torch's copies and pickles drop attributes
@@ -137,8 +138,16 @@ class SST(MatrixOptimizer):
         }
 
     def traffic(self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int) -> Traffic:
-        """Nothing in a step."""
-        return Traffic()
+        """Nothing in a step; at a draw, at most: all active rows out and in, and once more to measure them.
+
+        Re-SVDs, which are rarer, are not in it: they sum each W onto one rank and broadcast U, sigma and V.
+        """
+        if world_size == 1:
+            return Traffic()
+        size = torch.promote_types(dtype, torch.float32).itemsize
+        if group["role"] == "singular_vectors":
+            return Traffic(refresh_bytes=3 * math.prod(shape) * size)
+        return Traffic(refresh_bytes=(1 + 2 * (1 + len(_MOMENTS))) * shape[0] * size)
 
     # ---------------------------------------------------------------------------------------------------------- step
 
@@ -232,6 +241,7 @@ class SST(MatrixOptimizer):
 
 def _update_vectors(slot: Slot) -> None:
     """Rows u_i, or v_i: Adam, then back to unit length (Eq. 7)."""
+    row_range(slot.param)  # raises if they are cut, and so their length is not known here
     param, gradient = local(slot.param), local(dense_gradient(slot))
     vectors = param.to(torch.promote_types(param.dtype, torch.float32))
     gradient = gradient.to(vectors.dtype)

@@ -33,10 +33,10 @@ def test_every_optimizer_is_in_the_table_with_its_paper(capsys: pytest.CaptureFi
     assert main([*TINY, "--no-timing"]) == 0
     out = capsys.readouterr().out
     table, described = out.split("\n\n")[1:3]
-    for name in optim.names():
+    for name in optim.names(of_matrices=True):
         (line,) = [line for line in table.splitlines() if line.split()[0] == name]
         assert line.endswith(optim.find(name).source)
-    assert [line.split()[0] for line in described.splitlines()] == optim.names()
+    assert [line.split()[0] for line in described.splitlines()] == optim.names(of_matrices=True)
     assert "8.003" in rows_of(table)["adamw"], "two float32 moments and a step count of 4 bytes over 32 x 48"
 
 
@@ -188,7 +188,7 @@ def test_communication_of_llama_7b() -> None:
     text = communication([])
     assert text.startswith("llama_7b (224 matrices, 6,738,415,616 parameters) in float32 on 8 ranks, rank 512")
     rows = rows_of(text)
-    assert set(optim.names()) <= rows.keys()
+    assert set(optim.names(of_matrices=True)) <= rows.keys()
     assert rows["dct_adamw"][1:] == ["3.67", "MB", "6.42", "MB", "0", "B", "100", "64.2", "kB"]
     assert "35.4 GB" in text
     assert "By formula" in text

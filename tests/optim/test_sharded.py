@@ -324,8 +324,9 @@ DEALT_ROUND = {"muon"}
 """Whole matrices are one rank's work, another's each: it is their sum over the ranks that can be foreseen."""
 
 
-BETWEEN_STEPS = ("resample_every", "restart_every")
-"""Draws of SST and restarts of ReLoRA are counted in a test of their own; their steps are silent."""
+HSDP_CASES = ("adamw", "dct_adamw", "fira", "muon", "relora", "scale", "sst")
+AT_MOST = {"sst"}
+"""How many rows change places is drawn: foreseen are all that are active."""
 
 
 def promised_bytes(optimizer: optim.MatrixOptimizer, world_size: int) -> tuple[int, int]:
@@ -349,9 +350,12 @@ def counted_and_promised(
         model = new_model(case.name, dtype)
         shard(model, case.name, placement)
         arguments = dict(case.arguments)
-        own = inspect.signature(optim.find(case.name)).parameters
-        arguments |= {key: 2 for key in ("refresh_interval",) if key in own}
-        arguments |= {key: 100 for key in BETWEEN_STEPS if key in own}
+        cls = optim.find(case.name)
+        own = inspect.signature(cls).parameters
+        if cls.refresh_setting in own:  # converted layers change at the end of a step, directions at its beginning
+            arguments[cls.refresh_setting] = 2 if cls.layers is None else 3
+        if "resvd_every" in own:
+            arguments["resvd_every"] = 0  # rarer than what is promised
         optimizer = optim.create(case.name, optim.param_groups(model, rules=case.rules), **arguments)
         counted = []
         for calls in collectives_of(model, optimizer, 3)[1:]:
@@ -368,7 +372,7 @@ def counted_and_promised(
     [
         ("preferred", 2, torch.float64, CASES | PARTS),
         ("preferred", 4, torch.bfloat16, {**CASES, "svd": PARTS["basis svd"]}),
-        ("hsdp", 4, torch.float32, {name: CASES[name] for name in ("adamw", "dct_adamw", "fira", "muon", "scale")}),
+        ("hsdp", 4, torch.float32, {name: CASES[name] for name in HSDP_CASES}),
     ],
 )
 def test_collectives_carry_the_bytes_that_are_promised(
@@ -384,11 +388,13 @@ def test_collectives_carry_the_bytes_that_are_promised(
             if label in DEALT_ROUND:
                 mean = sum(found[label][i][0] for found in by_rank) / world_size
                 assert mean <= promised <= 1.25 * mean, label  # the promise is of even shares, rounded up
+            elif label in AT_MOST and i == 1:
+                assert promised / 3 < counted <= promised, label
             else:
                 assert counted == promised, label
                 assert all(other[label][i][0] <= counted for other in others), label
     silent = {label for label, pairs in first.items() if not any(counted for counted, _ in pairs)}
-    assert silent == {"adamw", *{"relora", "sst"} & cases.keys()}
+    assert silent == {"adamw"}
 
 
 def drawn_bytes(name: str, *, decomposed: bool) -> int:

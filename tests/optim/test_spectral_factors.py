@@ -64,7 +64,7 @@ HARD = {
 }
 
 
-def check(weight: Tensor, tolerance: float) -> None:
+def check(weight: Tensor, orthogonality: float) -> None:
     """Orthonormal factors that fall and make up the weight, with the singular values numpy finds."""
     factors = decompose(weight)
     assert {value.dtype for value in factors.values()} == {torch.float64}
@@ -77,10 +77,10 @@ def check(weight: Tensor, tolerance: float) -> None:
     exact = weight.double().numpy()
     expected = np.linalg.svd(exact, compute_uv=False)
     scale = expected[0] if expected[0] > 0 else 1.0
-    assert np.abs(u @ u.T - np.eye(k)).max() < tolerance
-    assert np.abs(v @ v.T - np.eye(k)).max() < tolerance
-    assert np.linalg.norm((u.T * sigma) @ v - exact, 2) < tolerance * scale
-    assert np.abs(sigma - expected).max() < tolerance * scale
+    assert np.abs(u @ u.T - np.eye(k)).max() < orthogonality
+    assert np.abs(v @ v.T - np.eye(k)).max() < orthogonality
+    assert np.linalg.norm((u.T * sigma) @ v - exact, 2) < 1e-12 * scale
+    assert np.abs(sigma - expected).max() < 1e-12 * scale
 
 
 @pytest.mark.parametrize("case", list(WELL_CONDITIONED))
@@ -108,11 +108,11 @@ def test_strided_weights_and_the_weight_itself_is_left_alone() -> None:
 
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6), (9, 9)])
 def test_signs_do_not_depend_on_rounding(shape: tuple[int, int]) -> None:
-    """The largest entry of each vector of the smaller side is positive."""
+    """The largest entry of each u_i is positive."""
     weight = random(*shape)
     factors = decompose(weight)
-    side = factors["u"] if shape[0] <= shape[1] else factors["v"]
-    assert (side.gather(1, side.abs().argmax(1, keepdim=True)) > 0).all()
+    u = factors["u"]
+    assert (u.gather(1, u.abs().argmax(1, keepdim=True)) > 0).all()
     again = decompose(weight * (1 + 1e-14 * random(*shape)))
     for key, value in factors.items():
         torch.testing.assert_close(again[key], value, rtol=0, atol=1e-9)
