@@ -21,7 +21,7 @@ __all__ = ["SAMPLERS", "sample"]
 
 def _multinomial(sigma: Tensor, r: int, iteration: int, generator: torch.Generator) -> Tensor:
     total = sigma.sum()
-    share = sigma / total if total > 0 else torch.zeros_like(sigma)
+    share = sigma / total if 0 < total < torch.inf else torch.zeros_like(sigma)
     return torch.multinomial((1 / len(sigma) + share) / 2, r, generator=generator)
 
 
@@ -58,7 +58,7 @@ def sample(rule: str, sigma: Tensor, r: int, *, iteration: int, seed: int) -> Te
         rule: one of ``SAMPLERS``.
         sigma: (k,), singular values >= 0 on the CPU; the active triplets first.
         r: how many.
-        iteration: since the last re-SVD, or since the start where there is none.
+        iteration: since the last re-SVD, or since the start where there was none.
         seed: of this drawing.
 
     Raises:

@@ -32,8 +32,8 @@ __all__ = ["FACTORS", "SCALES", "SpectralFactors", "decode", "decompose", "encod
 FACTORS = ("u_active", "v_active", "sigma_active", "u_frozen", "v_frozen", "sigma_frozen")
 SCALES = ("u_frozen_scale", "v_frozen_scale")
 
-_WORST_RATIO = 3e-5
-"""Smallest sigma_i / sigma_1 for which v_i = b_i / sigma_i is orthogonal to 1e-7: eps (sigma_1 / sigma_i)^2."""
+_WORST_RATIO = 1e-4
+"""Smallest sigma_i / sigma_1 for which v_i = b_i / sigma_i are orthogonal to 1e-7: many such errors add up."""
 
 _CODEC = RowCodec(8)
 

@@ -31,7 +31,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,8 @@ class SST(MatrixOptimizer):
         resvd_every: T2, iterations between two re-SVDs; None: ceil(k / r), by when each triplet could have had its
             turn; 0: never.
         warmup_steps: steps over which the rate of the factors rises after each draw.
-        sampling: ``multinomial`` (Eq. 16), ``uniform``, ``sequential`` or ``top``.
+        sampling: ``multinomial`` (Eq. 16), ``uniform``, ``sequential`` or ``top``. With ``sequential`` a round must be
+            of ceil(k / r) iterations or more, or some triplets never have their turn.
         seed: of all draws.
         keep_sigma_moments: carry the moments of sigma from one iteration to the next (not over a re-SVD).
         keep_vector_moments: likewise those of vectors that are drawn again.
@@ -118,7 +119,6 @@ class SST(MatrixOptimizer):
         keep = {"keep_sigma_moments": keep_sigma_moments, "keep_vector_moments": keep_vector_moments}
         update = {"tangent": tangent, "negative_sigma": negative_sigma}
         adam = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
-        _check(schedule, draw | update | keep)
         groups = param_groups(params) if isinstance(params, nn.Module) else params
         super().__init__(groups, {"lr": lr, **schedule, **draw, **keep, **update, **adam})
         if not self._layers():
@@ -128,7 +128,11 @@ class SST(MatrixOptimizer):
             )
 
     def matrix_state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
-        """Adam's moments in float32 or wider, the age of each row, the clock of the schedule."""
+        """Adam's moments in float32 or wider, the age of each row, the clock of the schedule.
+
+        Raises ValueError for settings out of range.
+        """
+        _check(name, group)
         dtype = torch.promote_types(param.dtype, torch.float32)
         return {
             "step": StateTensor((), torch.float32, "host"),
@@ -147,7 +151,8 @@ class SST(MatrixOptimizer):
         size = torch.promote_types(dtype, torch.float32).itemsize
         if group["role"] == "singular_vectors":
             return Traffic(refresh_bytes=3 * math.prod(shape) * size)
-        return Traffic(refresh_bytes=(1 + 2 * (1 + len(_MOMENTS))) * shape[0] * size)
+        moved = 1 + len(_MOMENTS) * group["keep_sigma_moments"]
+        return Traffic(refresh_bytes=(1 + 2 * moved) * shape[0] * size)
 
     # ---------------------------------------------------------------------------------------------------------- step
 
@@ -167,27 +172,33 @@ class SST(MatrixOptimizer):
             for slot in layer.slots.values():
                 if slot.state:
                     slot.state["step"] += 1
-            if layer.slots["u_active"].group["negative_sigma"] == "reflect":
+            if _settings(layer)["negative_sigma"] == "reflect":
                 _reflect(layer)
-        begin = [i for i, layer in enumerate(layers) if _clock(layer) % _settings(layer)["resample_every"] == 0]
-        if not begin:
+        turns = [turn for turn in self._turns(layers) if turn.steps == 0]
+        if not turns:
             return
-        round_iterations = {i: self._round_iterations(layers, i) for i in begin}
-        due = [i for i in begin if _is_due(layers, i, round_iterations[i])]
-        error = max((_orthogonality_error(layers[i]) for i in begin), default=0.0)
-        self._decompose([layers[i] for i in due])
-        shares = [_draw(layers[i], i, round_iterations[i], decomposed=i in due) for i in begin]
+        error = max(_orthogonality_error(turn.layer) for turn in turns)
+        decomposed = self._decompose([turn.layer for turn in turns if turn.is_due])
+        shares = [_draw(turn, everything=turn.layer.name in decomposed) for turn in turns]
         self._drawn = error, sum(shares) / len(shares)
 
-    def _round_iterations(self, layers: list[SpectralFactors], index: int) -> int:
-        """T2: the same for all layers, that they may be decomposed together; 0 for never."""
-        given = _settings(layers[index])["resvd_every"]
-        return max(math.ceil(layer.count / layer.rank) for layer in layers) if given is None else int(given)
+    def _turns(self, layers: list[SpectralFactors]) -> list[_Turn]:
+        """Where every layer stands. Rounds are as long as the longest that a layer needs, for all to end together."""
+        longest = max(math.ceil(layer.count / layer.rank) for layer in layers)
+        turns = []
+        for index, layer in enumerate(layers):
+            settings = _settings(layer)
+            t2 = longest if settings["resvd_every"] is None else int(settings["resvd_every"])
+            iteration, steps = divmod(_clock(layer), int(settings["resample_every"]))
+            offset = index * t2 // len(layers) if settings["staggered"] else 0
+            turns.append(_Turn(layer, index, iteration, steps, t2, offset))
+        return turns
 
-    def _decompose(self, layers: list[SpectralFactors]) -> None:
-        """New factors of the same weights; a layer whose decomposition fails keeps those it has."""
+    def _decompose(self, layers: list[SpectralFactors]) -> set[str]:
+        """New factors of the same weights, for the layers returned; one whose decomposition fails keeps what it has."""
+        decomposed: set[str] = set()
         if not layers:
-            return
+            return decomposed
         began = time.perf_counter()
         params = [layer.param("u_active") for layer in layers]
         dtypes = [torch.promote_types(param.dtype, torch.float32) for param in params]
@@ -206,6 +217,7 @@ class SST(MatrixOptimizer):
         for i, factors in decide_on_one_rank(params, lambda i: layers[i].weight_part(dtypes[i]), decide, like):
             if torch.isfinite(factors["sigma"]).all():
                 layers[i].replace(factors)
+                decomposed.add(layers[i].name)
             else:
                 self.resvd_failures += 1
                 warnings.warn(
@@ -214,6 +226,7 @@ class SST(MatrixOptimizer):
                     stacklevel=2,
                 )
         self._resvd_seconds += time.perf_counter() - began
+        return decomposed
 
     def _layers(self) -> list[SpectralFactors]:
         return list(factors_of(self.slots()))
@@ -225,18 +238,43 @@ class SST(MatrixOptimizer):
         ``sampled_share``: of the sum of sigma, on average over the layers; ``resvd_time_share``: of the time since the
         first step.
         """
-        layers = self._layers()
-        iteration = _clock(layers[0]) // _settings(layers[0])["resample_every"]
-        t2 = self._round_iterations(layers, 0)
+        first = self._turns(self._layers())[0]
         elapsed = time.perf_counter() - self._began if self._began is not None else math.inf
         return {
-            "iteration": iteration,
-            "round": iteration // t2 if t2 else 0,
+            "iteration": first.iteration,
+            "round": first.iteration // first.round_iterations if first.round_iterations else 0,
             "orthogonality_error": self._drawn[0],
             "sampled_share": self._drawn[1],
             "resvd_time_share": self._resvd_seconds / elapsed,
             "resvd_failures": self.resvd_failures,
         }
+
+
+class _Turn(NamedTuple):
+    """Where a layer stands in the schedule."""
+
+    layer: SpectralFactors
+    number: int
+    """Of the layer, in the order of the parameters."""
+    iteration: int
+    steps: int
+    """Since the iteration began."""
+    round_iterations: int
+    """T2; 0 for no rounds."""
+    offset: int
+    """Iterations before its first re-SVD, where layers are staggered."""
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the layer is decomposed where this iteration begins."""
+        return self.round_iterations > 0 and self.since_svd == 0
+
+    @property
+    def since_svd(self) -> int:
+        """Iterations since the last re-SVD, or since the start."""
+        if self.round_iterations == 0 or self.iteration < self.offset:
+            return self.iteration
+        return (self.iteration - self.offset) % self.round_iterations
 
 
 def _update_vectors(slot: Slot) -> None:
@@ -277,11 +315,16 @@ def _adam(slot: Slot, gradient: Tensor) -> Tensor:
         gradient,
         local(state["exp_avg"]),
         local(state["exp_avg_sq"]),
-        1 - betas[0] ** column,
-        (1 - betas[1] ** column).sqrt(),
+        _bias_correction(betas[0], column),
+        _bias_correction(betas[1], column).sqrt(),
         betas=betas,
         eps=slot.group["eps"],
     )
+
+
+def _bias_correction(beta: float, age: Tensor) -> Tensor:
+    """1 - beta^age, without the cancellation that costs float32 half its digits."""
+    return -torch.expm1(age * math.log(beta)) if beta > 0 else torch.ones_like(age)
 
 
 def _rate(slot: Slot) -> float | Tensor:
@@ -291,17 +334,19 @@ def _rate(slot: Slot) -> float | Tensor:
 
 
 def _reflect(layer: SpectralFactors) -> None:
-    """-sigma_i with -u_i, and the moments of both with them: W and what Adam will do to it stay as they are."""
+    """-sigma_i and -u_i for sigma_i < 0: the same W.
+
+    G v_i stays as it is, while G^T u_i and u_i^T G v_i change sign: so do the first moments of v_i and sigma_i.
+    """
     for segment in layer.segments:
-        sigma, u = layer.slots[f"sigma_{segment}"], layer.slots[f"u_{segment}"]
+        sigma, u, v = (layer.slots[f"{kind}_{segment}"] for kind in ("sigma", "u", "v"))
         values = local(sigma.param)
         signs = torch.where(values < 0, -1, 1)
         values.mul_(signs)
         local(sigma.state["exp_avg"]).mul_(signs)
-        column = signs.unsqueeze(1)
-        local(u.param).mul_(column.to(u.param.dtype))
-        if u.state:
-            local(u.state["exp_avg"]).mul_(column)
+        local(u.param).mul_(signs.unsqueeze(1).to(u.param.dtype))
+        if v.state:
+            local(v.state["exp_avg"]).mul_(signs.unsqueeze(1))
 
 
 def _settings(layer: SpectralFactors) -> dict[str, Any]:
@@ -313,35 +358,26 @@ def _clock(layer: SpectralFactors) -> int:
     return int(layer.slots["sigma_active"].state["step"])
 
 
-def _is_due(layers: list[SpectralFactors], index: int, round_iterations: int) -> bool:
-    """Whether a layer, whose iteration begins, is to be decomposed first."""
-    if round_iterations == 0:
-        return False
-    settings = _settings(layers[index])
-    iteration = _clock(layers[index]) // settings["resample_every"]
-    offset = index * round_iterations // len(layers) if settings["staggered"] else 0
-    return (iteration - offset) % round_iterations == 0
+def _draw(turn: _Turn, *, everything: bool) -> float:
+    """Begin an iteration: exchange active triplets for those drawn; returns their share of all sigma.
 
-
-def _draw(layer: SpectralFactors, index: int, round_iterations: int, *, decomposed: bool) -> float:
-    """Begin an iteration: exchange active triplets for those drawn; returns their share of all sigma."""
-    settings = _settings(layer)
-    r, k, dtype = layer.rank, layer.count, torch.promote_types(layer.param("u_active").dtype, torch.float32)
-    iteration = _clock(layer) // settings["resample_every"]
-    sigma = _whole_sigma(layer)
+    ``everything``: forget all moments, whatever is to be kept.
+    """
+    layer, settings = turn.layer, _settings(turn.layer)
+    r, sigma = layer.rank, _whole_sigma(layer)
     chosen = sample(
         settings["sampling"],
         sigma,
         r,
-        iteration=iteration % round_iterations if round_iterations else iteration,
-        seed=zlib.crc32(f"{settings['seed']}/{index}/{iteration}".encode()),
+        iteration=turn.since_svd,
+        seed=zlib.crc32(f"{settings['seed']}/{turn.number}/{turn.iteration}".encode()),
     )
     arriving = chosen[chosen >= r] - r
     leaving = torch.tensor(sorted(set(range(r)) - set(chosen.tolist())), dtype=torch.long)
     if len(arriving):
-        _exchange(layer, leaving, arriving, dtype)
-    _forget(layer, leaving, everything=decomposed)
-    return float(sigma[chosen].sum() / sigma.sum()) if k and sigma.sum() > 0 else math.nan
+        _exchange(layer, leaving, arriving)
+    _forget(layer, leaving, everything=everything)
+    return float(sigma[chosen].sum() / sigma.sum()) if sigma.sum() > 0 else math.nan
 
 
 def _whole_sigma(layer: SpectralFactors) -> Tensor:
@@ -354,24 +390,36 @@ def _whole_sigma(layer: SpectralFactors) -> Tensor:
     return torch.cat(parts).cpu().clamp_min(0)
 
 
-def _exchange(layer: SpectralFactors, leaving: Tensor, arriving: Tensor, dtype: torch.dtype) -> None:
-    """Active rows ``leaving`` and frozen rows ``arriving`` change places, each sigma with its moments."""
+def _exchange(layer: SpectralFactors, leaving: Tensor, arriving: Tensor) -> None:
+    """Active rows ``leaving`` and frozen rows ``arriving`` change places, each sigma with its moments if they count."""
     param = layer.param("u_active")
+    dtype = torch.promote_types(param.dtype, torch.float32)
+    carried = _MOMENTS if _settings(layer)["keep_sigma_moments"] else ()
     rows = [layer.take("active", leaving, dtype), layer.take("frozen", arriving, dtype)]
     for index, segment, own in ((leaving, "active", rows[0]), (arriving, "frozen", rows[1])):
         slot = layer.slots[f"sigma_{segment}"]
-        own += [take_rows(slot.param, local(slot.state[key]), index).to(dtype) for key in _MOMENTS]
+        own += [take_rows(slot.param, local(slot.state[key]), index).to(dtype) for key in carried]
     flat = [torch.cat([values.reshape(-1) for values in own]) for own in rows]
-    wholes = sum_over_shards([param, param], flat)
-    for whole, own, index, segment in (
-        (wholes[0], rows[0], arriving, "frozen"),
-        (wholes[1], rows[1], leaving, "active"),
-    ):
-        parts = [part.view_as(old) for part, old in zip(whole.split([v.numel() for v in own]), own, strict=True)]
+    out, back = (
+        [part.view_as(old) for part, old in zip(whole.split([v.numel() for v in own]), own, strict=True)]
+        for whole, own in zip(sum_over_shards([param, param], flat), rows, strict=True)
+    )
+    if layer.param("u_frozen").dtype != dtype:
+        _lengths_into_sigma(back)
+    for parts, index, segment in ((out, arriving, "frozen"), (back, leaving, "active")):
         layer.put(segment, index, parts[:3])
         slot = layer.slots[f"sigma_{segment}"]
-        for key, values in zip(_MOMENTS, parts[3:], strict=True):
+        for key, values in zip(carried, parts[3:], strict=True):
             put_rows(slot.param, local(slot.state[key]), index, values)
+
+
+def _lengths_into_sigma(triplets: list[Tensor]) -> None:
+    """Unit vectors again, of what was stored in fewer bits: the next step will normalise, and must not change W."""
+    u, sigma, v = triplets[:3]
+    for vectors in (u, v):
+        length = torch.linalg.vector_norm(vectors, dim=1)
+        vectors.div_(length.clamp_min(torch.finfo(vectors.dtype).tiny).unsqueeze(1))
+        sigma.mul_(length)
 
 
 def _forget(layer: SpectralFactors, replaced: Tensor, *, everything: bool) -> None:
@@ -395,17 +443,17 @@ def _orthogonality_error(layer: SpectralFactors) -> float:
     return float((whole @ whole.mT).fill_diagonal_(0).abs().max())
 
 
-def _check(schedule: dict[str, Any], others: dict[str, Any]) -> None:
+def _check(name: str, group: dict[str, Any]) -> None:
     for key, low in (("resample_every", 1), ("resvd_every", 0), ("warmup_steps", 0), ("seed", 0)):
-        value = (schedule | others)[key]
+        value = group[key]
         if value is None and key == "resvd_every":
             continue
         if not is_number(value) or not isinstance(value, int) or value < low:
             allowed = ", or None" if key == "resvd_every" else ""
-            raise ValueError(f"{key}={value!r}; expected a whole number >= {low}{allowed}")
+            raise ValueError(f"{key}={value!r} for {name!r}; expected a whole number >= {low}{allowed}")
     for key, valid in (("sampling", tuple(SAMPLERS)), ("negative_sigma", ("clamp", "reflect"))):
-        if others[key] not in valid:
-            raise ValueError(f"{key}={others[key]!r}; expected one of {', '.join(valid)}")
+        if group[key] not in valid:
+            raise ValueError(f"{key}={group[key]!r} for {name!r}; expected one of {', '.join(valid)}")
     for key in ("keep_sigma_moments", "keep_vector_moments", "tangent", "staggered"):
-        if not isinstance(others[key], bool):
-            raise ValueError(f"{key}={others[key]!r}; expected True or False")
+        if not isinstance(group[key], bool):
+            raise ValueError(f"{key}={group[key]!r} for {name!r}; expected True or False")

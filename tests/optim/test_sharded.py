@@ -389,7 +389,7 @@ def test_collectives_carry_the_bytes_that_are_promised(
                 mean = sum(found[label][i][0] for found in by_rank) / world_size
                 assert mean <= promised <= 1.25 * mean, label  # the promise is of even shares, rounded up
             elif label in AT_MOST and i == 1:
-                assert promised / 3 < counted <= promised, label
+                assert promised / 4 < counted <= promised, label
             else:
                 assert counted == promised, label
                 assert all(other[label][i][0] <= counted for other in others), label
@@ -444,23 +444,27 @@ def test_what_a_change_of_factors_costs_is_predicted(name: str) -> None:
     assert sent.interval == 7
 
 
-def test_layers_sharded_within_their_rows_are_refused_at_the_first_step() -> None:
-    """Their vectors would be normalised by a part of their length: before anything is changed, not at the first draw.
+@pytest.mark.parametrize("name", ["relora", "sst"])
+def test_layers_sharded_within_their_rows_are_refused_before_these_change(name: str) -> None:
+    """A vector would be normalised by a part of its length; not only at the first draw or restart.
 
-    So every test here shards them by rows, and none along dimension 1.
+    So every test here shards converted layers by rows, and none along dimension 1.
     """
 
     def worker() -> None:
-        model = new_model("sst")
+        model = new_model(name)
 
         def columns(param: nn.Parameter) -> Shard:
             return Shard(1 if param.ndim == 2 and param.shape[1] % 2 == 0 else 0)
 
         fully_shard(model, mesh=one_dimensional_mesh(), shard_placement_fn=columns)
         before = weights(model)
-        with pytest.raises(ValueError, match=r"sharded along dimension 1; its rows .* must stay whole: shard it along"):
-            run_steps(model, build("sst", model), 0, 1)
-        assert_equal(weights(model), before)
+        with pytest.raises(ValueError, match=r"sharded along dimension 1; its rows .*must stay whole: shard it along"):
+            run_steps(model, build(name, model), 0, 1)
+        cut = [key for key, param in model.named_parameters() if param.placements[0] == Shard(1)]
+        after = weights(model)
+        changed = [key for key in cut if not torch.equal(after[key], before[key])]
+        assert all(key.startswith(("embedding", "head", "matrix_1x8.")) for key in changed), "AdamW cuts no rows"
 
     run_distributed(worker, 2)
 

@@ -147,13 +147,14 @@ def set_gradients_of_trained(model: nn.Module, step: int) -> None:
             param.grad = None
 
 
-def test_a_draw_communicates_the_rows_that_change_places() -> None:
-    """Of each of r triplets u, sigma, v and 3 of its moments there and back; all sigma, and the active u."""
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_draw_communicates_the_rows_that_change_places(keep: bool) -> None:
+    """Of each of r triplets u, sigma, v, and 3 of its moments if kept, there and back; all sigma, and the active u."""
 
     def worker() -> list[int]:
         model = new("paper")
         shard(model, "rows")
-        optimizer = build(model, resample_every=T3, resvd_every=0, sampling="sequential")
+        optimizer = build(model, resample_every=T3, resvd_every=0, sampling="sequential", keep_sigma_moments=keep)
         for step in range(T3):
             set_gradients_of_trained(model, step)
             with Collectives() as collectives:
@@ -161,7 +162,7 @@ def test_a_draw_communicates_the_rows_that_change_places() -> None:
         return [call.numbers for call in collectives.calls]
 
     shapes, r = [(10, 6), (10, 10), (4, 10)], 2
-    exchanged = sum(2 * r * (out + 1 + width + 3) for out, width in shapes)
+    exchanged = sum(2 * r * (out + 1 + width + 3 * keep) for out, width in shapes)
     asked = sum(min(out, width) + r * out for out, width in shapes)
     for numbers in run_distributed(worker, 2):
         assert sum(numbers) == exchanged + asked
