@@ -59,9 +59,17 @@ def decompose(weight: Tensor) -> dict[str, Tensor]:
     order = sigma.argsort(descending=True, stable=True)
     narrow, long = vectors.mT[order], other.mT[order]
     u, v = (narrow, long) if weight.shape[0] <= weight.shape[1] else (long, narrow)
-    largest = u.gather(1, u.abs().argmax(1, keepdim=True))
-    signs = torch.where(largest < 0, -1.0, 1.0).to(u.dtype)
-    return {"u": u * signs, "sigma": sigma[order], "v": v * signs}
+    sigma = sigma[order]
+    signs = _signs(u)
+    # Where sigma is 0, nothing ties the sign of v to that of u, and rounding must not choose it.
+    nothing = (sigma <= 16 * torch.finfo(sigma.dtype).eps * sigma[0]).unsqueeze(1)
+    return {"u": u * signs, "sigma": sigma, "v": v * torch.where(nothing, _signs(v), signs)}
+
+
+def _signs(vectors: Tensor) -> Tensor:
+    """(n, 1), to make the largest entry of each vector positive."""
+    largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
+    return torch.where(largest < 0, -1.0, 1.0).to(vectors.dtype)
 
 
 def decode(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
