@@ -9,6 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -268,6 +269,16 @@ def test_weights_of_another_shape_or_none(folders: dict[str, str], tmp_path: Pat
     for overrides, weights in (({"num_hidden_layers": 3}, folder), ({"intermediate_size": 64}, folder), ({}, tmp_path)):
         with pytest.raises(UserError, match=r"model\.name="):
             filled(ModelConfig(name=folder, overrides=overrides), folder=str(weights))
+
+
+def test_a_weight_that_the_folder_lacks_is_not_left_to_chance(folders: dict[str, str], tmp_path: Path) -> None:
+    source = Path(folders["llama_9m"])
+    weights = load_file(source / "model.safetensors")
+    del weights["model.layers.1.self_attn.q_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    with pytest.raises(UserError, match=r"has no weights for 'model\.layers\.1\.self_attn\.q_proj\.weight'"):
+        filled(ModelConfig(name=str(tmp_path)), folder=str(tmp_path))
 
 
 @pytest.mark.parametrize("key", ["num_key_value_heads", "intermediate_size", "hidden_size", "max_position_embeddings"])
