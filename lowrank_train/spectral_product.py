@@ -77,44 +77,48 @@ class _SpectralProduct(torch.autograd.Function):
     ) -> Tensor:
         """X (T, n) -> Y (T, m)."""
         parameters = (u_active, sigma_active, v_active, u_frozen, sigma_frozen, v_frozen, u_scale, v_scale)
-        segments = _segments(parameters, x.dtype)
-        inner = []
-        if factored:
-            y = None if bias is None else bias.to(x.dtype).expand(x.shape[0], -1)
-            for u, sigma, v in segments:
-                z = x @ v.mT
-                inner.append(z)
-                y = (z * sigma) @ u if y is None else torch.addmm(y, z * sigma, u)
-            assert y is not None
-        else:
-            weight = _weight(segments)
-            y = x @ weight.mT if bias is None else torch.addmm(bias.to(x.dtype), x, weight.mT)
-        ctx.save_for_backward(x, bias, *parameters, *inner)
-        ctx.enhanced, ctx.factored = enhanced, factored
+        u, sigma, v = _factors(parameters, x.dtype)
+        z = x @ v.mT if factored else None
+        left, right = (z, u * sigma.unsqueeze(1)) if z is not None else (x, _weight(u, sigma, v).mT)
+        y = left @ right if bias is None else torch.addmm(bias.to(x.dtype), left, right)
+        ctx.save_for_backward(x, z, bias, *parameters)
+        ctx.enhanced = enhanced
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """dY (T, m) -> gradients of x, u_active, sigma_active, v_active, sigma_frozen and bias."""
-        x, bias, *rest = ctx.saved_tensors
-        parameters, inner = rest[:8], rest[8:]
+        x, z, bias, *parameters = ctx.saved_tensors
         u_active, sigma_active, v_active, _, sigma_frozen = parameters[:5]
-        segments = _segments(parameters, x.dtype)
-        if ctx.factored:
-            dx, du, dv, dsigma = _factored_gradients(x, dy, segments, inner, needs_dx=ctx.needs_input_grad[0])
+        r = u_active.shape[0]
+        u, sigma, v = _factors(parameters, x.dtype)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        if z is not None:
+            dz = dy @ u.mT
+            dsigma = (z * dz).sum(0, dtype=exact)
+            du, dv = z[:, :r].mT @ dy, dz[:, :r].mT @ x
+            dx = dz @ (v * sigma.unsqueeze(1)) if ctx.needs_input_grad[0] else None
         else:
-            dx, du, dv, dsigma = _materialised_gradients(x, dy, segments, needs_dx=ctx.needs_input_grad[0])
+            dx = dy @ _weight(u, sigma, v) if ctx.needs_input_grad[0] else None
+            gradient = dy.mT @ x
+            if u.shape[1] < v.shape[1]:  # all G v_i or all G^T u_i, whichever are the smaller
+                everything = v @ gradient.mT
+                dsigma = (everything * u).sum(1, dtype=exact)
+                du, dv = everything[:r], u[:r] @ gradient
+            else:
+                everything = u @ gradient
+                dsigma = (everything * v).sum(1, dtype=exact)
+                du, dv = v[:r] @ gradient.mT, everything[:r]
         if not ctx.enhanced:
-            column = segments[0][1].unsqueeze(1)
-            du, dv = du * column, dv * column
+            du, dv = du * sigma[:r].unsqueeze(1), dv * sigma[:r].unsqueeze(1)
         return (
             dx,
             du.to(u_active.dtype),
-            dsigma[0].to(sigma_active.dtype),
+            dsigma[:r].to(sigma_active.dtype),
             dv.to(v_active.dtype),
             None,
-            None if sigma_frozen is None else dsigma[1].to(sigma_frozen.dtype),
+            None if sigma_frozen is None else dsigma[r:].to(sigma_frozen.dtype),
             None,
             None,
             None,
@@ -124,59 +128,20 @@ class _SpectralProduct(torch.autograd.Function):
         )
 
 
-_Segment = tuple[Tensor, Tensor, Tensor]
-
-
-def _segments(parameters: Any, dtype: torch.dtype) -> list[_Segment]:
-    """(u, sigma, v) of the active and of the frozen triplets, in the type of the arithmetic."""
+def _factors(parameters: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """U (k, m), sigma (k,) and V (k, n), the active triplets first, in the type of the arithmetic."""
     u_active, sigma_active, v_active, u_frozen, sigma_frozen, v_frozen, u_scale, v_scale = parameters
-    segments = [(u_active.to(dtype), sigma_active.to(dtype), v_active.to(dtype))]
-    if sigma_frozen is not None:
-        u, v = decode(u_frozen, u_scale, dtype), decode(v_frozen, v_scale, dtype)
-        segments.append((u, sigma_frozen.to(dtype), v))
-    return segments
+    u, sigma, v = u_active.to(dtype), sigma_active.to(dtype), v_active.to(dtype)
+    if sigma_frozen is None:
+        return u, sigma, v
+    return (  # one product of them all is faster than two, by more than the copies cost
+        torch.cat([u, decode(u_frozen, u_scale, dtype)]),
+        torch.cat([sigma, sigma_frozen.to(dtype)]),
+        torch.cat([v, decode(v_frozen, v_scale, dtype)]),
+    )
 
 
-def _weight(segments: list[_Segment]) -> Tensor:
-    """W (m, n)."""
-    weight = None
-    for u, sigma, v in segments:
-        # the smaller of the two products with sigma
-        left, right = (u * sigma.unsqueeze(1), v) if u.shape[1] < v.shape[1] else (u, v * sigma.unsqueeze(1))
-        weight = left.mT @ right if weight is None else weight.addmm_(left.mT, right)
-    assert weight is not None
-    return weight
-
-
-def _factored_gradients(
-    x: Tensor, dy: Tensor, segments: list[_Segment], inner: list[Tensor], *, needs_dx: bool
-) -> tuple[Tensor | None, Tensor, Tensor, list[Tensor]]:
-    exact = torch.promote_types(x.dtype, torch.float32)
-    dx, du, dv, dsigma = None, None, None, []
-    for z, (u, sigma, v) in zip(inner, segments, strict=True):
-        dz = dy @ u.mT
-        dsigma.append((z * dz).sum(0, dtype=exact))
-        if du is None:
-            du, dv = z.mT @ dy, dz.mT @ x
-        if needs_dx:
-            scaled = dz * sigma
-            dx = scaled @ v if dx is None else dx.addmm_(scaled, v)
-    assert du is not None
-    assert dv is not None
-    return dx, du, dv, dsigma
-
-
-def _materialised_gradients(
-    x: Tensor, dy: Tensor, segments: list[_Segment], *, needs_dx: bool
-) -> tuple[Tensor | None, Tensor, Tensor, list[Tensor]]:
-    exact = torch.promote_types(x.dtype, torch.float32)
-    dx = dy @ _weight(segments) if needs_dx else None
-    gradient = dy.mT @ x
-    u, _, v = segments[0]
-    du, dv = v @ gradient.mT, u @ gradient
-    dsigma = [(dv * v).sum(1, dtype=exact)]
-    for u, _, v in segments[1:]:
-        # u_i^T G v_i by the side that leaves the smaller product
-        inside = (v @ gradient.mT).mul_(u) if u.shape[1] < v.shape[1] else (u @ gradient).mul_(v)
-        dsigma.append(inside.sum(1, dtype=exact))
-    return dx, du, dv, dsigma
+def _weight(u: Tensor, sigma: Tensor, v: Tensor) -> Tensor:
+    """W (m, n); the smaller factor is the one multiplied with sigma."""
+    column = sigma.unsqueeze(1)
+    return (u * column).mT @ v if u.shape[1] < v.shape[1] else u.mT @ (v * column)
