@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        print("\nstopped; 'quality' goes on from here when started again, the others begin anew", file=sys.stderr)
         return 130
     return 0
 

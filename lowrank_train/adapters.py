@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_train.errors import UserError
+from lowrank_train.layer_choice import BLOCK_MATRICES, replaceable_layers
 from lowrank_train.parametrization import Parametrization
-from lowrank_train.spectral import BLOCK_MATRICES
 from optim.base import is_number
 from optim.relora import drawn_factor, merged_weight
-from optim.sharding import local
 
 __all__ = ["LowRankAdapters", "add_adapters"]
 
@@ -137,20 +136,13 @@ def add_adapters(
 
 
 def _convertible(model: nn.Module, adapters: LowRankAdapters, layers: str) -> dict[str, nn.Linear]:
-    modules = dict(model.named_modules())
-    if any(adapters.converted(module) for module in modules.values()):
+    if any(adapters.converted(module) for module in model.modules()):
         raise ValueError("the model has adapters already; add them only once")
-    linears = {name: module for name, module in modules.items() if type(module) is nn.Linear and name}
-    found = {name: linear for name, linear in linears.items() if re.search(layers, name)}
-    if not found:
-        names = ", ".join(repr(name) for name in list(linears)[:3]) or "none at all"
-        raise ValueError(f"layers={layers!r} matches no nn.Linear of the model; it has {names}")
+    found = {name: linear for name, linear in replaceable_layers(model, layers).items() if name}
     for name, linear in found.items():
         smaller = min(linear.in_features, linear.out_features)
         if adapters.rank > smaller:
             raise ValueError(f"rank={adapters.rank} for {name!r}; expected 1 to {smaller}, the weight's smaller side")
-        if local(linear.weight) is not linear.weight:
-            raise ValueError(f"{name!r} is sharded already; add adapters before fully_shard")
     return found
 
 

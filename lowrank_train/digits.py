@@ -14,7 +14,6 @@ import itertools
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from lowrank_train.errors import UserError
 from lowrank_train.progress import show_progress
 from lowrank_train.record import provenance
 from lowrank_train.spectral import to_spectral
+from lowrank_train.step_benchmark import output_folder, positive
 
 __all__ = ["METHODS", "measure_digits", "train_digits"]
 
@@ -105,7 +105,7 @@ def measure_digits(arguments: Sequence[str]) -> str:
         The table, in Markdown.
 
     Raises:
-        UserError: scikit-learn, which brings the images, is missing.
+        UserError: numbers out of range, an unwritable folder; scikit-learn, which brings the images, is missing.
     """
     parser = argparse.ArgumentParser(prog="launch/benchmark.py digits", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--epochs", type=int, default=100, help="default: 100")
@@ -113,6 +113,10 @@ def measure_digits(arguments: Sequence[str]) -> str:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--out", default="runs/digits", help="folder of digits.json and digits.md")
     given = parser.parse_args(arguments)
+    positive("--epochs", given.epochs)
+    if not all(lr > 0 for lr in given.lr):
+        raise UserError(f"--lr {' '.join(map(str, given.lr))}; expected numbers > 0")
+    folder = output_folder(given.out)
     data = _images()
     jobs = [(name, lr, seed) for name in METHODS for lr in given.lr for seed in given.seeds]
     runs = []
@@ -120,8 +124,6 @@ def measure_digits(arguments: Sequence[str]) -> str:
         accuracy, loss, trained = train_digits(name, data, lr=lr, epochs=given.epochs, seed=seed)
         runs.append({"method": name, "lr": lr, "seed": seed, "accuracy": accuracy, "loss": loss, "trained": trained})
     figures = {"what": __doc__, "provenance": provenance(torch.device("cpu")), **vars(given), "runs": runs}
-    folder = Path(given.out)
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "digits.json").write_text(json.dumps(figures, indent=2) + "\n")
     table = _table(runs, given.lr)
     (folder / "digits.md").write_text(f"# Digits\n\n{table}\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import optim
@@ -32,6 +32,11 @@ class Method(NamedTuple):
             if parameter.default is parameter.empty and key not in arguments:
                 raise ValueError(f"{key} is missing: give optimizer.{key}=")
         return self.layers(**{key: arguments[key] for key in parameters if key in arguments})
+
+    def layer_settings(self, arguments: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+        """What ``parametrization`` goes by, defaults included."""
+        for key, parameter in inspect.signature(self.layers).parameters.items():
+            yield key, arguments.get(key, parameter.default)
 
     def optimizer_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Those of the arguments that are the optimizer's."""

@@ -231,7 +231,7 @@ def load_weights(
         if name not in values or values[name].shape != expected.shape:
             got = tuple(values[name].shape) if name in values else "nothing"
             raise UserError(f"model.name={folder} has {got} for {name!r}; expected shape {tuple(expected.shape)}")
-    _fill(model, plain, lambda name: source.get_submodule(name).to(ranks.device), layers, ranks)
+    _fill(model, plain, lambda name: copy.deepcopy(source.get_submodule(name)).to(ranks.device), layers, ranks)
 
 
 def _fill(

@@ -91,7 +91,9 @@ class Run:
         architecture = self.model.config
         model = {key: value for key, value in architecture.to_dict().items() if key not in _NOT_ARCHITECTURE}
         model = {"model_type": architecture.model_type, **model}  # first, because the first difference is shown
-        return {"optimizer.name": self.config.optimizer["name"], "model": model, **self.data.description}
+        name = self.config.optimizer["name"]
+        layers = {f"optimizer.{key}": value for key, value in methods.find(name).layer_settings(self.config.optimizer)}
+        return {"optimizer.name": name, **layers, "model": model, **self.data.description}
 
     def set_learning_rate(self, factor: float) -> None:
         """Give every group its configured hyperparameters, the learning rate times ``factor``."""

@@ -5,21 +5,19 @@ Source: Zhao et al., "Sparse Spectral Training" (arXiv 2405.15481v3), sections 3
 
 from __future__ import annotations
 
-import re
-import zlib
 from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from lowrank_train.layer_choice import BLOCK_MATRICES, replaceable_layers
 from lowrank_train.spectral_product import factored_is_cheaper, spectral_product
-from optim.sampling import SAMPLERS, sample
+from optim.sampling import SAMPLERS, draw_seed, sample
 from optim.sharding import is_sharded
 from optim.spectral_factors import FACTORS, SCALES, decode, decompose, encode
 
 __all__ = [
-    "BLOCK_MATRICES",
     "SpectralLinear",
     "factorise",
     "merge",
@@ -28,14 +26,13 @@ __all__ = [
     "to_spectral",
 ]
 
-BLOCK_MATRICES = r"\.(q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|down_proj|fc1|fc2)$"
-"""Attention and feed-forward matrices of Hugging Face's LLaMA and OPT: the ones the paper replaces."""
-
 _FROZEN_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "8bit": torch.int8}
 
 
 class SpectralLinear(nn.Module):
     """A linear map x -> U diag(sigma) V^T x + bias, full rank, of which r triplets are trained.
+
+    Made by ``to_spectral``; one built directly has factors of zeros, to be filled.
 
     Parameters, a triplet per row: ``u_active`` (r, out), ``sigma_active`` (r,), ``v_active`` (r, in), trainable;
     ``sigma_frozen`` (k - r,), trainable; ``u_frozen`` (k - r, out) and ``v_frozen`` (k - r, in), not; k = min(out, in).
@@ -103,7 +100,8 @@ class SpectralLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         kind = x.device.type
-        if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+        casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        if casts and x.is_floating_point() and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(kind))
         tokens = x.numel() // self.in_features
         cheaper = factored_is_cheaper(tokens, self.out_features, self.in_features, self.rank)
@@ -161,12 +159,16 @@ def to_spectral(
         The model itself.
 
     Raises:
-        ValueError: no layer matches, the model is spectral already or sharded, a matched layer's weight is tied to
-            another module, too small for the rank, all zero or not finite; wrong sampling, gradient, dtype or path.
+        ValueError: no layer matches, the model is spectral already, sharded or in DistributedDataParallel, a matched
+            layer's weight is tied to another module, takes no gradient, is too small for the rank, all zero or not
+            finite; wrong sampling, gradient, dtype or path. The model is as it was then.
     """
     if sampling not in SAMPLERS:
         raise ValueError(f"sampling={sampling!r}; expected one of {', '.join(SAMPLERS)}")
-    found = _convertible(model, layers)
+    spectral = next((name for name, module in model.named_modules() if isinstance(module, SpectralLinear)), None)
+    if spectral is not None:
+        raise ValueError(f"the model is spectral already (its {spectral!r}); merge it first, or convert it only once")
+    found = replaceable_layers(model, layers)
     for name, linear in found.items():  # all of them before the first is replaced
         try:
             _check_layer(rank, min(linear.weight.shape), gradient, frozen_dtype, path)
@@ -175,12 +177,12 @@ def to_spectral(
         except ValueError as error:
             raise ValueError(f"cannot convert {name!r}: {error}") from None
     for index, linear in enumerate(found.values()):
-        spectral = _like(linear, rank, gradient=gradient, frozen_dtype=frozen_dtype, path=path)
+        made = _like(linear, rank, gradient=gradient, frozen_dtype=frozen_dtype, path=path)
         if not linear.weight.is_meta:
             factors = factorise(linear.weight, rank, sampling=sampling, seed=seed, index=index)
-            for key, value in spectral_values(spectral, factors, linear.bias).items():
-                spectral.get_parameter(key).data.copy_(value)
-        model = _replace(model, linear, spectral)
+            for key, value in spectral_values(made, factors, linear.bias).items():
+                made.get_parameter(key).data.copy_(value)
+        model = _replace(model, linear, made)
     return model
 
 
@@ -194,7 +196,7 @@ def factorise(
     _check_weight(weight)
     factors = decompose(weight.detach())
     chosen = sample(
-        sampling, factors["sigma"].cpu(), rank, iteration=0, seed=zlib.crc32(f"{seed}/{index}/0".encode())
+        sampling, factors["sigma"].cpu(), rank, iteration=0, seed=draw_seed(seed, index, iteration=0)
     ).tolist()
     active = set(chosen)
     order = torch.tensor(chosen + [i for i in range(len(factors["sigma"])) if i not in active], device=weight.device)
@@ -275,30 +277,6 @@ def _merged(factors: Mapping[str, Tensor]) -> Tensor:
 def _scaled(factors: Mapping[str, Tensor], segment: str, dtype: torch.dtype) -> Tensor:
     v = decode(factors[f"v_{segment}"], factors.get(f"v_{segment}_scale"), dtype)
     return v * factors[f"sigma_{segment}"].to(dtype).unsqueeze(1)
-
-
-def _convertible(model: nn.Module, layers: str) -> dict[str, nn.Linear]:
-    modules = dict(model.named_modules())
-    spectral = next((name for name, module in modules.items() if isinstance(module, SpectralLinear)), None)
-    if is_sharded(model):
-        raise ValueError("the model is sharded already; convert the model before fully_shard")
-    if spectral is not None:
-        raise ValueError(f"the model is spectral already (its {spectral!r}); merge it first, or convert it only once")
-    linears = {name: module for name, module in modules.items() if type(module) is nn.Linear}
-    found = {name: linear for name, linear in linears.items() if re.search(layers, name)}
-    if not found:
-        names = ", ".join(repr(name) for name in list(linears)[:3]) or "none at all"
-        raise ValueError(f"layers={layers!r} matches no nn.Linear of the model; it has {names}")
-    owners: dict[Tensor, list[str]] = {}
-    for name, module in modules.items():
-        for key, param in module._parameters.items():
-            if param is not None:
-                owners.setdefault(param, []).append(f"{name}.{key}")
-    for name, linear in found.items():
-        others = [owner for owner in owners[linear.weight] if owner != f"{name}.weight"]
-        if others:
-            raise ValueError(f"the weight of {name!r} is tied to {others[0]!r}; leave it out with layers=...")
-    return found
 
 
 def _like(linear: nn.Linear, rank: int, **settings: object) -> SpectralLinear:

@@ -14,7 +14,6 @@ is arbitrary, hence the absolute value, as in the authors' code; top_k = 10 and 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from lowrank_train.layer_choice import BLOCK_MATRICES, linear_layers
 from lowrank_train.progress import show_progress
-from lowrank_train.spectral import BLOCK_MATRICES
 from optim.spectral_factors import decompose
 
 __all__ = [
@@ -32,7 +31,6 @@ __all__ = [
     "count_at_share",
     "decompositions",
     "factors_of_weight",
-    "matrices",
     "spectra",
     "summarize",
 ]
@@ -53,27 +51,6 @@ class Summary:
     """Singular values that hold 90 % of their sum."""
 
 
-def matrices(model: nn.Module, layers: str = BLOCK_MATRICES) -> dict[str, nn.Linear]:
-    """The linear layers whose names match, in the order of the model.
-
-    Args:
-        model: any module, unsharded; spectral layers are merged first.
-        layers: regular expression (``re.search``) on module names; ``""`` for all.
-
-    Raises:
-        ValueError: the expression cannot be read, or matches no ``nn.Linear``.
-    """
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    try:
-        found = {name: linear for name, linear in linears.items() if re.search(layers, name)}
-    except re.error as error:
-        raise ValueError(f"layers={layers!r} is not a regular expression: {error}") from None
-    if not found:
-        names = ", ".join(repr(name) for name in list(linears)[:3]) or "none at all"
-        raise ValueError(f"layers={layers!r} matches no nn.Linear of the model; it has {names}")
-    return found
-
-
 def factors_of_weight(name: str, weight: Tensor) -> dict[str, Tensor]:
     """``decompose``, with the name in its errors: ``u`` (k, out), ``sigma`` (k,) falling, ``v`` (k, in), float64.
 
@@ -92,9 +69,9 @@ def decompositions(
     """Name, layer and factors of every matching matrix, one at a time, so that one matrix's factors exist at once.
 
     Raises:
-        ValueError: as ``matrices`` and ``factors_of_weight``.
+        ValueError: as ``linear_layers`` and ``factors_of_weight``.
     """
-    for name, linear in show_progress(matrices(model, layers).items(), "singular values", "matrices"):
+    for name, linear in show_progress(linear_layers(model, layers).items(), "singular values", "matrices"):
         yield name, linear, factors_of_weight(name, linear.weight)
 
 
@@ -102,7 +79,7 @@ def spectra(model: nn.Module, layers: str = BLOCK_MATRICES) -> dict[str, Tensor]
     """Singular values (k,), falling, float64, on the CPU, of every matching matrix by its module's name.
 
     Raises:
-        ValueError: as ``matrices`` and ``factors_of_weight``.
+        ValueError: as ``linear_layers`` and ``factors_of_weight``.
     """
     return {name: factors["sigma"].cpu() for name, _, factors in decompositions(model, layers)}
 

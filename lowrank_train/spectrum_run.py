@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 
 from lowrank_train.config import ParallelConfig, key_help, load_schema, setting
 from lowrank_train.errors import UserError
+from lowrank_train.layer_choice import BLOCK_MATRICES, linear_layers
 from lowrank_train.loss import IGNORED
 from lowrank_train.model_folder import is_export_of_run, load_model, model_folder, model_label
 from lowrank_train.parallel import Ranks, start
 from lowrank_train.pruning import Prunable, TextConfig, evaluation_blocks, pruning_curve
 from lowrank_train.record import provenance
-from lowrank_train.spectral import BLOCK_MATRICES
-from lowrank_train.spectrum import best_cosines, decompositions, factors_of_weight, matrices
+from lowrank_train.spectrum import best_cosines, decompositions, factors_of_weight
 from lowrank_train.spectrum_plots import ModelSpectra
 from lowrank_train.spectrum_report import write_report
 
@@ -140,7 +140,7 @@ def _measure(
     config: SpectrumConfig,
     ranks: Ranks,
 ) -> ModelSpectra:
-    linears = matrices(model, config.layers)
+    linears = linear_layers(model, config.layers)
     old = {} if before is None else _counterparts(linears, before, str(config.before))
     if blocks is not None:
         _check_prunable(model, linears, blocks.shape[1] - 1, result.folder)

@@ -25,7 +25,7 @@ from optim.communication import FORMULAS, communicated_bytes, model_shapes
 from optim.table import aligned, size_text
 from optim.timing import BASELINES, StepTime, rank_argument, time_steps
 
-__all__ = ["communication", "measure_steps"]
+__all__ = ["communication", "find_device", "measure_steps", "output_folder", "positive"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -47,10 +47,10 @@ def measure_steps(arguments: Sequence[str]) -> str:
     given = _step_parser().parse_args(arguments)
     for key in ("interval", "rounds", "threads", "world_size"):
         if getattr(given, key) is not None:
-            _positive(f"--{key.replace('_', '-')}", getattr(given, key))
+            positive(f"--{key.replace('_', '-')}", getattr(given, key))
     if given.threads is not None:
         torch.set_num_threads(given.threads)
-    device = _device(given.device)
+    device = find_device(given.device)
     shapes = _shapes(given.shapes, given.layers, device)
     dtype = _DTYPES[given.dtype]
     names = given.optimizers or optim.names(of_matrices=True)
@@ -81,8 +81,7 @@ def measure_steps(arguments: Sequence[str]) -> str:
         **{key: getattr(given, key) for key in ("dtype", "rank", "interval", "rounds", "world_size")},
         "rows": sorted(rows, key=lambda row: row["amortised_ratio"]["fused"]),
     }
-    folder = Path(given.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = output_folder(given.out)
     (folder / "step.json").write_text(json.dumps(figures, indent=2) + "\n")
     (folder / "step.md").write_text("\n".join(["# One optimizer step", "", _table(figures), "", *_notes(figures), ""]))
     return _table(figures)
@@ -243,7 +242,8 @@ def _available_bytes(device: torch.device) -> int | None:
     return None if found is None else 1024 * int(found[1])
 
 
-def _device(name: str | None) -> torch.device:
+def find_device(name: str | None) -> torch.device:
+    """By name; None: CUDA where there is one. Raises UserError for what is not here."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
@@ -253,13 +253,23 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
+def output_folder(path: str) -> Path:
+    """Made if absent; raises UserError if it cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to --out {path}: {error}") from None
+    return Path(path)
+
+
 def _show(message: str) -> None:
     """On one line of a terminal; nowhere else."""
     if sys.stderr.isatty():
         print(f"\r\033[K{message}", end="", file=sys.stderr, flush=True)
 
 
-def _positive(key: str, value: int) -> int:
+def positive(key: str, value: int) -> int:
+    """The value; raises UserError if it is below 1."""
     if value < 1:
         raise UserError(f"{key} {value}; expected a whole number >= 1")
     return value
@@ -287,7 +297,7 @@ def communication(arguments: Sequence[str]) -> str:
     parser.add_argument("--rank", type=int, default=512, help="of the methods that have one; default: 512")
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of weights; default: float32")
     given = parser.parse_args(arguments)
-    ranks = _positive("--world-size", given.world_size)
+    ranks = positive("--world-size", given.world_size)
     model = _model(given.model).to(_DTYPES[given.dtype])
     head = ["optimizer", "payload", "sent", "sent at other steps", "every", "sent per step"]
     rows = []

@@ -9,7 +9,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from lowrank_train.models import SIZES, architecture, skeleton
 from lowrank_train.progress import show_progress
 from lowrank_train.record import provenance
 from lowrank_train.spectral import SpectralLinear
+from lowrank_train.step_benchmark import find_device, output_folder, positive
 
 __all__ = ["measure_training"]
 
@@ -57,11 +57,15 @@ def measure_training(arguments: Sequence[str]) -> str:
         UserError: arguments that do not fit together.
     """
     given = _parser().parse_args(arguments)
-    device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    for key in ("tokens", "seq_len", "rounds", "threads", "layers"):
+        if getattr(given, key) is not None:
+            positive(f"--{key.replace('_', '-')}", getattr(given, key))
+    device = find_device(given.device)
     if given.threads is not None:
         torch.set_num_threads(given.threads)
     if given.tokens % given.seq_len:
         raise UserError(f"--tokens {given.tokens} is not a multiple of --seq-len {given.seq_len}")
+    folder = output_folder(given.out)
     names = [BASELINE, *(name for name in given.methods if name != BASELINE)]
     torch.manual_seed(0)
     plain = _model(given, device)
@@ -83,8 +87,6 @@ def measure_training(arguments: Sequence[str]) -> str:
         "rows": rows,
         "rounds_of_svd": [_round(each, device) for each in trained if isinstance(each.optimizer, optim.SST)],
     }
-    folder = Path(given.out)
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "training.json").write_text(json.dumps(figures, indent=2) + "\n")
     table = _table(figures)
     (folder / "training.md").write_text(f"# Whole training steps\n\n{table}\n")
@@ -176,7 +178,7 @@ def _round(each: _Trained, device: torch.device) -> dict[str, float]:
     )
     for group in each.optimizer.param_groups:
         group.update(resample_every=1, resvd_every=1)
-    seconds = _timed(each.step, device) - each.median
+    seconds = statistics.median(_timed(each.step, device) for _ in range(3)) - each.median
     return {
         "seconds": seconds,
         "steps_per_round": steps * iterations,

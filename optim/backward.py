@@ -80,7 +80,8 @@ class BackwardUpdates:
                 raise ValueError(
                     f"max_norm={max_norm} with clip='global' needs every gradient before the first update, and "
                     f"{type(optimizer).__name__} needs the whole gradient of {slot.name!r} for it; use "
-                    "clip='parameter', residual='drop', or clip_grad_norm_ without attach_to_backward"
+                    "clip='parameter', residual='drop' where the method has one, or clip_grad_norm_ without "
+                    "attach_to_backward"
                 )
         self._slots = {slot.param: slot for slot in slots}
         self._hooks = [slot.param.register_post_accumulate_grad_hook(self._hook) for slot in slots]

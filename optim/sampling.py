@@ -11,12 +11,13 @@ Source: Zhao et al., Sparse Spectral Training (arXiv 2405.15481), Eq. 16 and the
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-__all__ = ["SAMPLERS", "sample"]
+__all__ = ["SAMPLERS", "draw_seed", "sample"]
 
 
 def _multinomial(sigma: Tensor, r: int, iteration: int, generator: torch.Generator) -> Tensor:
@@ -49,6 +50,11 @@ SAMPLERS: dict[str, Callable[[Tensor, int, int, torch.Generator], Tensor]] = {
     "sequential": _sequential,
     "top": _top,
 }
+
+
+def draw_seed(seed: int, layer: int, *, iteration: int) -> int:
+    """Of the drawing that begins an iteration of a layer, numbered in the order of the parameters."""
+    return zlib.crc32(f"{seed}/{layer}/{iteration}".encode())
 
 
 def sample(rule: str, sigma: Tensor, r: int, *, iteration: int, seed: int) -> Tensor:

@@ -35,6 +35,7 @@ __all__ = [
     "local",
     "local_shape",
     "matrix_shape",
+    "max_over_ranks",
     "max_over_shards",
     "on_whole_matrices",
     "preferred_shard_dim",
@@ -251,6 +252,14 @@ def max_over_shards(param: Tensor, value: Tensor) -> Tensor:
     """Largest of each number over the ranks that share rows of a parameter; no communication if none do."""
     info = _shard_info(param)
     if info is not None and first_column(param) is not None:
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=info.group)
+    return value
+
+
+def max_over_ranks(param: Tensor, value: Tensor) -> Tensor:
+    """Largest of each number over the ranks that share a parameter."""
+    info = _shard_info(param)
+    if info is not None and info.count > 1:
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=info.group)
     return value
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from optim.base import Slot
 from optim.quantization import RowCodec
@@ -41,21 +42,20 @@ _CODEC = RowCodec(8)
 def decompose(weight: Tensor) -> dict[str, Tensor]:
     """Singular value decomposition of (out, in): ``u`` (k, out), ``sigma`` (k,) falling, ``v`` (k, in), in float64.
 
-    The largest entry of each u_i is positive. Raises ValueError for numbers that are not finite, and
-    ``torch.linalg.LinAlgError`` if the iteration does not converge.
+    The largest entry of each u_i is positive. Raises ValueError for numbers that are not finite, or if neither this way
+    nor LAPACK's own SVD on the CPU converges.
     """
     if not torch.isfinite(weight).all():
         raise ValueError("the weight has entries that are not finite")
     wide = weight.double() if weight.shape[0] <= weight.shape[1] else weight.double().mT
-    vectors = torch.linalg.eigh(wide @ wide.mT).eigenvectors.flip(1)
-    image = wide.mT @ vectors
-    sigma = torch.linalg.vector_norm(image, dim=0)
-    if sigma.min() > _WORST_RATIO * sigma.max():
-        other = image / sigma
-    else:
-        orthonormal, upper = torch.linalg.qr(image)
-        left, sigma, right = torch.linalg.svd(upper)
-        other, vectors = orthonormal @ left, vectors @ right.mT
+    try:
+        vectors, sigma, other = _by_gram_matrix(wide)
+    except LinAlgError:
+        try:
+            left, sigma, right = (part.to(weight.device) for part in torch.linalg.svd(wide.cpu(), full_matrices=False))
+        except LinAlgError as error:
+            raise ValueError(f"its singular value decomposition does not converge: {error}") from None
+        vectors, other = left, right.mT
     order = sigma.argsort(descending=True, stable=True)
     narrow, long = vectors.mT[order], other.mT[order]
     u, v = (narrow, long) if weight.shape[0] <= weight.shape[1] else (long, narrow)
@@ -64,6 +64,18 @@ def decompose(weight: Tensor) -> dict[str, Tensor]:
     # Where sigma is 0, nothing ties the sign of v to that of u, and rounding must not choose it.
     nothing = (sigma <= 16 * torch.finfo(sigma.dtype).eps * sigma[0]).unsqueeze(1)
     return {"u": u * signs, "sigma": sigma, "v": v * torch.where(nothing, _signs(v), signs)}
+
+
+def _by_gram_matrix(wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """P (s, s), sigma (s,) and V (l, s) of a matrix (s, l), s <= l, with a vector per column, in any order."""
+    vectors = torch.linalg.eigh(wide @ wide.mT).eigenvectors.flip(1)
+    image = wide.mT @ vectors
+    sigma = torch.linalg.vector_norm(image, dim=0)
+    if sigma.min() > _WORST_RATIO * sigma.max():
+        return vectors, sigma, image / sigma
+    orthonormal, upper = torch.linalg.qr(image)
+    left, sigma, right = torch.linalg.svd(upper)
+    return vectors @ right.mT, sigma, orthonormal @ left
 
 
 def _signs(vectors: Tensor) -> Tensor:
@@ -172,7 +184,11 @@ def factors_of(slots: Iterable[Slot]) -> Iterator[SpectralFactors]:
         if factor in FACTORS or factor in SCALES:
             layers.setdefault(layer, {})[factor] = slot
     for layer, found in layers.items():
-        needed = FACTORS if any("frozen" in factor for factor in found) else FACTORS[:3]
+        if not any(slot.group["role"] != "frozen" for slot in found.values()):
+            continue  # the user has frozen all of it
+        needed: tuple[str, ...] = FACTORS if any("frozen" in factor for factor in found) else FACTORS[:3]
+        if "u_frozen" in found and not found["u_frozen"].param.is_floating_point():
+            needed = (*FACTORS, *SCALES)
         missing = [factor for factor in needed if factor not in found]
         if missing:
             raise ValueError(

@@ -29,25 +29,38 @@ from __future__ import annotations
 import math
 import time
 import warnings
-import zlib
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.optim.optimizer import ParamsT
 
-from optim.base import MatrixOptimizer, Slot, Traffic, dense_gradient, is_number
+from optim.base import MatrixOptimizer, Slot, Traffic, dense_gradient
 from optim.param_groups import param_groups
 from optim.rules import adam_direction
-from optim.sampling import SAMPLERS, sample
-from optim.sharding import StateTensor, decide_on_one_rank, local, put_rows, row_range, sum_over_shards, take_rows
+from optim.sampling import SAMPLERS, draw_seed, sample
+from optim.sharding import (
+    StateTensor,
+    decide_on_one_rank,
+    local,
+    max_over_ranks,
+    put_rows,
+    row_range,
+    sum_over_shards,
+    take_rows,
+)
 from optim.spectral_factors import SpectralFactors, decompose, factors_of
 
 __all__ = ["SST"]
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "age")
+
+_SHARED = (
+    *("resample_every", "resvd_every", "warmup_steps", "sampling", "seed", "staggered"),
+    *("keep_sigma_moments", "keep_vector_moments", "tangent", "negative_sigma"),
+)
+"""Settings that all factors of a layer have in common."""
 
 
 class SST(MatrixOptimizer):
@@ -59,8 +72,8 @@ class SST(MatrixOptimizer):
         lr: learning rate of all groups; float or tensor. The factors usually want 3 to 10 times the rate of the rest:
             give those groups their own.
         resample_every: T3, steps between two draws of active triplets.
-        resvd_every: T2, iterations between two re-SVDs; None: ceil(k / r), by when each triplet could have had its
-            turn; 0: never.
+        resvd_every: T2, iterations between two re-SVDs; None: ceil(k / r) of the layer that needs most, by when each
+            triplet could have had its turn; 0: never.
         warmup_steps: steps over which the rate of the factors rises after each draw.
         sampling: ``multinomial`` (Eq. 16), ``uniform``, ``sequential`` or ``top``. With ``sequential`` a round must be
             of ceil(k / r) iterations or more, or some triplets never have their turn.
@@ -78,8 +91,11 @@ class SST(MatrixOptimizer):
         ValueError: at construction, for a model without spectral layers, incomplete ones, and values out of range.
 
     State: of each active vector two moments and an age; of each sigma, frozen ones too, likewise; a step count.
-    Communication when sharded: nothing in a step; the rows that change places every ``resample_every`` steps; a sum
-    and a broadcast of each matrix at a re-SVD.
+    Communication when sharded: nothing in a step; every ``resample_every`` steps the rows that change places and, to
+    say how orthogonal they are, the active ones; at a re-SVD a sum of each matrix and a broadcast of its factors.
+
+    Factors in bfloat16 or float16 are rounded to nearest after each step, which then changes little or nothing: train
+    float32 factors, with autocast or FSDP2's mixed precision for the arithmetic.
     """
 
     source = "Zhao et al., arXiv 2405.15481"
@@ -121,11 +137,14 @@ class SST(MatrixOptimizer):
         adam = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
         groups = param_groups(params) if isinstance(params, nn.Module) else params
         super().__init__(groups, {"lr": lr, **schedule, **draw, **keep, **update, **adam})
-        if not self._layers():
+        layers = self._layers()
+        if not layers:
             raise ValueError(
                 "the model has no spectral layers, so SST has nothing to train; convert it first: "
                 "model = lowrank_train.spectral.to_spectral(model, rank=...)"
             )
+        for layer in layers:
+            _check_together(layer)
 
     def matrix_state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
         """Adam's moments in float32 or wider, the age of each row, the clock of the schedule.
@@ -146,8 +165,6 @@ class SST(MatrixOptimizer):
 
         Re-SVDs, which are rarer, are not in it: they sum each W onto one rank and broadcast U, sigma and V.
         """
-        if world_size == 1:
-            return Traffic()
         size = torch.promote_types(dtype, torch.float32).itemsize
         if group["role"] == "singular_vectors":
             return Traffic(refresh_bytes=3 * math.prod(shape) * size)
@@ -211,7 +228,7 @@ class SST(MatrixOptimizer):
         def decide(i: int, weight: Tensor) -> dict[str, Tensor]:
             try:
                 return decompose(weight)
-            except (ValueError, LinAlgError):
+            except (ValueError, RuntimeError):  # of a solver, or out of memory: the other ranks are waiting
                 return {key: torch.full(v.shape, torch.nan, device=weight.device) for key, v in like[i].items()}
 
         for i, factors in decide_on_one_rank(params, lambda i: layers[i].weight_part(dtypes[i]), decide, like):
@@ -234,7 +251,8 @@ class SST(MatrixOptimizer):
     def figures(self) -> dict[str, float]:
         """Where the schedule stands, and how the last iteration ended.
 
-        ``orthogonality_error``: largest |<u_i, u_j>| of two active vectors of a layer before the last draw;
+        ``orthogonality_error``: largest |<u_i, u_j>| of an active vector and another of its layer, or of v, before the
+        last draw;
         ``sampled_share``: of the sum of sigma, on average over the layers; ``resvd_time_share``: of the time since the
         first step.
         """
@@ -370,7 +388,7 @@ def _draw(turn: _Turn, *, everything: bool) -> float:
         sigma,
         r,
         iteration=turn.since_svd,
-        seed=zlib.crc32(f"{settings['seed']}/{turn.number}/{turn.iteration}".encode()),
+        seed=draw_seed(settings["seed"], turn.number, iteration=turn.iteration),
     )
     arriving = chosen[chosen >= r] - r
     leaving = torch.tensor(sorted(set(range(r)) - set(chosen.tolist())), dtype=torch.long)
@@ -436,11 +454,33 @@ def _forget(layer: SpectralFactors, replaced: Tensor, *, everything: bool) -> No
 
 
 def _orthogonality_error(layer: SpectralFactors) -> float:
-    """Largest |<u_i, u_j>|, i != j, of active vectors."""
-    param = layer.param("u_active")
-    rows = take_rows(param, local(param), torch.arange(layer.rank))
-    whole = sum_over_shards([param], [rows])[0].float()
-    return float((whole @ whole.mT).fill_diagonal_(0).abs().max())
+    """Largest |<u_i, u_j>| or |<v_i, v_j>|, i != j, of an active vector and any other of the layer."""
+    errors = []
+    for kind in ("u", "v"):
+        param = layer.param(f"{kind}_active")
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        rows = take_rows(param, layer.vectors(f"{kind}_active", dtype), torch.arange(layer.rank))
+        active = sum_over_shards([param], [rows])[0]
+        here = row_range(param)
+        for segment in layer.segments:
+            overlaps = layer.vectors(f"{kind}_{segment}", dtype) @ active.mT
+            if segment == "active":
+                own = torch.arange(len(here), device=overlaps.device)
+                overlaps[own, own + here.start] = 0
+            errors.append(overlaps.abs().amax() if overlaps.numel() else overlaps.new_zeros(()))
+    return float(max_over_ranks(param, torch.stack(errors).amax()))
+
+
+def _check_together(layer: SpectralFactors) -> None:
+    """Settings of the schedule are the layer's, whatever groups its factors are in."""
+    settings = _settings(layer)
+    for slot in layer.slots.values():
+        for key in _SHARED:
+            if slot.state and slot.group[key] != settings[key]:
+                raise ValueError(
+                    f"{slot.name!r} has {key}={slot.group[key]!r} and its sigma {settings[key]!r}; the factors of a "
+                    "layer need the same: write rules for optim.param_groups that match all of them, or none"
+                )
 
 
 def _check(name: str, group: dict[str, Any]) -> None:
@@ -448,7 +488,7 @@ def _check(name: str, group: dict[str, Any]) -> None:
         value = group[key]
         if value is None and key == "resvd_every":
             continue
-        if not is_number(value) or not isinstance(value, int) or value < low:
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
             allowed = ", or None" if key == "resvd_every" else ""
             raise ValueError(f"{key}={value!r} for {name!r}; expected a whole number >= {low}{allowed}")
     for key, valid in (("sampling", tuple(SAMPLERS)), ("negative_sigma", ("clamp", "reflect"))):

@@ -408,8 +408,8 @@ def drawn_bytes(name: str, *, decomposed: bool) -> int:
             total += r * columns  # A, to be multiplied
             continue
         arriving = 0 if decomposed else min(r, k - r)
-        total += k + r * rows  # all sigma, and U as it was trained, to say how orthogonal it is
-        total += 2 * arriving * (rows + columns + 4)  # there and back: u, v, sigma and its moments and age
+        total += k + r * (rows + columns) + 1  # all sigma; U and V, and a number, to say how orthogonal they are
+        total += 2 * arriving * (rows + columns + 1)  # there and back: u, v and sigma
         if decomposed:
             total += rows * columns  # W is summed on its owner
             total += k * (rows + columns + 1)  # who tells the others

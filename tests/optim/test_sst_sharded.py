@@ -149,7 +149,9 @@ def set_gradients_of_trained(model: nn.Module, step: int) -> None:
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_draw_communicates_the_rows_that_change_places(keep: bool) -> None:
-    """Of each of r triplets u, sigma, v, and 3 of its moments if kept, there and back; all sigma, and the active u."""
+    """Of each of r triplets u, sigma, v, and 3 of its moments if kept, there and back; all sigma; active u and v,
+    and a number, to say how orthogonal they are.
+    """
 
     def worker() -> list[int]:
         model = new("paper")
@@ -163,7 +165,7 @@ def test_a_draw_communicates_the_rows_that_change_places(keep: bool) -> None:
 
     shapes, r = [(10, 6), (10, 10), (4, 10)], 2
     exchanged = sum(2 * r * (out + 1 + width + 3 * keep) for out, width in shapes)
-    asked = sum(min(out, width) + r * out for out, width in shapes)
+    asked = sum(min(out, width) + r * (out + width) + 1 for out, width in shapes)
     for numbers in run_distributed(worker, 2):
         assert sum(numbers) == exchanged + asked
 

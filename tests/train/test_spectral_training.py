@@ -185,8 +185,9 @@ def test_settings_that_do_not_fit(text: Path, tmp_path: Path, optimizer: str, me
     ("change", "message"),
     [
         ("optimizer.resample_every=3", "written with resample_every=4 and this optimizer has resample_every=3"),
-        ("optimizer.rank=4", "u_active"),
-        ("optimizer.frozen_dtype=8bit", "u_frozen_scale"),
+        ("optimizer.rank=4", "optimizer.rank = 8; expected 4"),
+        ("optimizer.frozen_dtype=8bit", "optimizer.frozen_dtype = None; expected 8bit"),
+        ("optimizer.gradient=plain", "optimizer.gradient = enhanced; expected plain"),
     ],
 )
 def test_resume_with_other_settings_is_refused(text: Path, tmp_path: Path, change: str, message: str) -> None:

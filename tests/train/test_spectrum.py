@@ -22,11 +22,11 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from lowrank_train import models
 from lowrank_train.config import DataConfig, load_config
+from lowrank_train.layer_choice import BLOCK_MATRICES, linear_layers
 from lowrank_train.loss import IGNORED
 from lowrank_train.model_folder import load_model
 from lowrank_train.pruning import Point, Prunable, TextConfig, evaluation_blocks, pruned
-from lowrank_train.spectral import BLOCK_MATRICES
-from lowrank_train.spectrum import best_cosines, count_at_share, matrices, spectra, summarize
+from lowrank_train.spectrum import best_cosines, count_at_share, spectra, summarize
 from lowrank_train.spectrum_plots import ModelSpectra, plot_cosines, plot_pruning, plot_spectra
 from lowrank_train.tokenizer import prepare_tokenizer
 from optim.spectral_factors import decompose
@@ -65,7 +65,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @torch.no_grad()
 def add_intruders(model: nn.Module) -> None:
     """In every query matrix, one strong direction that is no more like any left singular vector than it must be."""
-    for name, linear in matrices(model).items():
+    for name, linear in linear_layers(model).items():
         if name.endswith("q_proj"):
             factors = decompose(linear.weight)
             new = (factors["u"].sum(0) / len(factors["u"]) ** 0.5).float()
@@ -167,7 +167,7 @@ def test_a_truncated_weight_is_the_truncated_svd(shape: tuple[int, int]) -> None
 
 def test_weights_come_back_bit_for_bit() -> None:
     model = build("llama")
-    layers = [Prunable.of(linear, decompose(linear.weight.detach())) for linear in matrices(model).values()]
+    layers = [Prunable.of(linear, decompose(linear.weight.detach())) for linear in linear_layers(model).values()]
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
     def interrupted() -> None:
@@ -196,7 +196,7 @@ def test_the_pruning_curve_has_the_losses_of_truncated_models(
     for point in points:
         model = AutoModelForCausalLM.from_pretrained(folders / kind).eval()
         kept = total = 0
-        for linear in matrices(model).values():
+        for linear in linear_layers(model).values():
             u, sigma, vh = torch.linalg.svd(linear.weight.detach().double(), full_matrices=False)
             count = literal_count(sigma, point["keep_percent"] / 100)
             linear.weight.data = (u[:, :count] @ sigma[:count].diag() @ vh[:count]).float()

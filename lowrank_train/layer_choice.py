@@ -1,0 +1,62 @@
+"""Which linear layers of a model are meant by a regular expression, and whether they can be replaced."""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from optim.sharding import is_sharded
+
+__all__ = ["BLOCK_MATRICES", "linear_layers", "replaceable_layers"]
+
+BLOCK_MATRICES = r"\.(q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|down_proj|fc1|fc2)$"
+"""Attention and feed-forward matrices of Hugging Face's LLaMA and OPT: the ones SST's paper replaces."""
+
+
+def linear_layers(model: nn.Module, layers: str = BLOCK_MATRICES) -> dict[str, nn.Linear]:
+    """The ``nn.Linear`` modules whose name matches.
+
+    Args:
+        model: any module.
+        layers: regular expression (``re.search``) on module names; ``""`` for all.
+
+    Raises:
+        ValueError: the expression cannot be read, or matches none.
+    """
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    try:
+        found = {name: linear for name, linear in linears.items() if re.search(layers, name)}
+    except (re.error, TypeError) as error:
+        raise ValueError(f"layers={layers!r} is not a regular expression: {error}") from None
+    if not found:
+        names = ", ".join(repr(name) for name in list(linears)[:3]) or "none at all"
+        raise ValueError(f"layers={layers!r} matches no nn.Linear of the model; it has {names}")
+    return found
+
+
+def replaceable_layers(model: nn.Module, layers: str = BLOCK_MATRICES) -> dict[str, nn.Linear]:
+    """As ``linear_layers``, where each can be replaced by a layer of another kind.
+
+    Raises:
+        ValueError: also if the model is sharded or in DistributedDataParallel, or a matched weight is tied to another
+            module or takes no gradient.
+    """
+    if is_sharded(model):
+        raise ValueError("the model is sharded already; convert the model before fully_shard")
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError("the model is in DistributedDataParallel, which knows its parameters; convert it before")
+    found = linear_layers(model, layers)
+    owners: dict[Tensor, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, param in module._parameters.items():
+            if param is not None:
+                owners.setdefault(param, []).append(f"{name}.{key}")
+    for name, linear in found.items():
+        others = [owner for owner in owners[linear.weight] if owner != f"{name}.weight"]
+        if others:
+            raise ValueError(f"the weight of {name!r} is tied to {others[0]!r}; leave it out with layers=...")
+        if not linear.weight.requires_grad:
+            raise ValueError(f"the weight of {name!r} takes no gradient; leave it out with layers=...")
+    return found
