@@ -230,7 +230,7 @@ def test_adapters_after_sharding_are_refused() -> None:
     def worker() -> str:
         model = tiny("llama")
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-        with pytest.raises(ValueError, match="is sharded already; add adapters before fully_shard") as error:
+        with pytest.raises(ValueError, match="is sharded already; convert the model before fully_shard") as error:
             add_adapters(model, RANK)
         return str(error.value)
 
