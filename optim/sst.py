@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from optim.base import MatrixOptimizer, Slot, Traffic, dense_gradient
+from optim.base import MatrixOptimizer, Slot, Traffic, dense_gradient, is_number
 from optim.param_groups import param_groups
 from optim.rules import adam_direction
 from optim.sampling import SAMPLERS, draw_seed, sample
@@ -75,6 +75,8 @@ class SST(MatrixOptimizer):
         resvd_every: T2, iterations between two re-SVDs; None: ceil(k / r) of the layer that needs most, by when each
             triplet could have had its turn; 0: never.
         warmup_steps: steps over which the rate of the factors rises after each draw.
+        vector_scale: the rate of vectors is ``lr`` times this. A step turns a vector of d entries by about rate sqrt(d),
+            so short vectors (small models) bear and need more.
         sampling: ``multinomial`` (Eq. 16), ``uniform``, ``sequential`` or ``top``. With ``sequential`` a round must be
             of ceil(k / r) iterations or more, or some triplets never have their turn.
         seed: of all draws.
@@ -119,6 +121,7 @@ class SST(MatrixOptimizer):
         resample_every: int = 200,
         resvd_every: int | None = None,
         warmup_steps: int = 20,
+        vector_scale: float = 1.0,
         sampling: Literal["multinomial", "uniform", "sequential", "top"] = "multinomial",
         seed: int = 0,
         keep_sigma_moments: bool = False,
@@ -133,7 +136,7 @@ class SST(MatrixOptimizer):
         schedule = {"resample_every": resample_every, "resvd_every": resvd_every, "warmup_steps": warmup_steps}
         draw = {"sampling": sampling, "seed": seed, "staggered": staggered}
         keep = {"keep_sigma_moments": keep_sigma_moments, "keep_vector_moments": keep_vector_moments}
-        update = {"tangent": tangent, "negative_sigma": negative_sigma}
+        update = {"tangent": tangent, "negative_sigma": negative_sigma, "vector_scale": vector_scale}
         adam = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
         groups = param_groups(params) if isinstance(params, nn.Module) else params
         super().__init__(groups, {"lr": lr, **schedule, **draw, **keep, **update, **adam})
@@ -303,7 +306,7 @@ def _update_vectors(slot: Slot) -> None:
     gradient = gradient.to(vectors.dtype)
     if slot.group["tangent"]:
         gradient = gradient - (gradient * vectors).sum(1, keepdim=True) * vectors
-    vectors = vectors.sub_(_adam(slot, gradient) * _rate(slot))
+    vectors = vectors.sub_(_adam(slot, gradient) * (slot.group["vector_scale"] * _rate(slot)))
     length = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
     vectors.div_(length.clamp_min(torch.finfo(vectors.dtype).tiny))
     if vectors.dtype != param.dtype:
@@ -491,6 +494,9 @@ def _check(name: str, group: dict[str, Any]) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             allowed = ", or None" if key == "resvd_every" else ""
             raise ValueError(f"{key}={value!r} for {name!r}; expected a whole number >= {low}{allowed}")
+    scale = group["vector_scale"]
+    if not is_number(scale) or not 0 < scale < math.inf:
+        raise ValueError(f"vector_scale={scale!r} for {name!r}; expected a number > 0")
     for key, valid in (("sampling", tuple(SAMPLERS)), ("negative_sigma", ("clamp", "reflect"))):
         if group[key] not in valid:
             raise ValueError(f"{key}={group[key]!r} for {name!r}; expected one of {', '.join(valid)}")

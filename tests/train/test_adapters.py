@@ -227,14 +227,13 @@ def test_forward_and_backward_do_not_warn_in_mixed_precision() -> None:
 
 
 def test_adapters_after_sharding_are_refused() -> None:
-    def worker() -> str:
+    def worker() -> None:
         model = tiny("llama")
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-        with pytest.raises(ValueError, match="is sharded already; convert the model before fully_shard") as error:
+        with pytest.raises(ValueError, match="the model is sharded already; convert the model before fully_shard"):
             add_adapters(model, RANK)
-        return str(error.value)
 
-    assert "q_proj" in run_distributed(worker, 1)[0]
+    run_distributed(worker, 1)
 
 
 # ---------------------------------------------------------------------------------------------------- by name, errors
