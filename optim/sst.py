@@ -75,8 +75,8 @@ class SST(MatrixOptimizer):
         resvd_every: T2, iterations between two re-SVDs; None: ceil(k / r) of the layer that needs most, by when each
             triplet could have had its turn; 0: never.
         warmup_steps: steps over which the rate of the factors rises after each draw.
-        vector_scale: the rate of vectors is ``lr`` times this. A step turns a vector of d entries by about rate sqrt(d),
-            so short vectors (small models) bear and need more.
+        vector_scale: the rate of vectors is ``lr`` times this. A step turns a vector of d entries by about
+            rate sqrt(d), so short vectors (small models) bear and need more.
         sampling: ``multinomial`` (Eq. 16), ``uniform``, ``sequential`` or ``top``. With ``sequential`` a round must be
             of ceil(k / r) iterations or more, or some triplets never have their turn.
         seed: of all draws.
