@@ -765,6 +765,7 @@ def test_only_trainable_parameters_are_refused() -> None:
         ("warmup_steps", -1),
         ("warmup_steps", None),
         ("sampling", "best"),
+        ("vector_scale", 0),
         ("seed", "a"),
         ("seed", -1),
         ("negative_sigma", "ignore"),
@@ -845,6 +846,15 @@ def test_narrow_models_train(dtype: torch.dtype) -> None:
         assert (layer.u_active.float().norm(dim=1) - 1).abs().max() < 2**-7
         assert optimizer.state[layer.u_active]["exp_avg"].dtype == torch.float32
         assert layer.weight.isfinite().all()
+
+
+def test_vectors_have_a_rate_of_their_own() -> None:
+    def prepare(optimizer: optim.SST) -> None:
+        for group in optimizer.param_groups:
+            if group["role"] == "singular_vectors":
+                group["lr"] = 3 * LR
+
+    assert_equal(trained_weights(vector_scale=3.0), trained_weights(prepare=prepare), 1e-12)
 
 
 def trained_weights(
