@@ -44,7 +44,7 @@ def words(text: Path, run_dir: Path, method: str, *more: str, **case: str) -> li
     return arguments(text, run_dir, f"steps={STEPS}", f"optimizer={METHODS[method]}", *more, **case)
 
 
-@pytest.mark.parametrize(("method", "model"), [("sst", "llama"), ("sst", "opt"), ("relora", "llama"), ("lora", "opt")])
+@pytest.mark.parametrize(("method", "model"), [("sst", "llama"), ("sst", "opt"), ("relora", "llama")])
 def test_two_ranks_equal_one(text: Path, tmp_path: Path, method: str, model: str) -> None:
     """Over two re-SVDs, or restarts."""
     for world_size in (1, 2):
@@ -77,7 +77,7 @@ def test_spectral_training_goes_on_on_other_ranks(text: Path, tmp_path: Path) ->
     assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), rel=1e-9)
 
 
-@pytest.mark.parametrize(("method", "model"), [("sst", "llama"), ("sst", "opt"), ("relora", "llama"), ("lora", "opt")])
+@pytest.mark.parametrize(("method", "model"), [("sst", "opt"), ("relora", "llama")])
 def test_the_exported_folder_is_a_plain_model_with_the_loss_of_the_run(
     text: Path, tmp_path: Path, method: str, model: str
 ) -> None:
@@ -105,7 +105,7 @@ def test_a_folder_is_converted_without_changing_its_loss(text: Path, tmp_path: P
 
 def test_conversion_leaves_the_initial_model_as_it_is(text: Path, tmp_path: Path) -> None:
     dense = train_on(1, arguments(text, tmp_path / "dense", "steps=1"))[0]
-    for method in METHODS:
+    for method in ("sst", "sst, 8 bit", "relora"):
         tolerance = 1e-2 if method == "sst, 8 bit" else 1e-6
         record = train_on(1, words(text, tmp_path / method, method, "steps=1"))[0]
         assert record.initial_validation_loss == pytest.approx(dense.initial_validation_loss, rel=tolerance)
