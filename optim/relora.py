@@ -17,8 +17,8 @@ Source: Lialin, Muckatira, Shivagunde, Rumshisky, "ReLoRA: High-Rank Training Th
 2307.05695), section 3; as ReLoRA*, without its warm start, the baseline of Zhao et al. (arXiv 2405.15481), appendix.
 
 We differ:
-  * moments become zero, all of them, and the bias corrections begin anew; the paper prunes 99 % of the moments by size,
-    its code 99.9 % at random;
+  * moments become zero, all of them, and the bias corrections begin anew; the paper prunes most of the moments by size,
+    its code 99.9 % of them at random;
   * the warm-up multiplies whatever schedule there is, for A and B only; the paper's "jagged" schedule is everyone's;
   * the code can begin with A and B both zero; here A is always drawn;
   * W + s B A is summed in float32 or wider and rounded once;
