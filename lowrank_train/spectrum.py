@@ -9,7 +9,7 @@ W (out x in) = sum_i sigma_i u_i v_i^T, sigma_1 >= ... >= sigma_k >= 0, k = min(
 Intruder dimensions, Shuttleworth et al., "LoRA vs Full Fine-tuning: An Illusion of Equivalence" (arXiv 2410.21228),
 in its usual form: y_j among the first ``top_k`` left singular vectors of the matrix after training is one if
 max_i |cos(y_j, x_i)| < epsilon over all k left singular vectors x_i of the matrix before. The sign of a singular vector
-is arbitrary, hence the absolute value, as in the authors' code; top_k = 10 and epsilon = 0.5 are the customary values.
+is arbitrary, hence the absolute value; top_k = 10 and epsilon = 0.5 are the customary values.
 """
 
 from __future__ import annotations
