@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 try:
-    from lowrank_train import quality, step_benchmark, training_benchmark
+    from lowrank_train import compression_benchmark, quality, step_benchmark, training_benchmark
     from lowrank_train.digits import measure_digits
     from lowrank_train.errors import UserError
     from optim.__main__ import main as list_optimizers
@@ -37,6 +37,14 @@ def measure_training(arguments: list[str]) -> None:
     print(training_benchmark.measure_training(arguments))
 
 
+def measure_compression(arguments: list[str]) -> None:
+    """Compress one model in several ways to equal ranks or bytes, and compare perplexity."""
+    if {"-h", "--help"} & set(arguments):
+        print(compression_benchmark.help_text())
+        return
+    print(compression_benchmark.measure_compression(compression_benchmark.load_settings(arguments)))
+
+
 def digits(arguments: list[str]) -> None:
     """Train a small perceptron on handwritten digits: full, LoRA, ReLoRA* and SST."""
     print(measure_digits(arguments))
@@ -51,6 +59,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "quality": measure_quality,
     "optimizer-step": measure_steps,
     "training-step": measure_training,
+    "compression": measure_compression,
     "digits": digits,
     "communication": communication,
 }

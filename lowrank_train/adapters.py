@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_train.errors import UserError
-from lowrank_train.layer_choice import BLOCK_MATRICES, replaceable_layers
+from lowrank_train.layer_choice import BLOCK_MATRICES, replaceable_layers, trained_layers
 from lowrank_train.parametrization import Parametrization
 from optim.base import is_number
 from optim.relora import drawn_factor, merged_weight
@@ -37,12 +37,13 @@ class LowRankAdapters(Parametrization):
         alpha: the factors' product is scaled by alpha / r; None: r, so that it is not. ``optim.ReLoRA`` has an
             argument of the same name and meaning, and needs the same value.
         seed: of the first A; B begins at zero.
+        layers: regular expression on names of linear layers; None: attention and feed-forward matrices in training.
 
     Raises:
         ValueError: values out of range; peft is not installed.
     """
 
-    def __init__(self, rank: int, *, alpha: float | None = None, seed: int = 0) -> None:
+    def __init__(self, rank: int, *, alpha: float | None = None, seed: int = 0, layers: str | None = None) -> None:
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise ValueError(f"rank={rank!r}; expected a whole number >= 1")
         if alpha is not None and not (is_number(alpha) and 0 < alpha < math.inf):
@@ -50,7 +51,7 @@ class LowRankAdapters(Parametrization):
         if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
             raise ValueError(f"seed={seed!r}; expected a whole number >= 0")
         _peft()
-        self.rank, self.alpha, self.seed = rank, alpha, seed
+        self.rank, self.alpha, self.seed, self.layers = rank, alpha, seed, layers
 
     @property
     def scale(self) -> float:
@@ -59,7 +60,8 @@ class LowRankAdapters(Parametrization):
 
     def convert(self, model: nn.Module) -> None:
         """As ``add_adapters``."""
-        add_adapters(model, self.rank, alpha=self.alpha, seed=self.seed)
+        layers = trained_layers(model, self.layers)
+        add_adapters(model, self.rank, layers=layers, alpha=self.alpha, seed=self.seed)
 
     def converted(self, module: nn.Module) -> bool:
         """Whether it is a linear layer with an adapter."""

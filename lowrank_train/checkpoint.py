@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
@@ -28,9 +29,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
 
 import optim
+from lowrank_train.compressed_folder import save_model
 from lowrank_train.errors import UserError
 from lowrank_train.parallel import Ranks
 from lowrank_train.parametrization import Parametrization
@@ -135,11 +136,12 @@ class Checkpoints:
                     f"{path} was written by a run with {key} = {got}; expected {value}: give the settings it was "
                     "written with, or resume=never with another run_dir"
                 )
-        model_state, optimizer_state = get_state_dict(model, optimizer)
         try:
             metadata = FileSystemReader(path).read_metadata().state_dict_metadata
         except Exception as error:  # unpickling a damaged file may raise anything
             raise self._damage(path, error) from None
+        optimizer.prepare_to_load(_state_shapes(metadata))
+        model_state, optimizer_state = get_state_dict(model, optimizer)
         wanted: dict[str, Any] = {f"model.{key}": value for key, value in model_state.items()}
         optimizer_tensors: dict[str, Any] = optimizer_state["state"]  # type: ignore[assignment]
         for name, tensors in optimizer_tensors.items():
@@ -263,14 +265,23 @@ def export_huggingface(
     )
 
     def write() -> None:
-        disable_progress_bar()  # of the library's own writer: one file is written
         try:
-            model.save_pretrained(folder, state_dict=layers.plain_state_dict(whole))
+            save_model(model, folder, layers.plain_state_dict(whole))
             tokenizer.save_pretrained(folder)
         except Exception as error:  # the writers in Rust raise errors of their own
             raise UserError(f"cannot write the Hugging Face folder {folder}: {error}; free space and resume") from None
 
     ranks.first(write)
+
+
+def _state_shapes(metadata: Mapping[str, Any]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Of the optimizer's state: parameter -> key -> shape."""
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for entry, about in metadata.items():
+        if entry.startswith("optimizer.state.") and isinstance(about, TensorStorageMetadata):
+            name, _, key = entry.removeprefix("optimizer.state.").rpartition(".")
+            shapes.setdefault(name, {})[key] = tuple(about.size)
+    return shapes
 
 
 def _cause(error: BaseException) -> str:

@@ -21,6 +21,7 @@ __all__ = [
     "Config",
     "changed_keys",
     "complete",
+    "flags_to_keys",
     "help_text",
     "key_help",
     "load_config",
@@ -63,6 +64,8 @@ class DataConfig:
     )
     name: str | None = setting(None, "configuration of a Hugging Face dataset, e.g. en")
     text_key: str = setting("text", "column that holds the text")
+    prompt_key: str | None = setting(None, "column of prompts, which are read but not learned; null: plain text")
+    response_key: str | None = setting(None, "column of responses, which are learned; null: plain text (data.text_key)")
     validation: str | None = setting(
         None,
         "file or folder of held-out text, or a split of the Hugging Face dataset; null: documents held out by hash",
@@ -134,6 +137,9 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    train: Literal["all", "low_rank"] = setting(
+        "all", "all parameters, or low_rank: of a compressed model the factors, and the norms, as WeLore does"
+    )
     steps: int = setting(1000, "optimizer steps")
     seq_len: int = setting(512, "tokens per sequence")
     tokens_per_step: int = setting(65536, "tokens per optimizer step, over all ranks and accumulated micro-batches")
@@ -172,7 +178,12 @@ def load_schema(schema: type[T], arguments: Sequence[str]) -> T:
     overrides = [a for a in arguments if a not in files]
     for file in files:
         merged = _merge(merged, _read_yaml(file), f"in {file}")
+    defaults: Any = schema()
+    named = {f.name for f in dataclasses.fields(defaults) if hasattr(getattr(defaults, f.name), "name")}
     for override in overrides:
+        key, equals, value = override.partition("=")
+        if key in named:  # model=small/ is short for model.name=small/
+            override = f"{key}.name{equals}{value}"
         try:
             parsed = OmegaConf.from_dotlist([override])
         except (OmegaConfBaseException, yaml.YAMLError) as error:
@@ -182,6 +193,28 @@ def load_schema(schema: type[T], arguments: Sequence[str]) -> T:
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(f"wrong value for {error.full_key!r}: {str(error).splitlines()[0]}") from None
+
+
+def flags_to_keys(arguments: Sequence[str], schema: type[Any]) -> list[str]:
+    """``--rank-reduction 0.5``, ``--rank-reduction=0.5`` and ``--merge`` as ``key=value``; other words as they are.
+
+    Raises UserError for a flag without a value.
+    """
+    switches = {name for name, value, _ in _keys(schema()) if isinstance(value, bool)}
+    words: list[str] = []
+    waiting = iter(arguments)
+    for word in waiting:
+        if not word.startswith("--"):
+            words.append(word)
+            continue
+        key, equals, value = word[2:].partition("=")
+        key = key.replace("-", "_")
+        if not equals:
+            value = "true" if key in switches else next(waiting, "")
+        if not value:
+            raise UserError(f"{word} has no value; expected {word} VALUE, see --help")
+        words.append(f"{key}={value}")
+    return words
 
 
 def complete(config: Config) -> Config:
@@ -306,6 +339,7 @@ def _check(config: Config) -> None:
         raise UserError(f"seed={config.seed}; expected a number from 0 to {2**32 - 1}")
     if config.clip is not None and not config.clip > 0:
         raise UserError(f"clip={config.clip}; expected a number > 0, or null for no clipping")
+    _check_examples(config)
     other_lr = config.optimizer.get("other_lr")
     is_number = isinstance(other_lr, int | float) and not isinstance(other_lr, bool)
     if other_lr is not None and not (is_number and other_lr >= 0):
@@ -315,3 +349,25 @@ def _check(config: Config) -> None:
         methods.find(str(config.optimizer.get("name")), arguments)
     except ValueError as error:
         raise UserError(f"in optimizer: {error}") from None
+
+
+def _check_examples(config: Config) -> None:
+    """Of data with prompts and responses."""
+    data = config.data
+    if (data.prompt_key is None) != (data.response_key is None):
+        raise UserError(
+            f"data.prompt_key={data.prompt_key} with data.response_key={data.response_key}; set both for prompts and "
+            "responses, or neither for plain text"
+        )
+    if data.response_key is None:
+        return
+    if data.path is None:
+        raise UserError(
+            f"data.path=null with data.response_key={data.response_key}: the embedded text has no prompts and "
+            "responses; set data.path to data that has, or both keys to null"
+        )
+    if config.evaluation.tokens < config.seq_len:
+        raise UserError(
+            f"evaluation.tokens={config.evaluation.tokens} with data.response_key={data.response_key}; expected at "
+            f"least one row of seq_len={config.seq_len} tokens: raise it"
+        )

@@ -9,10 +9,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from optim.sharding import is_sharded
 
-__all__ = ["BLOCK_MATRICES", "linear_layers", "replaceable_layers"]
+__all__ = ["BLOCK_MATRICES", "linear_layers", "replace_module", "replaceable_layers", "trained_layers"]
 
-BLOCK_MATRICES = r"\.(q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|down_proj|fc1|fc2)$"
-"""Attention and feed-forward matrices of Hugging Face's LLaMA and OPT: the ones SST's paper replaces."""
+BLOCK_MATRICES = r"\.(q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|down_proj|fc1|fc2)(\.(left|right))?$"
+"""Attention and feed-forward matrices of Hugging Face's LLaMA and OPT, or the factors of compressed ones."""
 
 
 def linear_layers(model: nn.Module, layers: str = BLOCK_MATRICES) -> dict[str, nn.Linear]:
@@ -60,3 +60,20 @@ def replaceable_layers(model: nn.Module, layers: str = BLOCK_MATRICES) -> dict[s
         if not linear.weight.requires_grad:
             raise ValueError(f"the weight of {name!r} takes no gradient; leave it out with layers=...")
     return found
+
+
+def trained_layers(model: nn.Module, layers: str | None) -> str:
+    """A regular expression for ``replaceable_layers``: the one given, or that of the block matrices in training."""
+    if layers is not None:
+        return layers
+    linears = [name for name, linear in linear_layers(model).items() if linear.weight.requires_grad]
+    return "^(" + "|".join(map(re.escape, linears)) + ")$" if linears else BLOCK_MATRICES
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """Wherever the module is, under several names perhaps; returns the model, which may be that module itself."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):  # named_children would give a module used twice only once
+            if child is old:
+                setattr(parent, name, new)
+    return new if model is old else model

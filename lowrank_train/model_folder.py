@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from lowrank_train.compressed_folder import is_compressed, read_compressed
 from lowrank_train.errors import UserError
 
 __all__ = ["is_export_of_run", "load_model", "model_folder", "model_label"]
@@ -46,11 +47,14 @@ def model_label(folder: Path) -> str:
 
 
 def load_model(folder: Path) -> PreTrainedModel:
-    """A causal language model of a Hugging Face folder, in float32 or wider, on the CPU.
+    """A causal language model of a Hugging Face folder, compressed or not, in float32 or wider, on the CPU.
 
     Raises:
         UserError: it cannot be read, or lacks weights (transformers would draw random ones).
     """
+    if is_compressed(folder):
+        compressed = read_compressed(folder)
+        return compressed if compressed.dtype == torch.float64 else compressed.float()
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

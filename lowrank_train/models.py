@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from lowrank_train.compressed_folder import is_compressed, read_compressed, shaped
 from lowrank_train.config import ModelConfig
 from lowrank_train.errors import UserError
 from lowrank_train.parallel import Ranks, fill
@@ -171,12 +172,15 @@ def _last_line(error: Exception) -> str:
 
 
 def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model on the meta device: shapes and names, no memory. Raises UserError for unfit overrides."""
+    """The model on the meta device: shapes and names, no memory. Raises UserError for unfit overrides.
+
+    Matrices that were compressed (``config.low_rank``) are low-rank layers.
+    """
     with torch.device("meta"):
         model: PreTrainedModel = _valid(
             lambda: AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
         )
-    return model
+        return shaped(model)
 
 
 @torch.no_grad()
@@ -214,24 +218,28 @@ def load_weights(
 
     Raises UserError if the weights do not fit.
     """
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        source, found = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=next(plain.parameters()).dtype, output_loading_info=True
-        )
-    except Exception as error:  # transformers and safetensors raise many kinds
-        raise UserError(f"cannot load the weights of model.name={folder}: {error}") from None
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    if found["missing_keys"]:  # transformers would leave them at random numbers
-        raise UserError(f"model.name={folder} has no weights for {min(found['missing_keys'])!r}; it is not complete")
+    dtype = next(plain.parameters()).dtype
+    source = read_compressed(folder, dtype) if is_compressed(folder) else _read_plain(folder, dtype)
     values = {**dict(source.named_parameters()), **dict(source.named_buffers())}
     for name, expected in [*plain.named_parameters(), *plain.named_buffers()]:
         if name not in values or values[name].shape != expected.shape:
             got = tuple(values[name].shape) if name in values else "nothing"
             raise UserError(f"model.name={folder} has {got} for {name!r}; expected shape {tuple(expected.shape)}")
     _fill(model, plain, lambda name: copy.deepcopy(source.get_submodule(name)).to(ranks.device), layers, ranks)
+
+
+def _read_plain(folder: str, dtype: torch.dtype) -> PreTrainedModel:
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        source, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except Exception as error:  # transformers and safetensors raise many kinds
+        raise UserError(f"cannot load the weights of model.name={folder}: {error}") from None
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    if found["missing_keys"]:  # transformers would leave them at random numbers
+        raise UserError(f"model.name={folder} has no weights for {min(found['missing_keys'])!r}; it is not complete")
+    return source
 
 
 def _fill(

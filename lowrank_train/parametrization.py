@@ -12,6 +12,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from lowrank_train.layer_choice import trained_layers
 from lowrank_train.spectral import SpectralLinear, factorise, merged_state_dict, spectral_values, to_spectral
 
 __all__ = ["Dense", "Parametrization", "Spectral"]
@@ -73,15 +74,17 @@ class Spectral(Parametrization):
         seed: int = 0,
         gradient: Literal["enhanced", "plain"] = "enhanced",
         frozen_dtype: str | None = None,
+        layers: str | None = None,
     ) -> None:
         self.rank, self.sampling, self.seed = rank, sampling, seed
-        self.gradient, self.frozen_dtype = gradient, frozen_dtype
+        self.gradient, self.frozen_dtype, self.layers = gradient, frozen_dtype, layers
 
     def convert(self, model: nn.Module) -> None:
         """As ``to_spectral``."""
         to_spectral(
             model,
             self.rank,
+            layers=trained_layers(model, self.layers),
             sampling=self.sampling,
             seed=self.seed,
             gradient=self.gradient,

@@ -32,7 +32,7 @@ from lowrank_train.spectrum import count_at_share
 from lowrank_train.text import embedded_documents, local_documents, lot
 from lowrank_train.tokenizer import encode
 
-__all__ = ["Point", "Prunable", "TextConfig", "evaluation_blocks", "pruned", "pruning_curve"]
+__all__ = ["Point", "Prunable", "TextConfig", "evaluation_blocks", "pruned", "pruning_curve", "text_loss"]
 
 _BATCH_OF_DOCUMENTS = 16  # tokenized at one time; few, because a batch may hold more tokens than are wanted
 _EMBEDDED_FRACTION = 0.02  # what a run on the embedded text holds out by default: documents it has not seen
@@ -140,17 +140,23 @@ def pruning_curve(
         ranks: this process.
     """
     was_training = model.training
-    model.token_loss = MethodType(token_loss, model)
-    settings = Config(micro_batch=micro_batch)
     total = sum(len(layer.sigma) for layer in layers)
     points = []
     for percent in show_progress(keep_percents, "pruning", "shares"):
         counts = [count_at_share(layer.sigma, percent / 100) for layer in layers]
         with pruned(layers, counts):
-            loss = evaluate(model, blocks, settings, ranks)
+            loss = text_loss(model, blocks, micro_batch, ranks)
         points.append(Point(percent, sum(counts), 1 - sum(counts) / total, loss))
     model.train(was_training)
     return points
+
+
+def text_loss(model: PreTrainedModel, blocks: Tensor, micro_batch: int, ranks: Ranks) -> float:
+    """Nats per token of an unsharded model on blocks (n, length + 1); every rank takes its share of them."""
+    model.token_loss = MethodType(token_loss, model)
+    loss = evaluate(model, blocks, Config(micro_batch=micro_batch), ranks)
+    model.eval()
+    return loss
 
 
 def evaluation_blocks(text: TextConfig, folder: Path) -> tuple[Tensor, dict[str, int]]:

@@ -42,8 +42,8 @@ class QualityConfig:
     base: Config = field(default_factory=Config)
     optimizers: dict[str, Any] = setting(
         {},
-        "label -> name of an optimizer, lr: the rates to try (as many for every label), any other arguments of it; "
-        "null leaves a label out",
+        "label -> name of an optimizer, lr: the rates to try (as many for every label), any other arguments of it, "
+        "and perhaps train or model, instead of those of base; null leaves a label out",
     )
     other_lr: float | None = setting(
         None, "learning rate of all but the matrices (embeddings, head, norms), in all rows; null: as lr"
@@ -113,7 +113,10 @@ def plan(quality: QualityConfig) -> list[Trial]:
 def _run_config(quality: QualityConfig, label: str, lr: float, seed: int) -> Config:
     config = copy.deepcopy(quality.base)
     output = Path(quality.output)
-    optimizer = {**config.optimizer, **quality.optimizers[label], "lr": lr}
+    row = dict(quality.optimizers[label])
+    config.train = row.pop("train", config.train)
+    config.model.name = row.pop("model", config.model.name)
+    optimizer = {**config.optimizer, **row, "lr": lr}
     if quality.other_lr is not None:
         optimizer["other_lr"] = quality.other_lr
     config.data.folder = config.data.folder or str(output / "data")

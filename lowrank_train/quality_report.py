@@ -84,7 +84,7 @@ def _notes(rows: Sequence[Row], figures: dict[str, Any]) -> list[str]:
     lines = [
         f"{figures['model']}, {figures['parameters']:,} parameters ({rows[0].matrix_parameters:,} in matrices); "
         f"{figures['steps']:,} steps, {figures['tokens']:,} tokens of {data['data.path']} (sha1 {data['sha1'][:12]}). "
-        f"Perplexity after the last step on {figures['validation_tokens']:,} held-out tokens (untrained: "
+        f"Perplexity after the last step on {figures['validation_tokens']:,} held-out tokens (before: "
         f"{_number(figures['untrained_perplexity'])}), the same that chose the best rate of each row. Seeds: "
         f"{', '.join(map(str, figures['seeds']))}.",
         "",

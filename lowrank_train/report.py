@@ -29,7 +29,7 @@ def summary(record: RunRecord, folder: Path, checkpoint: Path | None) -> list[tu
         ("time", f"{_clock(record.seconds)} training, {record.tokens_per_second:,.0f} tokens/s"),
         (
             f"perplexity, step {record.validation_step}",
-            f"{_number(record.perplexity)} on held-out text (untrained: {_number(record.initial_perplexity)})",
+            f"{_number(record.perplexity)} on held-out text (at step 0: {_number(record.initial_perplexity)})",
         ),
         ("validation loss", f"{_number(record.validation_loss)} nats/token over {record.validation_tokens:,} tokens"),
         ("peak memory", f"{record.peak_memory_gib:.2f} GiB on rank 0"),

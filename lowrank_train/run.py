@@ -16,6 +16,7 @@ from lowrank_train.checkpoint import Checkpoints
 from lowrank_train.config import Config
 from lowrank_train.data import Data, prepare_data
 from lowrank_train.errors import UserError
+from lowrank_train.low_rank_linear import train_low_rank_only
 from lowrank_train.parallel import Ranks
 from lowrank_train.parametrization import Parametrization
 
@@ -93,7 +94,8 @@ class Run:
         model = {"model_type": architecture.model_type, **model}  # first, because the first difference is shown
         name = self.config.optimizer["name"]
         layers = {f"optimizer.{key}": value for key, value in methods.find(name).layer_settings(self.config.optimizer)}
-        return {"optimizer.name": name, **layers, "model": model, **self.data.description}
+        trained = {} if self.config.train == "all" else {"train": self.config.train}
+        return {"optimizer.name": name, **layers, **trained, "model": model, **self.data.description}
 
     def set_learning_rate(self, factor: float) -> None:
         """Give every group its configured hyperparameters, the learning rate times ``factor``."""
@@ -116,7 +118,7 @@ def unsharded(config: Config) -> PreTrainedModel:
     Raises ValueError for settings of the layers that do not fit.
     """
     model = models.skeleton(models.architecture(config.model, seq_len=config.seq_len), _DTYPES[config.precision])
-    _layers(config).convert(model)
+    _shape(model, config, _layers(config))
     return model
 
 
@@ -130,8 +132,8 @@ def build_run(config: Config, ranks: Ranks) -> Run:
     # shapes, then shards, then weights
     name, layers = methods.find(config.optimizer["name"]).optimizer, _layers(config)
     plain, blueprint, model = (models.skeleton(architecture, _DTYPES[config.precision]) for _ in range(3))
-    layers.convert(blueprint)
-    layers.convert(model)
+    for shapes in (blueprint, model):
+        _shape(shapes, config, layers)
     parallel.shard_model(model, ranks.mesh, optim.find(name), config.precision)
     if config.model.name in models.SIZES:
         models.initialize(model, plain, layers, ranks, config.seed)
@@ -201,6 +203,16 @@ def _parameter_groups(config: Config, model: nn.Module) -> list[dict[str, Any]]:
             if group["role"] in _OTHER_ROLES:
                 group["lr"] = other_lr
     return groups
+
+
+def _shape(model: PreTrainedModel, config: Config, layers: Parametrization) -> None:
+    """What is trained of a plain model on meta, and its layers."""
+    if config.train == "low_rank":
+        try:
+            train_low_rank_only(model)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    layers.convert(model)
 
 
 def _layers(config: Config) -> Parametrization:

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lowrank_train.layer_choice import BLOCK_MATRICES, replaceable_layers
+from lowrank_train.layer_choice import BLOCK_MATRICES, replace_module, replaceable_layers
 from lowrank_train.spectral_product import factored_is_cheaper, spectral_product
 from optim.sampling import SAMPLERS, draw_seed, sample
 from optim.sharding import is_sharded
@@ -182,7 +182,7 @@ def to_spectral(
             factors = factorise(linear.weight, rank, sampling=sampling, seed=seed, index=index)
             for key, value in spectral_values(made, factors, linear.bias).items():
                 made.get_parameter(key).data.copy_(value)
-        model = _replace(model, linear, made)
+        model = replace_module(model, linear, made)
     return model
 
 
@@ -242,7 +242,7 @@ def merge(model: nn.Module) -> nn.Module:
         if spectral.bias is not None:
             linear.bias = spectral.bias
         linear.train(spectral.training)
-        model = _replace(model, spectral, linear)
+        model = replace_module(model, spectral, linear)
     return model
 
 
@@ -293,15 +293,6 @@ def _like(linear: nn.Linear, rank: int, **settings: object) -> SpectralLinear:
     if linear.bias is not None:
         spectral.bias = linear.bias
     return spectral.train(linear.training)
-
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """Wherever the module is, under several names perhaps; returns the model, which may be that module itself."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):  # named_children would give a module used twice only once
-            if child is old:
-                setattr(parent, name, new)
-    return new if model is old else model
 
 
 def _check_weight(weight: Tensor) -> None:
