@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
 from datetime import timedelta
@@ -36,7 +37,7 @@ from lowrank_train.errors import UserError
 from lowrank_train.parallel import Ranks
 from lowrank_train.parametrization import Parametrization
 
-__all__ = ["Checkpoints", "export_huggingface", "find_checkpoint", "last_good"]
+__all__ = ["Checkpoints", "checkpoints_of", "export_huggingface", "find_checkpoint", "last_good", "read_weights"]
 
 
 class Checkpoints:
@@ -206,6 +207,27 @@ class Checkpoints:
         others = [other.name for other in _published(path.parent) if other != path]
         then = f"delete it, and resume=auto goes on from {others[-1]}" if others else "there is no other beside it"
         return UserError(f"{path} is damaged ({_cause(error)}); {then}")
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """Complete checkpoints in a folder, oldest first."""
+    return _published(folder)
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The whole weights in a checkpoint, by parameter name, in one process. Raises UserError if it is damaged."""
+    try:
+        metadata = FileSystemReader(path).read_metadata().state_dict_metadata
+        weights = {
+            key.removeprefix("model."): torch.empty(entry.size, dtype=entry.properties.dtype)
+            for key, entry in metadata.items()
+            if key.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+        }
+        with warnings.catch_warnings(action="ignore"):  # that it is one process, which is what was asked for
+            load({"model": weights}, checkpoint_id=path, no_dist=True)
+    except Exception as error:  # a damaged file may raise anything
+        raise UserError(f"{path} is damaged ({_cause(error)})") from None
+    return weights
 
 
 def last_good(folder: Path) -> str:

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from lowrank_train.pruning import Point
 from lowrank_train.spectrum import Summary, summarize
+from lowrank_train.spectrum_history import Snapshot
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-__all__ = ["ModelSpectra", "plot_cosines", "plot_pruning", "plot_spectra"]
+__all__ = ["ModelSpectra", "plot_cosines", "plot_history", "plot_pruning", "plot_spectra"]
 
 _LOWEST_PLOTTED = 1e-8
 """Of sigma_1: below it is rounding of weights in single precision, which would fill the plot."""
@@ -67,6 +68,26 @@ def plot_spectra(model: ModelSpectra, path: Path) -> None:
 
     ticks = matplotlib.ticker.MaxNLocator(5, integer=True)
     _panels(model, f"{model.label}: singular values", draw, path, colors, label="layer", ticks=ticks)
+
+
+def plot_history(label: str, snapshots: Sequence[Snapshot], path: Path) -> None:
+    """Effective rank, a share of the whole, over the steps of a run: a panel per kind of matrix, a line per layer."""
+    last = ModelSpectra(label, path.parent, sigma=snapshots[-1].sigma)
+    steps = [snapshot.step for snapshot in snapshots]
+    shares = [{s.matrix: s.effective_rank / min(s.rows, s.columns) for s in one.summaries} for one in snapshots]
+    layers = [layer for matrices in _by_kind(last.sigma).values() for layer, _ in matrices]
+    norm = matplotlib.colors.Normalize(min(layers), max(layers) if max(layers) > min(layers) else min(layers) + 1)
+    colors = matplotlib.cm.ScalarMappable(norm, "viridis")
+
+    def draw(axes: Any, matrices: list[tuple[int, str]]) -> None:
+        for layer, name in matrices:
+            line = [share[name] for share in shares]
+            axes.plot(steps, line, color=colors.to_rgba(np.asarray(layer)), marker=".", linewidth=1)
+        axes.set(xlabel="step", ylabel="effective rank / k", ylim=(0, 1.02))
+        axes.grid(alpha=0.3)
+
+    ticks = matplotlib.ticker.MaxNLocator(5, integer=True)
+    _panels(last, f"{label}: effective rank over the run", draw, path, colors, label="layer", ticks=ticks)
 
 
 def plot_cosines(model: ModelSpectra, epsilon: float, path: Path) -> None:

@@ -14,10 +14,11 @@ import numpy as np
 
 from lowrank_train.pruning import Point
 from lowrank_train.spectrum import Summary
-from lowrank_train.spectrum_plots import ModelSpectra, plot_cosines, plot_pruning, plot_spectra
+from lowrank_train.spectrum_history import Snapshot, history_table
+from lowrank_train.spectrum_plots import ModelSpectra, plot_cosines, plot_history, plot_pruning, plot_spectra
 from optim.table import aligned
 
-__all__ = ["tables", "write_report"]
+__all__ = ["tables", "write_history", "write_report"]
 
 
 def tables(models: Sequence[ModelSpectra], epsilon: float, notes: Sequence[str]) -> str:
@@ -76,6 +77,18 @@ def write_report(
     }
     (folder / "spectrum.json").write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
     return tables(models, epsilon, notes)
+
+
+def write_history(
+    label: str, snapshots: Sequence[Snapshot], settings: Mapping[str, Any], made: Mapping[str, Any], folder: Path
+) -> str:
+    """Write history.csv, .json and .png into ``folder`` and return the table as text; arguments as above."""
+    rows = [{"step": one.step, **asdict(summary)} for one in snapshots for summary in one.summaries]
+    _write_csv(folder / "history.csv", rows)
+    plot_history(label, snapshots, folder / "history.png")
+    figures = {"what": "spectra over the checkpoints of a run", "settings": dict(settings), "provenance": dict(made)}
+    (folder / "history.json").write_text(json.dumps({**figures, "rows": rows}, indent=2, allow_nan=False) + "\n")
+    return history_table(snapshots)
 
 
 # -------------------------------------------------------------------------------------------------------------- tables

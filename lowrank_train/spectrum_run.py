@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,8 +21,9 @@ from lowrank_train.parallel import Ranks, start
 from lowrank_train.pruning import Prunable, TextConfig, evaluation_blocks, pruning_curve
 from lowrank_train.record import provenance
 from lowrank_train.spectrum import best_cosines, decompositions, factors_of_weight
+from lowrank_train.spectrum_history import history
 from lowrank_train.spectrum_plots import ModelSpectra
-from lowrank_train.spectrum_report import write_report
+from lowrank_train.spectrum_report import write_history, write_report
 
 __all__ = ["SpectrumConfig", "help_text", "load_settings", "measure"]
 
@@ -47,6 +49,7 @@ class SpectrumConfig:
     data: TextConfig = field(default_factory=TextConfig)
     micro_batch: int = setting(8, "sequences in one forward pass")
     layers: str = setting(BLOCK_MATRICES, "regular expression: which linear layers, by name; . for all")
+    checkpoints: bool = setting(False, "of one run folder: how the spectra changed over its checkpoints, and no more")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
     out: str | None = setting(
         None, "folder of the results; null: spectrum/ in the run folder, or runs/spectrum/<model> for other models"
@@ -78,8 +81,10 @@ def load_settings(arguments: Sequence[str]) -> tuple[dict[str, Path], SpectrumCo
     if not words:
         raise UserError("no model given; expected launch/spectrum.py FOLDER [key=value ...], see --help")
     folders: dict[str, Path] = {}
+    if config.checkpoints and len(words) > 1:
+        raise UserError(f"{len(words)} folders with checkpoints=true; expected one run folder")
     for word in words:
-        folder = model_folder(word)
+        folder = Path(word) if config.checkpoints else model_folder(word)
         name = label = model_label(folder)
         while label in folders:
             label = f"{name}-{len(folders) + 1}"
@@ -91,6 +96,7 @@ def load_settings(arguments: Sequence[str]) -> tuple[dict[str, Path], SpectrumCo
     if config.out is None:
         first = next(iter(folders.values()))
         own = first.parent / "spectrum" if is_export_of_run(first) and len(folders) == 1 else None
+        own = first / "spectrum" if config.checkpoints else own
         config.out = str(own or Path("runs", "spectrum", "-vs-".join(folders)))
     _check(config)
     return folders, config
@@ -114,6 +120,13 @@ def measure(folders: dict[str, Path], config: SpectrumConfig) -> str:
         out.mkdir(parents=True, exist_ok=True)  # before hours of work rather than after
     except OSError as error:
         raise UserError(f"cannot write to out={out}: {error}; set out to another folder") from None
+    if config.checkpoints:
+        label, run = next(iter(folders.items()))
+        snapshots = history(run, config.layers)
+        try:
+            return write_history(label, snapshots, asdict(config), provenance(torch.device("cpu")), out)
+        except OSError as error:
+            raise UserError(f"cannot write to out={out}: {error}; set out to another folder") from None
     texts = {label: evaluation_blocks(config.data, folder) for label, folder in folders.items() if config.prune}
     with start(ParallelConfig(), config.device) as ranks:
         before = None if config.before is None else load_model(Path(config.before)).to(ranks.device)
