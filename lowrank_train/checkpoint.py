@@ -225,7 +225,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         }
         with warnings.catch_warnings(action="ignore"):  # that it is one process, which is what was asked for
             load({"model": weights}, checkpoint_id=path, no_dist=True)
-    except Exception as error:  # a damaged file may raise anything
+    except (CheckpointException, Exception) as error:  # a damaged file may raise anything
         raise UserError(f"{path} is damaged ({_cause(error)})") from None
     return weights
 
