@@ -1,7 +1,7 @@
 """The text of a run as tokens: split into training and held-out documents, tokenized once, opened on every rank.
 
 Text is a stream of documents, each closed by the end-of-text token, cut into blocks of ``seq_len + 1`` tokens (the
-last one is only a label).
+last one is only a label). Prompts with responses are laid into rows of ``seq_len`` tokens instead (``labels.py``).
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import hashlib
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,19 +27,33 @@ from lowrank_train.blocks import TokenFile, TokenStream, TrainingBlocks
 from lowrank_train.checkpoint import find_checkpoint
 from lowrank_train.config import Config, DataConfig
 from lowrank_train.errors import UserError
+from lowrank_train.labels import lay_out
 from lowrank_train.loss import IGNORED
 from lowrank_train.parallel import Ranks
 from lowrank_train.progress import show_progress
-from lowrank_train.text import embedded_documents, local_documents, lot, open_stream, texts
-from lowrank_train.tokenizer import encode, prepare_tokenizer
+from lowrank_train.text import (
+    Example,
+    check_exists,
+    embedded_documents,
+    examples,
+    local_documents,
+    local_examples,
+    lot,
+    open_stream,
+    texts,
+)
+from lowrank_train.tokenizer import encode, encode_examples, prepare_tokenizer
 
 __all__ = ["Data", "prepare_data"]
 
 _BATCH_OF_DOCUMENTS = 64  # tokenized at one time; larger batches only hold more memory
 _ORDER = ("seq_len", "seed")  # settings of how tokens are read; the others say which they are
+_ORDER_OF_ROWS = ("seed",)  # rows of examples were laid out for one seq_len
 _REMEDY = "delete {folder} and run again: the same text gives the same tokens"
 
-_Opener = Callable[[], Iterator[str]]
+T = TypeVar("T")
+_Document = str | Example  # of one kind in a run
+_Opener = Callable[[], Iterator[_Document]]
 
 
 @dataclass(frozen=True)
@@ -48,7 +63,7 @@ class Data:
     tokenizer: PreTrainedTokenizerBase
     train: TrainingBlocks
     validation: Tensor
-    """Blocks (n, seq_len + 1) int64; a last block that is not full is padded with ``IGNORED``."""
+    """Blocks (n, seq_len + 1) int64, as stored; a last block that is not full is padded with ``IGNORED``."""
     description: dict[str, Any]
     """What the text is and how it is cut: equal for runs that read the same data, kept in checkpoints."""
 
@@ -60,13 +75,21 @@ def prepare_data(config: Config, ranks: Ranks, folder: Path) -> Data:
 
     Raises:
         UserError: text that cannot be read, is empty or too short; ``folder`` holds other data; streams that do not
-            divide by the ranks.
+            divide by the ranks; prompts and responses that would be streamed.
     """
     streaming = _is_streamed(config.data)
+    if streaming and config.data.response_key is not None:
+        check_exists(str(config.data.path), "data.path")
+        raise UserError(
+            f"data.response_key={config.data.response_key} with streamed data.path={config.data.path}; supervised data "
+            "is not streamed: set data.streaming=false"
+        )
     description: dict[str, Any] = {
         "data.path": _absolute(config.data.path) or "embedded",
         "data.name": config.data.name,
         "data.text_key": config.data.text_key,
+        "data.prompt_key": config.data.prompt_key,
+        "data.response_key": config.data.response_key,
         "data.validation": _absolute(config.data.validation),
         "data.validation_fraction": config.data.validation_fraction,
         "data.tokenizer": _absolute(config.data.tokenizer) or f"bpe-{config.data.vocab_size}",
@@ -111,25 +134,48 @@ def _write_tokens(config: Config, folder: Path, description: dict[str, Any], str
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     training, validation, held_out_below = _documents(config.data, streaming)
-    prepare_tokenizer(config.data, training, scratch / "tokenizer")
+    prepare_tokenizer(config.data, lambda: _texts_of(training()), scratch / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(scratch / "tokenizer")
-    dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
+    supervised = config.data.response_key is not None
+    dtype = "int32" if supervised else "uint16" if len(tokenizer) <= 2**16 else "uint32"
     hasher = hashlib.sha1(usedforsecurity=False)
-    wanted = config.evaluation.tokens + 1
+    seen: Counter[str] = Counter()
+
+    def write(name: str, documents: Iterator[_Document], limit: int | None = None) -> int:
+        sequences = _encoded(tokenizer, show_progress(documents, f"tokenizing {name} text", "documents"))
+        if supervised:
+            sequences = lay_out(sequences, config.seq_len, tokenizer.eos_token_id, seen)
+        return _write(scratch / f"{name}.bin", sequences, dtype, hasher, limit)
+
+    wanted = config.evaluation.tokens
+    if supervised:
+        wanted -= wanted % config.seq_len  # whole rows
     found: dict[str, Any] = {"dtype": dtype, "vocab_size": len(tokenizer), "held_out_below": held_out_below}
-    found["validation_tokens"] = _write(scratch / "validation.bin", tokenizer, validation(), dtype, hasher, wanted)
+    found["validation_tokens"] = write("validation", validation(), wanted + 1)
     if not streaming:
-        found["train_tokens"] = _write(scratch / "train.bin", tokenizer, training(), dtype, hasher)
+        found["train_tokens"] = write("train", training())
     found["sha1"] = hasher.hexdigest()
-    if found["validation_tokens"] < 2:
-        raise UserError(
-            "there is no held-out text; give some with data.validation, or raise "
-            f"data.validation_fraction={config.data.validation_fraction}"
-        )
+    if supervised:
+        found["examples_cut"] = seen["cut"]
+    _check_found(config, found)
     (scratch / "data.json").write_text(json.dumps({"settings": description, "found": found}, indent=2))
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
     return found
+
+
+def _check_found(config: Config, found: dict[str, Any]) -> None:
+    fraction = config.data.validation_fraction
+    held_out = f"give some with data.validation, or raise data.validation_fraction={fraction}"
+    if config.data.response_key is not None:
+        for name, more in (("train", "give more data with data.path"), ("validation", held_out)):
+            if found[f"{name}_tokens"] == 0:
+                raise UserError(
+                    f"there is no {name} example whose response starts within seq_len={config.seq_len} tokens; raise "
+                    f"seq_len, {more}"
+                )
+    if found["validation_tokens"] < 2:
+        raise UserError(f"there is no held-out text; {held_out}")
 
 
 def _read_record(config: Config, folder: Path, description: dict[str, Any]) -> dict[str, Any] | None:
@@ -144,7 +190,7 @@ def _read_record(config: Config, folder: Path, description: dict[str, Any]) -> d
         raise UserError(f"{record} is damaged ({error}); {_REMEDY.format(folder=folder)}") from None
     other = [key for key, value in description.items() if settings.get(key) != value]
     if config.data.folder is not None:
-        other = [key for key in other if key not in _ORDER]
+        other = [key for key in other if key not in (_ORDER if config.data.response_key is None else _ORDER_OF_ROWS)]
     if not other:
         return found
     differs = f"{other[0]} was {settings.get(other[0])!r}, is {description[other[0]]!r}"
@@ -167,12 +213,12 @@ def _locked(folder: Path) -> Iterator[None]:
 def _documents(config: DataConfig, streaming: bool) -> tuple[_Opener, _Opener, float]:
     """Openers of the training and of the held-out text, and the lot below which a document is held out."""
 
-    def everything() -> Iterator[str]:
+    def everything() -> Iterator[_Document]:
         if config.path is None:
             return embedded_documents()
-        if not streaming:
-            return local_documents(config.path, config.text_key, without=config.validation)
-        return texts(open_stream(config, "train"), config.text_key, f"data.path={config.path}")
+        if config.response_key is not None or streaming:
+            return _of_rows(config, open_stream(config, "train"))
+        return local_documents(config.path, config.text_key, without=config.validation)
 
     if config.validation is None:
         limit = _held_out_below(config, everything, streaming)
@@ -182,21 +228,36 @@ def _documents(config: DataConfig, streaming: bool) -> tuple[_Opener, _Opener, f
             limit,
         )
 
-    def validation() -> Iterator[str]:
+    def validation() -> Iterator[_Document]:
         assert config.validation is not None
         if config.path is None or Path(config.path).exists() or Path(config.validation).exists():
             if not Path(config.validation).exists():
                 raise UserError(
                     f"data.validation={config.validation} does not exist; expected a file or folder of text"
                 )
+            if config.prompt_key is not None and config.response_key is not None:
+                return local_examples(config.validation, config.prompt_key, config.response_key, "data.validation")
             return local_documents(config.validation, config.text_key, "data.validation")
-        return texts(open_stream(config, config.validation), config.text_key, f"data.path={config.path}")
+        return _of_rows(config, open_stream(config, config.validation))
 
-    def training() -> Iterator[str]:
+    def training() -> Iterator[_Document]:
         copies = set() if streaming else {lot(text) for text in validation()}
         return (text for text in everything() if lot(text) not in copies)
 
     return training, validation, 0.0
+
+
+def _of_rows(config: DataConfig, rows: Any) -> Iterator[_Document]:
+    where = f"data.path={config.path}"
+    if config.prompt_key is not None and config.response_key is not None:
+        return examples(rows, config.prompt_key, config.response_key, where)
+    return texts(rows, config.text_key, where)
+
+
+def _texts_of(documents: Iterable[_Document]) -> Iterator[str]:
+    """All that a tokenizer must know."""
+    for document in documents:
+        yield from [document] if isinstance(document, str) else document
 
 
 def _held_out_below(config: DataConfig, everything: _Opener, streaming: bool) -> float:
@@ -228,30 +289,32 @@ def _is_streamed(config: DataConfig) -> bool:
     return config.path is not None and not Path(config.path).exists()
 
 
-def _write(
-    file: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    documents: Iterable[str],
-    dtype: str,
-    hasher: Any,
-    limit: int | None = None,
-) -> int:
-    """Write token ids of all documents (or until ``limit`` tokens) into a new file; returns how many."""
+def _write(file: Path, sequences: Iterable[list[int]], dtype: str, hasher: Any, limit: int | None = None) -> int:
+    """Write all tokens (or ``limit`` of them) into a new file; returns how many."""
     total = 0
     with file.open("wb") as out:
-        for batch in _batched(show_progress(documents, f"tokenizing {file.stem} text", "documents")):
-            for ids in encode(tokenizer, batch):
-                data = np.asarray(ids if limit is None else ids[: limit - total], dtype=dtype).tobytes()
-                out.write(data)
-                hasher.update(data)
-                total += len(data) // np.dtype(dtype).itemsize
+        for ids in sequences:
+            data = np.asarray(ids if limit is None else ids[: limit - total], dtype=dtype).tobytes()
+            out.write(data)
+            hasher.update(data)
+            total += len(data) // np.dtype(dtype).itemsize
             if limit is not None and total >= limit:
                 break
     return total
 
 
-def _batched(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _encoded(tokenizer: PreTrainedTokenizerBase, documents: Iterable[_Document]) -> Iterator[list[int]]:
+    """Stored tokens of each document."""
+    for batch in _batched(documents):
+        of_examples = [document for document in batch if isinstance(document, Example)]
+        if of_examples:
+            yield from encode_examples(tokenizer, of_examples)
+        else:
+            yield from encode(tokenizer, [document for document in batch if isinstance(document, str)])
+
+
+def _batched(documents: Iterable[T]) -> Iterator[list[T]]:
+    batch: list[T] = []
     for document in documents:
         batch.append(document)
         if len(batch) == _BATCH_OF_DOCUMENTS:

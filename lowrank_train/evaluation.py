@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_train.config import Config
+from lowrank_train.labels import split
 from lowrank_train.loss import IGNORED
 from lowrank_train.parallel import Ranks, reshard
 from lowrank_train.progress import show_progress
@@ -20,7 +21,7 @@ def evaluate(model: PreTrainedModel, blocks: Tensor, config: Config, ranks: Rank
 
     Args:
         model: sharded, with its ``token_loss``.
-        blocks: (n, length + 1) token ids, ``IGNORED`` where there is none; the same on every rank.
+        blocks: (n, length + 1) as stored, ``IGNORED`` where there is no token; the same on every rank.
         config: of the run.
         ranks: all of them must call.
     """
@@ -30,7 +31,7 @@ def evaluate(model: PreTrainedModel, blocks: Tensor, config: Config, ranks: Rank
     mine = torch.cat([blocks, padding])[ranks.rank :: ranks.world_size]  # equal counts: each forward is a collective
     total = torch.zeros(2, dtype=torch.float64)
     for batch in show_progress(mine.split(config.micro_batch), "evaluating", "batches", active=ranks.is_first):
-        inputs, labels = batch[:, :-1].clamp_min(0).to(ranks.device), batch[:, 1:].to(ranks.device)
+        inputs, labels = (part.to(ranks.device) for part in split(batch))
         loss = model.token_loss(inputs, labels, config.loss_chunk)
         total += torch.tensor([loss.item(), int((labels != IGNORED).sum())], dtype=torch.float64)
     reshard(model)  # the root group stays gathered after a forward without backward

@@ -8,12 +8,22 @@ import importlib
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lowrank_train.config import DataConfig
 from lowrank_train.errors import UserError
 
-__all__ = ["check_exists", "embedded_documents", "local_documents", "lot", "open_stream", "texts"]
+__all__ = [
+    "Example",
+    "check_exists",
+    "embedded_documents",
+    "examples",
+    "local_documents",
+    "local_examples",
+    "lot",
+    "open_stream",
+    "texts",
+]
 
 _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
@@ -31,9 +41,18 @@ _PIECE_CHARACTERS = 20_000
 _NOT_PROSE = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "ensurepip"}
 
 
-def lot(document: str) -> float:
+class Example(NamedTuple):
+    """A document of which only a part is to be learned."""
+
+    prompt: str
+    """May be empty."""
+    response: str
+
+
+def lot(document: str | Example) -> float:
     """A number in [0, 1) drawn from a document's content: equal documents draw the same."""
-    digest = hashlib.sha1(document.encode("utf-8", "surrogatepass"), usedforsecurity=False).digest()
+    content = document if isinstance(document, str) else document.prompt + document.response
+    digest = hashlib.sha1(content.encode("utf-8", "surrogatepass"), usedforsecurity=False).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
@@ -72,6 +91,13 @@ def local_documents(path: str, text_key: str, key: str = "data.path", without: s
     whole_files = _READERS[_files(path, key, without)[0].suffix.lower()][0] == "text"
     for text in texts(_load_local(path, key, without), text_key, f"{key}={path}"):
         yield from _pieces(text) if whole_files else [text]
+
+
+def local_examples(
+    path: str, prompt_key: str, response_key: str, key: str = "data.path", without: str | None = None
+) -> Iterator[Example]:
+    """As ``local_documents``, of two columns."""
+    return examples(_load_local(path, key, without), prompt_key, response_key, f"{key}={path}")
 
 
 def open_stream(config: DataConfig, split: str) -> Any:
@@ -162,6 +188,22 @@ def _opened(load: Callable[[Any], Any], what: str, reason: str) -> Any:
 
 def texts(rows: Iterable[dict[str, Any]], column: str, where: str) -> Iterator[str]:
     """The text of each row, rows without any left out; raises UserError for rows that cannot be read."""
+    for row in _read(rows, where):
+        text = _text(row, column, where, "data.text_key")
+        if text:
+            yield text
+
+
+def examples(rows: Iterable[dict[str, Any]], prompt_column: str, response_column: str, where: str) -> Iterator[Example]:
+    """The example of each row, rows without a response left out; raises UserError for rows that cannot be read."""
+    for row in _read(rows, where):
+        prompt = _text(row, prompt_column, where, "data.prompt_key")
+        response = _text(row, response_column, where, "data.response_key")
+        if response:
+            yield Example(prompt, response)
+
+
+def _read(rows: Iterable[dict[str, Any]], where: str) -> Iterator[dict[str, Any]]:
     iterator = iter(rows)
     while True:
         try:
@@ -170,12 +212,16 @@ def texts(rows: Iterable[dict[str, Any]], column: str, where: str) -> Iterator[s
             return
         except Exception as error:  # as above: a damaged file is noticed while reading
             raise UserError(f"cannot read {where}: {_first_line(error)}") from None
-        text = row.get(column, "")
-        if column not in row or not isinstance(text, str | None):
-            got = "nothing" if column not in row else type(text).__name__
-            raise UserError(f"{where}: column {column!r} holds {got}; set data.text_key to one of {', '.join(row)}")
-        if text:
-            yield text
+        yield row
+
+
+def _text(row: dict[str, Any], column: str, where: str, key: str) -> str:
+    """What a row holds in a column, "" for null."""
+    text = row.get(column, "")
+    if column not in row or not isinstance(text, str | None):
+        got = "nothing" if column not in row else type(text).__name__
+        raise UserError(f"{where}: column {column!r} holds {got}; set {key} to one of {', '.join(row)}")
+    return text or ""
 
 
 def _first_line(error: Exception) -> str:

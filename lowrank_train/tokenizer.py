@@ -11,10 +11,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from lowrank_train.config import DataConfig
 from lowrank_train.errors import UserError
+from lowrank_train.labels import unlabelled
 from lowrank_train.progress import show_progress
-from lowrank_train.text import check_exists
+from lowrank_train.text import Example, check_exists
 
-__all__ = ["encode", "prepare_tokenizer"]
+__all__ = ["encode", "encode_examples", "prepare_tokenizer"]
 
 _END = "<|endoftext|>"
 _TRAINING_CHARACTERS = 100_000_000  # enough for merges to settle; more only takes longer
@@ -56,10 +57,22 @@ def prepare_tokenizer(config: DataConfig, documents: Callable[[], Iterator[str]]
 
 def encode(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> list[list[int]]:
     """Token ids of each document, closed by the end-of-text token, which the text itself can never produce."""
+    return [[*ids, tokenizer.eos_token_id] for ids in _ids(tokenizer, documents)]
+
+
+def encode_examples(tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> list[list[int]]:
+    """As ``encode``, the tokens of prompts stored as what is no label."""
+    prompts = _ids(tokenizer, [example.prompt for example in examples])
+    responses = encode(tokenizer, [example.response for example in examples])
+    return [[*map(unlabelled, prompt), *response] for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     batch = tokenizer(
-        documents, add_special_tokens=False, return_attention_mask=False, verbose=False, split_special_tokens=True
+        texts, add_special_tokens=False, return_attention_mask=False, verbose=False, split_special_tokens=True
     )
-    return [[*ids, tokenizer.eos_token_id] for ids in batch["input_ids"]]
+    ids: list[list[int]] = batch["input_ids"]
+    return ids
 
 
 def _train_bpe(documents: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -19,7 +19,7 @@ from lowrank_train.clock import DeviceClock
 from lowrank_train.config import Config
 from lowrank_train.errors import Diverged, UserError
 from lowrank_train.evaluation import evaluate
-from lowrank_train.loss import IGNORED
+from lowrank_train.labels import count_labels, split
 from lowrank_train.metrics import Metrics
 from lowrank_train.record import RunRecord, peak_memory_gib, perplexity, provenance
 from lowrank_train.report import write_report
@@ -49,7 +49,7 @@ def train(config: Config) -> RunRecord:
             run.restore(checkpoint)
         notes = ranks.first(lambda: _settle(_only(folder), config, run.progress))
         metrics = Metrics(run.folder, start=run.progress.step, steps=config.steps, active=ranks.is_first)
-        for note in [_greeting(run, checkpoint), *notes]:
+        for note in [_greeting(run, checkpoint), *notes, *_cuts(run)]:
             metrics.say(note)
         with stop_signals() as stop:
             try:
@@ -70,6 +70,12 @@ def _settle(folder: RunFolder, config: Config, progress: Progress) -> list[str]:
         )
     folder.write_config(config)
     return [f"changed since the last session: {key} {then} -> {now}" for key, (then, now) in changes.items()]
+
+
+def _cuts(run: Run) -> list[str]:
+    """What was lost of the data, if anything."""
+    cut = run.data.description.get("examples_cut")
+    return [f"{cut} examples are longer than seq_len={run.config.seq_len} tokens and were cut"] if cut else []
 
 
 def _only(folder: RunFolder | None) -> RunFolder:
@@ -137,15 +143,17 @@ def _gradients(run: Run) -> tuple[float, float]:
     """Gradients of one step's mean loss, clipped; returns (loss, gradient norm before clipping), the same on all ranks.
 
     Each micro-batch's gradient is reduced at once: accumulating whole gradients instead would save messages and cost
-    a model's worth of memory on every rank.
+    a model's worth of memory on every rank. Gradients are averaged over ranks, so each divides by its even share of
+    the step's labels: a token weighs the same whichever rank it is on.
     """
     config, ranks = run.config, run.ranks
     sequences = config.tokens_per_step // config.seq_len
-    blocks = ranks.each(lambda: run.data.train.take(sequences, ranks.rank, ranks.world_size)).to(ranks.device)
-    tokens = blocks.shape[0] * config.seq_len
+    blocks = ranks.each(lambda: run.data.train.take(sequences, ranks.rank, ranks.world_size))
+    counted = int(ranks.sum(torch.tensor(count_labels(blocks))))  # on the CPU: no wait for the device
+    share = counted / ranks.world_size if counted else 1.0
     total = torch.zeros((), device=ranks.device)
-    for part in blocks.chunk(micro_batches(config, ranks.world_size)):
-        loss = run.model.token_loss(part[:, :-1], part[:, 1:], config.loss_chunk) / tokens
+    for part in blocks.to(ranks.device).chunk(micro_batches(config, ranks.world_size)):
+        loss = run.model.token_loss(*split(part), config.loss_chunk) / share
         loss.backward()
         total = total + loss.detach()
     if config.clip is None:
@@ -188,7 +196,7 @@ def _finish(run: Run) -> RunRecord:
         initial_validation_loss=progress.initial_validation_loss,
         validation_loss=progress.validation_loss,
         validation_step=progress.validation_step,
-        validation_tokens=int((run.data.validation[:, 1:] != IGNORED).sum()),
+        validation_tokens=count_labels(run.data.validation),
         skipped_steps=progress.skipped_steps,
         peak_memory_gib=max(progress.peak_memory_gib, peak_memory_gib(ranks.device)),
         optimizer_state_bytes=optim.state_bytes(run.optimizer),

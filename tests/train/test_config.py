@@ -100,6 +100,10 @@ def test_unknown_key_in_a_file_names_the_file(tmp_path: Path) -> None:
     assert file in message
 
 
+def test_a_model_is_short_for_its_name() -> None:
+    assert load_config(["model=llama_130m"]).model.name == "llama_130m"
+
+
 def test_a_key_like_nothing_known_gets_no_suggestion() -> None:
     message = error("zzzqqq=1")
     assert "unknown key 'zzzqqq'" in message
@@ -118,7 +122,7 @@ def test_a_key_like_nothing_known_gets_no_suggestion() -> None:
         "precision=float16",
         "schedule.name=linear",
         "device=tpu",
-        "model=llama_60m",
+        "data=books",
         "optimizer=adamw",
         "parallel=2",
         "steps=[1,2]",
