@@ -17,6 +17,7 @@ from optim.scale import SCALE
 from optim.sharding import preferred_shard_dim
 from optim.sst import SST
 from optim.trion import Trion
+from optim.welore_adamw import WeLoreAdamW
 
 __all__ = [
     "APOLLO",
@@ -34,6 +35,7 @@ __all__ = [
     "Muon",
     "ReLoRA",
     "Trion",
+    "WeLoreAdamW",
     "attach_to_backward",
     "check_arguments",
     "create",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -285,21 +285,43 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         self._adopt_replaced_parameters()
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         slots = list(self.slots())
+        objection = self._structural_objection(state_dict["param_groups"])
         if len(saved_ids) == len(slots):  # torch words the error for a mismatch
-            for i, slot in zip(saved_ids, slots, strict=True):
-                _check_loadable(slot, state_dict["state"].get(i, {}))
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            for key in self.structural_settings if group["role"] in self.method_roles else ():
-                if saved.get(key, group[key]) != group[key]:
-                    raise ValueError(
-                        f"the checkpoint was written with {key}={saved[key]!r} and this optimizer has "
-                        f"{key}={group[key]!r}, so its state means something else; load it with the same"
-                    )
+            saved_states = [state_dict["state"].get(i, {}) for i in saved_ids]
+            if objection is None:
+                self.prepare_to_load(
+                    {
+                        slot.name: {key: tuple(value.shape) for key, value in saved.items()}
+                        for slot, saved in zip(slots, saved_states, strict=True)
+                    }
+                )
+            for slot, saved in zip(slots, saved_states, strict=True):
+                _check_loadable(slot, saved)
+        if objection is not None:
+            raise ValueError(objection)
         super().load_state_dict(state_dict)
         for i, slot in zip(saved_ids, slots, strict=True):
             for key, value in state_dict["state"].get(i, {}).items():
                 copy_into(slot.state[key], value)
             self.state[slot.param] = slot.state
+
+    def prepare_to_load(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
+        """Called before state is loaded: what has sizes of its own takes those of the checkpoint.
+
+        Args:
+            shapes: parameter -> state key -> global shape, as saved. Where they do not fit nothing is changed, and
+                what loads them says why.
+        """
+
+    def _structural_objection(self, saved_groups: Sequence[Mapping[str, Any]]) -> str | None:
+        for group, saved in zip(self.param_groups, saved_groups, strict=False):
+            for key in self.structural_settings if group["role"] in self.method_roles else ():
+                if saved.get(key, group[key]) != group[key]:
+                    return (
+                        f"the checkpoint was written with {key}={saved[key]!r} and this optimizer has "
+                        f"{key}={group[key]!r}, so its state means something else; load it with the same"
+                    )
+        return None
 
 
 def adamw_state(param: Tensor) -> dict[str, StateTensor]:

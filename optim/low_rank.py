@@ -53,7 +53,7 @@ from optim.sharding import (
     turned_numbers,
 )
 
-__all__ = ["LowRankOptimizer", "resolved_rank"]
+__all__ = ["LowRankOptimizer", "low_rank_state", "resolved_rank"]
 
 MOMENTS = ("keep", "reset", "rotate")
 
@@ -82,22 +82,13 @@ class LowRankOptimizer(MatrixOptimizer, ABC):
 
     def matrix_state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
         """Moments, ages, the tensors of basis and residual; raises ValueError for settings that do not fit."""
-        d, m = sorted(matrix_shape(param.shape))
+        d, _ = sorted(matrix_shape(param.shape))
         _check_settings(name, group)
         r = resolved_rank(name, tuple(param.shape), group["rank"])
-        basis = find_basis(group["basis"])
-        objection = basis.objection(d, r)
+        objection = find_basis(group["basis"]).objection(d, r)
         if objection is not None:
             raise ValueError(f"basis={group['basis']!r} for {name!r} of shape {tuple(param.shape)}: {objection}")
-        return {
-            "step": StateTensor((), torch.float32, "host"),
-            "skipped_refreshes": StateTensor((), torch.int32, "host"),
-            "exp_avg": StateTensor((m, r), param.dtype, "rows"),
-            "exp_avg_sq": StateTensor((m, r), param.dtype, "rows"),
-            "column_age": StateTensor((r,), torch.int32, "replicated"),
-            **basis.state_tensors(d, r, param.dtype),
-            **find_residual(group["residual"]).state_tensors(m, d, param.dtype),
-        }
+        return low_rank_state(param.shape, param.dtype, r, basis=group["basis"], residual=group["residual"])
 
     def traffic(self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int) -> Traffic:
         """The basis's statistics (and its decision, if one rank makes it) at a refresh; the residual's sums always.
@@ -130,7 +121,10 @@ class LowRankOptimizer(MatrixOptimizer, ABC):
 
     def step_matrices(self, slots: list[Slot]) -> None:
         """The update of the module's docstring."""
-        matrices = [MatrixStep(slot) for slot in slots]
+        self.step_together([MatrixStep(slot) for slot in slots])
+
+    def step_together(self, matrices: list[MatrixStep]) -> None:
+        """Refreshes of those that are due, then one update of each."""
         self._refresh([matrix for matrix in matrices if matrix.is_due])
         ready = [matrix for matrix in matrices if matrix.has_directions]
         sizes = [max(matrix_shape(matrix.slot.param.shape)) * matrix.r for matrix in ready]
@@ -260,6 +254,22 @@ def _check_settings(name: str, group: dict[str, Any]) -> None:
                     f"{key}={group[key]!r} for {name!r} needs orthonormal directions, and those of "
                     f"basis={group['basis']!r} are not; use basis='random', or another {key}"
                 )
+
+
+def low_rank_state(
+    shape: Sequence[int], dtype: torch.dtype, r: int, *, basis: str, residual: str
+) -> dict[str, StateTensor]:
+    """The state tensors of one matrix of this shape and type at rank r."""
+    d, m = sorted(matrix_shape(shape))
+    return {
+        "step": StateTensor((), torch.float32, "host"),
+        "skipped_refreshes": StateTensor((), torch.int32, "host"),
+        "exp_avg": StateTensor((m, r), dtype, "rows"),
+        "exp_avg_sq": StateTensor((m, r), dtype, "rows"),
+        "column_age": StateTensor((r,), torch.int32, "replicated"),
+        **find_basis(basis).state_tensors(d, r, dtype),
+        **find_residual(residual).state_tensors(m, d, dtype),
+    }
 
 
 def resolved_rank(name: str, shape: tuple[int, ...], rank: int | None) -> int:

@@ -154,7 +154,8 @@ class MatrixStep:
     def project(self) -> Tensor:
         """Coordinates of the whole gradient, (m_local, r)."""
         directions = self.directions(self.state)
-        blocks = [directions.project(self.gradient[rows].to(self.dtype)) for rows in self.blocks()]
+        gradient = self.gradient  # perhaps a collective: before the blocks, of which a rank may have none
+        blocks = [directions.project(gradient[rows].to(self.dtype)) for rows in self.blocks()]
         return torch.cat(blocks) if blocks else self.like.new_zeros(0, self.r)
 
     def adam(self) -> Iterator[tuple[slice, Block]]:
@@ -164,14 +165,16 @@ class MatrixStep:
         bias_correction1 = (1 - group["betas"][0] ** age).to(self.dtype)
         bias_correction2_sqrt = (1 - group["betas"][1] ** age).sqrt().to(self.dtype)
         directions = self.directions(state)
+        whole = self.gradient if self.given is None else None  # perhaps a collective: a rank may have no blocks
         self.weight = accumulator(self.slot.param, self.dtype)
         if group["weight_decay"]:
             local(self.slot.param).mul_(1 - group["lr"] * group["weight_decay"])
         for rows in self.blocks():
-            if self.given is None:
-                gradient = self.residual.recall(self.gradient[rows].to(self.dtype), self.residual_rows(rows))
+            if whole is not None:
+                gradient = self.residual.recall(whole[rows].to(self.dtype), self.residual_rows(rows))
                 coordinates = directions.project(gradient)
             else:
+                assert self.given is not None
                 gradient = coordinates = self.given[rows]  # of the gradient itself nothing is needed
             exp_avg = read(state, "exp_avg", rows, self.dtype)
             exp_avg_sq = read(state, "exp_avg_sq", rows, self.dtype)

@@ -33,8 +33,9 @@ __all__ = ["SCORES", "allocate_ranks", "scores"]
 
 def _minmax(sigma: Tensor, steps: Tensor) -> Tensor:
     spread = sigma[0] - sigma[-1]
-    # a flat spectrum has no small values to drop: all are as the largest
-    return (sigma - sigma[-1]) / spread if spread > 0 else torch.ones_like(sigma)
+    if spread == 0:  # a flat spectrum has no small values to drop: all are as the largest, unless there is nothing
+        return torch.ones_like(sigma) * (sigma[0] > 0)
+    return (sigma - sigma[-1]) / spread
 
 
 def _relative(sigma: Tensor, steps: Tensor) -> Tensor:
@@ -128,7 +129,9 @@ def allocate_ranks(
     ranks = list(least)
     spent = sum(int(cost[rank]) for cost, rank in zip(costs, ranks, strict=True))
     if spent > budget:
-        raise ValueError(f"a budget of {budget:,} is too small: the least ranks cost {spent:,}")
+        raise ValueError(
+            f"a budget of {budget:,} is too small: the least ranks cost {spent:,} (floor={floor}, multiple={multiple})"
+        )
     items.sort()
     position = 0
     while position < len(items):
@@ -150,7 +153,7 @@ def _ladder(k: int, multiple: int, floor: int, ceiling: int | None) -> list[int]
     lowest = min(k, -(-floor // multiple) * multiple)
     highest = k if ceiling is None else min(k, max(ceiling, lowest))
     steps = [*range(lowest, highest + 1, multiple)]
-    return steps if ceiling is not None or steps[-1] == k else [*steps, k]
+    return steps if highest < k or steps[-1] == k else [*steps, k]
 
 
 def _check(scores: Sequence[Tensor], costs: Sequence[Tensor], multiple: int, floor: int, ceiling: int | None) -> None:

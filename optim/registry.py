@@ -18,6 +18,7 @@ from optim.relora import ReLoRA
 from optim.scale import SCALE
 from optim.sst import SST
 from optim.trion import Trion
+from optim.welore_adamw import WeLoreAdamW
 
 __all__ = ["check_arguments", "create", "describe", "find", "names"]
 
@@ -36,6 +37,7 @@ _TABLE: dict[str, type[MatrixOptimizer]] = {
     "scale": SCALE,
     "sst": SST,
     "trion": Trion,
+    "welore_adamw": WeLoreAdamW,
 }
 
 

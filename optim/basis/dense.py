@@ -1,8 +1,11 @@
 """Moments carried between two arbitrary sets of directions.
 
-    R = Q_old^T Q_new                                                      (r, r)
+    R = Q_old^T Q_new                                                      (r, r')
     M_hat' = M_hat R
     V_hat' = | (V_hat - M_hat^2) (R * R) + (M_hat R)^2 |
+
+hat: divided by the bias correction 1 - beta^age of its column; a column of age 0 has no mean yet and adds nothing.
+Afterwards all columns have the largest age there was: M_hat' mixes all of them, and its bias correction is undone once.
 
 The estimator takes the coordinates' variances, V_hat - M_hat^2, as uncorrelated, and adds the square of the new mean.
 
@@ -11,6 +14,7 @@ Source: Robert et al., LDAdam (arXiv 2410.16103), projection-aware update of the
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from optim.basis.base import Moments
@@ -18,12 +22,22 @@ from optim.basis.base import Moments
 __all__ = ["rotate"]
 
 
-def rotate(moments: Moments, overlap: Tensor, betas: tuple[float, float]) -> Moments:
-    """Moments after the change of directions whose overlap R (r, r) is given; all columns have one age, which stays."""
+def rotate(
+    moments: Moments,  # exp_avg, exp_avg_sq (m, r), age (r,)
+    overlap: Tensor,  # R (r, r')
+    betas: tuple[float, float],
+) -> Moments:
+    """Moments (m, r') after the change of directions whose overlap R is given."""
     exp_avg, exp_avg_sq, age = moments
     bias_correction1 = (1 - betas[0] ** age.double()).to(exp_avg.dtype)
     bias_correction2 = (1 - betas[1] ** age.double()).to(exp_avg.dtype)
-    mean, square = exp_avg / bias_correction1, exp_avg_sq / bias_correction2
+    mean, square = (
+        torch.where(age > 0, value / correction, 0)
+        for value, correction in ((exp_avg, bias_correction1), (exp_avg_sq, bias_correction2))
+    )
     new_mean = mean @ overlap
     new_square = ((square - mean.square()) @ overlap.square()).add_(new_mean.square()).abs_()
-    return Moments(new_mean * bias_correction1, new_square * bias_correction2, age)
+    # both grow with age
+    return Moments(
+        new_mean * bias_correction1.max(), new_square * bias_correction2.max(), age.max().repeat(overlap.shape[1])
+    )

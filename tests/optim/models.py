@@ -30,6 +30,9 @@ SCHEDULE = {
     "resvd_every": 2,
     "restart_every": REFRESH_INTERVAL,  # ReLoRA: likewise
     "warmup_steps": 2,
+    "average_steps": REFRESH_INTERVAL,  # WeLore: steps 2 and 6 end with new ranks, gradients of 3 are not summed
+    "reallocate_every": REFRESH_INTERVAL + 1,
+    "hysteresis": 0.0,
 }
 """Of every optimizer that has such a setting."""
 
@@ -49,6 +52,7 @@ TOLERANCES = {
     # A row nearly orthogonal to its directions, |g| << |A|, is scaled by |u| / |g|.
     "apollo": 1e-10,
     "fira": 1e-9,
+    "welore_adamw": 1e-9,
     # A decomposition: singular vectors are as exact as their values are apart.
     "sst": 1e-9,
 }

@@ -108,10 +108,15 @@ def test_the_closure_is_called_once_with_gradients_enabled(case: str) -> None:
 def test_a_missing_gradient_leaves_its_parameter_and_state_alone(case: str) -> None:
     """But for counters: a matrix's clock is that of its refreshes, which are due at one time on all ranks.
 
-    Not so where factors change with or without a gradient, at a draw of SST, a restart of ReLoRA: these are put off.
+    Not so where state changes with or without a gradient, at a draw of SST, a restart of ReLoRA, a new rank of WeLore:
+    these are put off.
     """
     model = new_model(case)
-    never = {"sst": {"resample_every": 100}, "relora": {"restart_every": 100}}
+    never: dict[str, dict[str, Any]] = {
+        "sst": {"resample_every": 100},
+        "relora": {"restart_every": 100},
+        "welore_adamw": {"average_steps": 100, "reallocate_every": None},
+    }
     optimizer = optimizer_of(case, model, **never.get(CASES[case][0], {}))
     run_steps(model, optimizer, 0, 3)
     for step in (3, 4, 5):  # with and without a refresh

@@ -93,7 +93,7 @@ def test_one_backward_per_step_is_bitwise_the_plain_loop(name: str) -> None:
     assert_same_training(name)
 
 
-ACCUMULATES_WHOLE = [name for name in EVERY if name not in ("dct_adamw", "galore_adamw")]
+ACCUMULATES_WHOLE = [name for name in EVERY if name not in ("dct_adamw", "galore_adamw", "welore_adamw")]
 
 
 @pytest.mark.parametrize("name", ACCUMULATES_WHOLE)
@@ -142,7 +142,7 @@ def test_clipping_the_global_norm(name: str) -> None:
     assert_same_training(name, 1e-11, max_norm=1e-2)
 
 
-@pytest.mark.parametrize("name", ["apollo", "muon", "adamw", "relora", "sst"])
+@pytest.mark.parametrize("name", ["apollo", "muon", "adamw", "relora", "sst", "welore_adamw"])
 def test_global_clipping_is_refused_where_the_whole_gradient_is_needed(name: str) -> None:
     model = prepare(name, Network())
     with pytest.raises(ValueError, match=r"max_norm=1\.0 with clip='global'.*'layers\.0\.[\w.]+'.*clip='parameter'"):

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     get_state_dict,
@@ -90,7 +91,21 @@ def save(folder: str, dtype: torch.dtype) -> Results:
     return results
 
 
+def prepare_to_load(runs: dict[str, Run], folder: str) -> None:
+    """What must be done before state dicts are made, for methods whose state changes its sizes."""
+    metadata = FileSystemReader(folder).read_metadata().state_dict_metadata
+    for name, (_, optimizer) in runs.items():
+        shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+        for entry, about in metadata.items():
+            if entry.startswith(f"{name}.optim.state."):
+                param, _, key = entry.removeprefix(f"{name}.optim.state.").rpartition(".")
+                shapes.setdefault(param, {})[key] = tuple(about.size)
+        optimizer.state_dict()  # takes up parameters that were replaced
+        optimizer.prepare_to_load(shapes)
+
+
 def load_and_continue(runs: dict[str, Run], folder: str) -> Results:
+    prepare_to_load(runs, folder)
     files = state_dicts(runs)
     dcp.load(files, checkpoint_id=folder)
     results = {}

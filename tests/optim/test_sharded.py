@@ -305,6 +305,7 @@ class Case(NamedTuple):
 SMALL_POWERS_OF_TWO = {"1x8|5x1|8x8|5x4|12x24|24x12": {}, "matrix": {"role": "vector"}}
 
 CASES = {name: Case(name, {}) for name in optim.names()}
+CASES["welore_adamw"] = Case("welore_adamw", {"score": "uniform"})  # without an allocation, which is no refresh
 PARTS = {
     **{
         f"basis {basis}": Case(
@@ -467,6 +468,31 @@ def test_layers_sharded_within_their_rows_are_refused_before_these_change(name: 
         assert all(key.startswith(("embedding", "head", "matrix_1x8.")) for key in changed), "AdamW cuts no rows"
 
     run_distributed(worker, 2)
+
+
+@pytest.mark.parametrize(("name", "fused"), [("dct_adamw", False), ("dct_adamw", True), ("fira", False)])
+def test_a_rank_without_rows_takes_part_in_turning_a_matrix_over(name: str, fused: bool) -> None:
+    """Of 9 rows in 4 parts the last has none; and of 6 columns none too."""
+
+    @torch.no_grad()
+    def train(mesh: DeviceMesh | None) -> Tensor:
+        value = gradient("weight", torch.Size((9, 6)), 0)
+        sharded = value if mesh is None else distribute_tensor(value, mesh, [Shard(1)], src_data_rank=None)
+        param = nn.Parameter(sharded)
+        optimizer = build(name, [{"params": [("w", param)], "role": "matrix"}])
+        for step in range(5):
+            param.grad = laid_out_as(param, gradient("w", param.shape, step))
+            (slot,) = optimizer.slots()
+            if fused:
+                coordinates = optimizer.project_gradient(slot, refresh=True)
+                assert coordinates is not None
+                optimizer.step_coordinates(slot, coordinates)
+            else:
+                optimizer.step()
+        return param.full_tensor() if isinstance(param, DTensor) else param.detach()
+
+    for final in run_distributed(lambda: train(one_dimensional_mesh()), 4):
+        assert (final - train(None)).abs().max() <= tolerance(name)
 
 
 def test_collectives_are_seen_inside_dtensor_too() -> None:
