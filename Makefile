@@ -12,7 +12,7 @@ pretrain: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(RUN) torch.distributed.run --nproc-per-node $(NPROC) launch/pretrain.py configs/quickstart.yaml $(ARGS)
 
 test: $(VENV)/installed
-	$(RUN) pytest $(ARGS)
+	$(RUN) pytest -n auto --dist loadfile $(ARGS)
 
 lint: $(VENV)/installed
 	$(RUN) ruff check .

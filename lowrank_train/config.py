@@ -137,8 +137,10 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    train: Literal["all", "low_rank"] = setting(
-        "all", "all parameters, or low_rank: of a compressed model the factors, and the norms, as WeLore does"
+    train: Literal["all", "matrices", "low_rank"] = setting(
+        "all",
+        "all parameters; matrices: all but embeddings and head; low_rank: of a compressed model the factors, and the "
+        "norms, as WeLore does",
     )
     steps: int = setting(1000, "optimizer steps")
     seq_len: int = setting(512, "tokens per sequence")
@@ -178,11 +180,10 @@ def load_schema(schema: type[T], arguments: Sequence[str]) -> T:
     overrides = [a for a in arguments if a not in files]
     for file in files:
         merged = _merge(merged, _read_yaml(file), f"in {file}")
-    defaults: Any = schema()
-    named = {f.name for f in dataclasses.fields(defaults) if hasattr(getattr(defaults, f.name), "name")}
+    has_model_name = hasattr(getattr(schema(), "model", None), "name")
     for override in overrides:
         key, equals, value = override.partition("=")
-        if key in named:  # model=small/ is short for model.name=small/
+        if key == "model" and has_model_name:  # model=small/ is short for model.name=small/; data=x/ is a mistake
             override = f"{key}.name{equals}{value}"
         try:
             parsed = OmegaConf.from_dotlist([override])
@@ -239,9 +240,9 @@ def changed_keys(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
     return {name: (then.get(name), now.get(name)) for name in names if then.get(name) != now.get(name)}
 
 
-def help_text() -> str:
+def help_text(program: str = "launch/pretrain.py") -> str:
     """Every key with its default and meaning."""
-    lines = ["usage: launch/pretrain.py [FILE.yaml ...] [key=value ...]", "", "optimizers:"]
+    lines = [f"usage: {program} [FILE.yaml ...] [key=value ...]", "", "optimizers:"]
     lines += [f"  {methods.describe(name)}" for name in methods.names()]
     return "\n".join([*lines, "", *key_help(Config)])
 

@@ -9,7 +9,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from optim.sharding import is_sharded
 
-__all__ = ["BLOCK_MATRICES", "linear_layers", "replace_module", "replaceable_layers", "trained_layers"]
+__all__ = [
+    "BLOCK_MATRICES",
+    "freeze_vocabulary",
+    "linear_layers",
+    "replace_module",
+    "replaceable_layers",
+    "trained_layers",
+]
 
 BLOCK_MATRICES = r"\.(q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|down_proj|fc1|fc2)(\.(left|right))?$"
 """Attention and feed-forward matrices of Hugging Face's LLaMA and OPT, or the factors of compressed ones."""
@@ -68,6 +75,17 @@ def trained_layers(model: nn.Module, layers: str | None) -> str:
         return layers
     linears = [name for name, linear in linear_layers(model).items() if linear.weight.requires_grad]
     return "^(" + "|".join(map(re.escape, linears)) + ")$" if linears else BLOCK_MATRICES
+
+
+def freeze_vocabulary(model: nn.Module) -> nn.Module:
+    """Take the gradient from embeddings and output head, in place; returns the model."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.weight.requires_grad_(False)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is not None:
+        head.requires_grad_(False)  # whole: it may be two factors
+    return model
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:

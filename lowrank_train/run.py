@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lowrank_train.checkpoint import Checkpoints
 from lowrank_train.config import Config
 from lowrank_train.data import Data, prepare_data
 from lowrank_train.errors import UserError
+from lowrank_train.layer_choice import freeze_vocabulary
 from lowrank_train.low_rank_linear import train_low_rank_only
 from lowrank_train.parallel import Ranks
 from lowrank_train.parametrization import Parametrization
@@ -25,6 +27,13 @@ __all__ = ["Progress", "Run", "build_run", "check_settings", "micro_batches", "p
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 """Of the weights; bfloat16 is the dtype of the arithmetic only."""
 
+
+_TRAINED: dict[str, Callable[[PreTrainedModel], object]] = {
+    "all": lambda model: None,
+    "matrices": freeze_vocabulary,
+    "low_rank": train_low_rank_only,
+}
+"""Value of ``train`` -> what takes the gradient from the other parameters."""
 
 _OTHER_ROLES = ("embedding", "head", "vector")
 """Of parameters that are neither matrices nor what matrices are made of."""
@@ -108,6 +117,8 @@ def check_settings(config: Config, world_size: int) -> None:
     micro_batches(config, world_size)
     try:
         predicted_state_bytes(config, unsharded(config))
+    except UserError:  # says itself which key it is about
+        raise
     except (ValueError, TypeError) as error:
         raise UserError(f"in optimizer: {error}") from None
 
@@ -178,7 +189,13 @@ def micro_batches(config: Config, world_size: int) -> int:
 
 
 def predicted_state_bytes(
-    config: Config, model: nn.Module, *, matrices_only: bool = False, world_size: int = 1, shard: int = 0
+    config: Config,
+    model: nn.Module,
+    *,
+    matrices_only: bool = False,
+    world_size: int = 1,
+    shard: int = 0,
+    **chosen: Any,
 ) -> int:
     """Bytes of optimizer state that one rank holds.
 
@@ -188,10 +205,12 @@ def predicted_state_bytes(
         matrices_only: leave out embeddings, head, norms and biases.
         world_size: ranks a parameter is sharded over.
         shard: which of them.
+        chosen: ``chosen_settings`` of an optimizer in training, instead of what is configured.
     """
     groups = [g for g in _parameter_groups(config, model) if not (matrices_only and g["role"] in _OTHER_ROLES)]
     name = methods.find(config.optimizer["name"]).optimizer
-    return optim.predicted_state_bytes(name, groups, world_size=world_size, shard=shard, **_optimizer_arguments(config))
+    arguments = {**_optimizer_arguments(config), **chosen}
+    return optim.predicted_state_bytes(name, groups, world_size=world_size, shard=shard, **arguments)
 
 
 def _parameter_groups(config: Config, model: nn.Module) -> list[dict[str, Any]]:
@@ -207,11 +226,10 @@ def _parameter_groups(config: Config, model: nn.Module) -> list[dict[str, Any]]:
 
 def _shape(model: PreTrainedModel, config: Config, layers: Parametrization) -> None:
     """What is trained of a plain model on meta, and its layers."""
-    if config.train == "low_rank":
-        try:
-            train_low_rank_only(model)
-        except ValueError as error:
-            raise UserError(str(error)) from None
+    try:
+        _TRAINED[config.train](model)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     layers.convert(model)
 
 

@@ -181,7 +181,9 @@ def _finish(run: Run) -> RunRecord:
     if finished:
         export_huggingface(run.model, run.layers, run.data.tokenizer, run.folder / "huggingface", ranks)
     shards = ranks.mesh.size(ranks.mesh.ndim - 1)
-    predicted = predicted_state_bytes(config, run.blueprint, world_size=shards, shard=ranks.rank % shards)
+    shard = ranks.rank % shards
+    chosen = run.optimizer.chosen_settings()
+    predicted = predicted_state_bytes(config, run.blueprint, world_size=shards, shard=shard, **chosen)
     record = RunRecord(
         status="finished" if finished else "interrupted",
         model=config.model.name,

@@ -135,6 +135,10 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         """Numbers worth a curve while training, by name; what there is on the host, without communication."""
         return {}
 
+    def chosen_settings(self) -> dict[str, Any]:
+        """Arguments with which a new optimizer would hold as much state, where training has changed that."""
+        return {}
+
     def step_slots(self, slots: list[Slot]) -> None:
         """Update these parameters from their gradients."""
         matrices = [slot for slot in slots if slot.group["role"] in self.method_roles]

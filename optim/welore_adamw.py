@@ -12,12 +12,7 @@ more memory. Now and then all ranks are chosen together (``optim.rank_allocation
 cost_l(r) is the bytes of state at rank r, at most those of AdamW; where they reach these (r about 2 m d / (2 m + d))
 the matrix is *dense*. Where a higher rank costs less, because 8-bit storage begins at a size, it stands for the lower.
 
-A matrix whose rank changes takes its moments along, Q (r, d) the directions:
-
-    fewer            the leading directions stay, with their moments and ages
-    more             all stay; Gaussian directions, orthonormal to them and to each other, enter with moments 0, age 0
-    to dense         Q_old = Q, Q_new = 1 in ``optim.basis.dense``; all columns take the largest age
-    from dense       Q_old = 1, Q_new = the leading right singular vectors of M, likewise
+A matrix whose rank changes takes its moments along (``optim.rank_changes``).
 
 All of it happens after an update, without a gradient, so that updates fused into backward are as any other. The
 sums G^T G exist only in the updates before an allocation, and are no part of the budget.
@@ -34,36 +29,31 @@ from __future__ import annotations
 
 import math
 import warnings
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.optim.optimizer import ParamsT
 
-from optim.base import Slot, Traffic, adamw_state, dense_gradient, is_number
-from optim.basis import Moments, find_basis
-from optim.basis.dense import rotate
+from optim.base import Slot, Traffic, dense_gradient, is_number
 from optim.blocks import chunks
-from optim.low_rank import LowRankOptimizer, low_rank_state, resolved_rank
+from optim.low_rank import LowRankOptimizer, resolved_rank
 from optim.matrix_step import MatrixStep
-from optim.quantization import as_stored, read, replace, write
 from optim.rank_allocation import SCORES, allocate_ranks, scores
-from optim.sharding import (
-    StateTensor,
-    add_tall,
-    allocate,
-    decide_on_one_rank,
-    first_column,
-    local,
-    matrix_shape,
-    max_over_shards,
-    sum_over_shards,
-    tall,
+from optim.rank_changes import change_ranks
+from optim.sharding import StateTensor, allocate, local, sum_over_shards, tall
+from optim.singular_spectra import gram, singular_spectra
+from optim.welore_state import (
+    RankCosts,
+    gram_layout,
+    is_dense,
+    rank_layout,
+    rank_of,
+    reallocate,
+    shown_rank,
+    stored_layout,
 )
 
 __all__ = ["WeLoreAdamW"]
@@ -83,13 +73,8 @@ _OF_ALL = (
 )
 """Settings of the allocation, which is one of all matrices."""
 
-_TRANSPORTED = ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "column_age", "age", "basis")
-"""What a change of rank writes anew. The rest stays: counters, and what the residual has stored."""
-
 _CHUNK_NUMBERS = 2**26
 """Numbers of G^T G that are summed over the ranks at a time."""
-
-_SPECTRA = find_basis("svd")
 
 
 class WeLoreAdamW(LowRankOptimizer):
@@ -205,30 +190,34 @@ class WeLoreAdamW(LowRankOptimizer):
         _check(name, group)
         state = self.state.get(param)
         if state:
-            return _layout(param, group, _rank_of(state), with_gram="gradient_gram" in state)
-        uniform = _Costs.of(param.shape, param.dtype, group).low_rank(
+            return rank_layout(param, group, rank_of(state), with_gram="gradient_gram" in state)
+        uniform = RankCosts.of(param.shape, param.dtype, group).low_rank(
             resolved_rank(name, tuple(param.shape), group["rank"])
         )
-        return _layout(param, group, uniform, with_gram=_is_watched(group, self._clock()))
+        return rank_layout(param, group, uniform, with_gram=_is_watched(group, self._clock()))
 
     def traffic(self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int) -> Traffic:
         """At the uniform rank, while no allocation is being prepared."""
         rank = resolved_rank("", tuple(shape), group["rank"])
-        if _Costs.of(shape, dtype, group).low_rank(rank) is None:
+        if RankCosts.of(shape, dtype, group).low_rank(rank) is None:
             return Traffic()
         return super().traffic(shape, dtype, group, world_size)
 
     @property
     def ranks(self) -> dict[str, int]:
         """Of each matrix, by name; min(m, n) of a dense one."""
-        return {slot.name: _shown_rank(slot) for slot in self._matrices()}
+        return {slot.name: shown_rank(slot) for slot in self._matrices()}
+
+    def chosen_settings(self) -> dict[str, Any]:
+        """The ranks."""
+        return {"ranks": self.ranks}
 
     def figures(self) -> dict[str, float]:
         """Mean, least and largest rank, and how many matrices are dense."""
         ranks = list(self.ranks.values())
         if not ranks:
             return {}
-        dense = sum(_is_dense(slot) for slot in self._matrices())
+        dense = sum(is_dense(slot) for slot in self._matrices())
         return {
             "rank_mean": sum(ranks) / len(ranks),
             "rank_min": min(ranks),
@@ -267,14 +256,14 @@ class WeLoreAdamW(LowRankOptimizer):
             rank = saved["column_age"][0] if saved.get("column_age") else None
             layout = {key: tuple(value.shape) for key, value in slot.state.items()}
             if slot.group["role"] in self.method_roles and saved:
-                specs = _stored_layout(slot, rank, with_gram="gradient_gram" in saved)
+                specs = stored_layout(slot, rank, with_gram="gradient_gram" in saved)
                 layout = {key: spec.shape for key, spec in specs.items()}
                 resized.append((slot, rank, "gradient_gram" in saved))
             if saved and saved != layout:
                 return
         for slot, rank, with_gram in resized:
-            if rank != _rank_of(slot.state) or with_gram != ("gradient_gram" in slot.state):
-                _reallocate(slot, rank, with_gram=with_gram)
+            if rank != rank_of(slot.state) or with_gram != ("gradient_gram" in slot.state):
+                reallocate(slot, rank, with_gram=with_gram)
 
     def _matrices(self) -> list[Slot]:
         return [slot for slot in self.slots() if slot.group["role"] in self.method_roles]
@@ -299,11 +288,11 @@ class WeLoreAdamW(LowRankOptimizer):
             return
         settings = _common_settings(matrices)
         _check_unique(matrices, self.slots())
-        costs = [_Costs.of_slot(slot) for slot in slots]
+        costs = [RankCosts.of_slot(slot) for slot in slots]
         if self._given is None:
             chosen = {id(slot.param) for slot in slots}
             others = [slot for slot in matrices if id(slot.param) not in chosen]
-            spent = sum(int(_Costs.of_slot(slot).table[_shown_rank(slot)]) for slot in others)
+            spent = sum(int(RankCosts.of_slot(slot).table[shown_rank(slot)]) for slot in others)
             # a share of its uniform rank is worth the same in every matrix: all of it, if the budget allows
             shares = [
                 -torch.arange(1, cost.largest + 1, dtype=torch.float64) / _uniform_rank(slot)
@@ -313,25 +302,25 @@ class WeLoreAdamW(LowRankOptimizer):
         else:
             ranks = [self._given.get(slot.name, _uniform_rank(slot)) for slot in slots]
         for slot, cost, rank in zip(slots, costs, ranks, strict=True):
-            if cost.low_rank(rank) != _rank_of(slot.state):
-                _reallocate(slot, cost.low_rank(rank), with_gram="gradient_gram" in slot.state)
+            if cost.low_rank(rank) != rank_of(slot.state):
+                reallocate(slot, cost.low_rank(rank), with_gram="gradient_gram" in slot.state)
 
     # ---------------------------------------------------------------------------------------------------------- step
 
     def step_matrices(self, slots: list[Slot]) -> None:
         """The engine's update, or AdamW's; and the sums of gradients, where an allocation is being prepared."""
-        matrices = {id(slot.param): MatrixStep(slot) for slot in slots if not _is_dense(slot)}
+        matrices = {id(slot.param): MatrixStep(slot) for slot in slots if not is_dense(slot)}
         watched = [slot for slot in slots if "gradient_gram" in slot.state]
         sizes = [slot.state["gradient_gram"].numel() for slot in watched]
         for chunk in chunks(watched, sizes, _CHUNK_NUMBERS):
             grams = []
             for slot in chunk:
                 matrix = matrices.get(id(slot.param))
-                grams.append(_gram(slot, _tall_gradient(slot) if matrix is None else matrix.gradient))
-            for slot, gram in zip(chunk, sum_over_shards([slot.param for slot in chunk], grams), strict=True):
-                slot.state["gradient_gram"].add_(torch.where(gram.isfinite().all(), gram, 0))
+                grams.append(gram(slot, _tall_gradient(slot) if matrix is None else matrix.gradient))
+            for slot, total in zip(chunk, sum_over_shards([slot.param for slot in chunk], grams), strict=True):
+                slot.state["gradient_gram"].add_(torch.where(total.isfinite().all(), total, 0))
         self.step_together(list(matrices.values()))
-        self._step_dense([slot for slot in slots if _is_dense(slot)])
+        self._step_dense([slot for slot in slots if is_dense(slot)])
 
     def coordinates_suffice(self, slot: Slot) -> bool:
         """Not of a dense matrix, nor while an allocation is being prepared."""
@@ -365,14 +354,14 @@ class WeLoreAdamW(LowRankOptimizer):
             if not _is_watched(slot.group, clock):
                 slot.state.pop("gradient_gram", None)
             elif "gradient_gram" not in slot.state:
-                slot.state["gradient_gram"] = allocate(_gram_layout(slot.param), slot.param)
+                slot.state["gradient_gram"] = allocate(gram_layout(slot.param), slot.param)
 
     # ---------------------------------------------------------------------------------------------------- allocation
 
     def _choose_ranks(self, slots: list[Slot], clock: int) -> None:
         """An allocation, unless a spectrum is not finite. The sums of gradients are used up."""
         settings = _common_settings(slots)
-        spectra = _spectra(slots, settings["source"])
+        spectra = singular_spectra(slots, settings["source"])
         for slot in slots:
             slot.state.pop("gradient_gram", None)
         broken = next((slot.name for slot, own in zip(slots, spectra, strict=True) if not _is_finite(own)), None)
@@ -384,98 +373,21 @@ class WeLoreAdamW(LowRankOptimizer):
                 stacklevel=2,
             )
             return
-        costs = [_Costs.of_slot(slot) for slot in slots]
+        costs = [RankCosts.of_slot(slot) for slot in slots]
         tables = [_score_table(own, settings["score"], cost.table) for own, cost in zip(spectra, costs, strict=True)]
         budget = _budget(slots)
         ranks = _allocated(tables, costs, budget, settings)
         new = [cost.low_rank(rank) for cost, rank in zip(costs, ranks, strict=True)]
-        old = [_shown_rank(slot) for slot in slots]
+        old = [shown_rank(slot) for slot in slots]
         moved = sum(
             abs(int(cost.table[rank]) - int(cost.table[before]))
             for cost, rank, before in zip(costs, ranks, old, strict=True)
         )
         if clock == _next_allocation(settings, 0) or moved > settings["hysteresis"] * budget:
-            _change_ranks([(s, r) for s, r in zip(slots, new, strict=True) if r != _rank_of(s.state)], clock)
+            change_ranks([(s, r) for s, r in zip(slots, new, strict=True) if r != rank_of(s.state)], clock)
 
 
-# ------------------------------------------------------------------------------------------------------ sizes of state
-
-
-def _layout(param: Tensor, group: Mapping[str, Any], rank: int | None, *, with_gram: bool) -> dict[str, StateTensor]:
-    """State of a matrix of a rank; None: dense."""
-    gram = {"gradient_gram": _gram_layout(param)} if with_gram else {}
-    return {**_layout_of(param.shape, param.dtype, rank, basis=group["basis"], residual=group["residual"]), **gram}
-
-
-def _layout_of(
-    shape: Sequence[int], dtype: torch.dtype, rank: int | None, *, basis: str, residual: str
-) -> dict[str, StateTensor]:
-    counters = {
-        "step": StateTensor((), torch.float32, "host"),
-        "skipped_refreshes": StateTensor((), torch.int32, "host"),
-        "model_step": StateTensor((), torch.float32, "host"),
-    }
-    if rank is not None:
-        return {**counters, **low_rank_state(shape, dtype, rank, basis=basis, residual=residual)}
-    layout = adamw_state(torch.empty(tuple(shape), dtype=dtype, device="meta"))
-    return {"age": layout.pop("step"), **counters, **layout}
-
-
-def _gram_layout(param: Tensor) -> StateTensor:
-    d = min(matrix_shape(param.shape))
-    return StateTensor((d, d), torch.promote_types(param.dtype, torch.float32), "replicated")
-
-
-def _stored_layout(slot: Slot, rank: int | None, *, with_gram: bool) -> dict[str, StateTensor]:
-    return as_stored(_layout(slot.param, slot.group, rank, with_gram=with_gram), slot.group["state_dtype"])
-
-
-class _Costs:
-    """Bytes of state of one matrix, counted once whatever the number of ranks, at every rank from 0."""
-
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        basis: str,
-        residual: str,
-        state_dtype: str | None,
-        multiple: int,
-    ) -> None:
-        def bytes_at(rank: int | None) -> int:
-            layout = as_stored(_layout_of(shape, dtype, rank, basis=basis, residual=residual), state_dtype)
-            return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in layout.values())
-
-        self.largest = min(matrix_shape(shape))
-        self.dense = bytes_at(None)
-        costs = [min(self.dense, bytes_at(rank)) for rank in range(1, self.largest + 1)]
-        # rank 0 is what does not grow with it, or the first singular value would seem dear
-        costs.insert(0, max(0, 2 * costs[0] - costs[1]) if self.largest > 1 else 0)
-        self.best = list(range(self.largest + 1))
-        """Rank -> itself, or a higher one that costs less: 8-bit storage begins at a size."""
-        cheapest = self.largest
-        for rank in range(self.largest, 0, -1):
-            if costs[cheapest] < costs[rank]:
-                self.best[rank] = cheapest
-            elif rank % multiple == 0:
-                cheapest = rank
-        self.table = torch.tensor([costs[rank] for rank in self.best]).cummax(0).values  # (largest + 1,)
-
-    @staticmethod
-    def of(shape: Sequence[int], dtype: torch.dtype, group: Mapping[str, Any]) -> _Costs:
-        parts = group["basis"], group["residual"], group["state_dtype"], group["multiple"]
-        return _costs(tuple(shape), dtype, *parts)
-
-    @staticmethod
-    def of_slot(slot: Slot) -> _Costs:
-        return _Costs.of(slot.param.shape, slot.param.dtype, slot.group)
-
-    def low_rank(self, rank: int) -> int | None:
-        """The rank of the engine that an allocated one means; None: dense, which costs no more."""
-        return rank if int(self.table[rank]) < self.dense else None
-
-
-_costs = lru_cache(maxsize=256)(_Costs)
+# ---------------------------------------------------------------------------------------------------------- allocation
 
 
 def _budget(slots: Iterable[Slot]) -> int:
@@ -483,7 +395,7 @@ def _budget(slots: Iterable[Slot]) -> int:
     slots = list(slots)
     if slots[0].group["budget_bytes"] is not None:
         return int(slots[0].group["budget_bytes"])
-    return sum(int(_Costs.of_slot(slot).table[_uniform_rank(slot)]) for slot in slots)
+    return sum(int(RankCosts.of_slot(slot).table[_uniform_rank(slot)]) for slot in slots)
 
 
 def _uniform_rank(slot: Slot) -> int:
@@ -491,7 +403,7 @@ def _uniform_rank(slot: Slot) -> int:
 
 
 def _allocated(
-    tables: Sequence[Tensor], costs: Sequence[_Costs], budget: int, settings: Mapping[str, Any]
+    tables: Sequence[Tensor], costs: Sequence[RankCosts], budget: int, settings: Mapping[str, Any]
 ) -> list[int]:
     """Ranks; a higher one where that costs no more, the whole of a matrix above all."""
     multiple, floor = settings["multiple"], settings["floor"]
@@ -503,19 +415,17 @@ def _allocated(
     return [cost.largest if cost.low_rank(rank) is None else rank for cost, rank in zip(costs, best, strict=True)]
 
 
-def _is_dense(slot: Slot) -> bool:
-    return "column_age" not in slot.state
+def _is_finite(spectra: Mapping[str, Tensor]) -> bool:
+    return all(bool(sigma.isfinite().all()) for sigma in spectra.values())
 
 
-def _rank_of(state: Mapping[str, Tensor]) -> int | None:
-    return state["column_age"].numel() if "column_age" in state else None
+def _score_table(spectra: Mapping[str, Tensor], score: str, costs: Tensor) -> Tensor:
+    """(k,)."""
+    tables = [scores(score, sigma, costs) for sigma in spectra.values()]
+    return tables[0] if len(tables) == 1 else (tables[0] * tables[1]).sqrt()
 
 
-def _shown_rank(slot: Slot) -> int:
-    return _rank_of(slot.state) or min(matrix_shape(slot.param.shape))
-
-
-# --------------------------------------------------------------------------------------------------------- schedule
+# ------------------------------------------------------------------------------------------------------------ schedule
 
 
 def _next_allocation(group: Mapping[str, Any], clock: int) -> int | None:
@@ -535,20 +445,11 @@ def _is_watched(group: Mapping[str, Any], clock: int) -> bool:
     return group["source"] != "weight" and coming is not None and coming - clock <= group["average_steps"]
 
 
-# ---------------------------------------------------------------------------------------------------------- spectra
+# ------------------------------------------------------------------------------------------------------------ gradients
 
 
 def _tall_gradient(slot: Slot) -> Tensor:
     return tall(slot.param, torch.zeros_like(slot.param) if slot.param.grad is None else dense_gradient(slot))
-
-
-def _gram(slot: Slot, rows: Tensor) -> Tensor:
-    """G^T G of this rank's rows (m_local, d)."""
-    gram = torch.zeros_like(slot.state["gradient_gram"])
-    for block in rows.split(rows.shape[1]):
-        wide = block.to(gram.dtype)
-        gram.addmm_(wide.mT, wide)
-    return gram
 
 
 def _magnitude(slot: Slot) -> Tensor:
@@ -559,182 +460,7 @@ def _magnitude(slot: Slot) -> Tensor:
     return local(dense_gradient(slot)).to(dtype).abs().sum()
 
 
-def _spectra(slots: Sequence[Slot], source: str) -> list[dict[str, Tensor]]:
-    """Singular values (k,) of each matrix, by source, on the CPU; nan where they are not known."""
-    keys = [key for key in ("weight", "gradient") if source in (key, "mixed")]
-
-    def statistics(i: int) -> Tensor:
-        param = slots[i].param
-        if "weight" not in keys:
-            return torch.zeros((), dtype=torch.float64, device=param.device)  # gradient_gram is whole on every rank
-        return _SPECTRA.statistics(tall(param, param), {})
-
-    def decide(i: int, total: Tensor) -> dict[str, Tensor]:
-        state, k = slots[i].state, min(matrix_shape(slots[i].param.shape))
-        unknown = total.new_full((k, k), torch.nan)
-        grams = {"weight": total, "gradient": state.get("gradient_gram", unknown).double()}
-        return {key: _singular_values(grams[key]) for key in keys}
-
-    like = [
-        {key: torch.empty(min(matrix_shape(slot.param.shape)), dtype=torch.float64, device="meta") for key in keys}
-        for slot in slots
-    ]
-    decisions = decide_on_one_rank([slot.param for slot in slots], statistics, decide, like)
-    return [{key: value.cpu() for key, value in decision.items()} for _, decision in decisions]
-
-
-def _singular_values(gram: Tensor) -> Tensor:
-    """Of a matrix from its G^T G, falling; nan if they cannot be found."""
-    if gram.isfinite().all():
-        try:
-            return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
-        except LinAlgError:
-            pass
-    return gram.new_full((len(gram),), torch.nan)
-
-
-def _is_finite(spectra: Mapping[str, Tensor]) -> bool:
-    return all(bool(sigma.isfinite().all()) for sigma in spectra.values())
-
-
-def _score_table(spectra: Mapping[str, Tensor], score: str, costs: Tensor) -> Tensor:
-    """(k,)."""
-    tables = [scores(score, sigma, costs) for sigma in spectra.values()]
-    return tables[0] if len(tables) == 1 else (tables[0] * tables[1]).sqrt()
-
-
-# --------------------------------------------------------------------------------------------------- change of rank
-
-
-def _change_ranks(changes: Sequence[tuple[Slot, int | None]], clock: int) -> None:
-    """Give each matrix its new rank (None: dense) and what it has of moments and directions."""
-    needing: list[tuple[Slot, int]] = []
-    for slot, rank in changes:
-        old = _rank_of(slot.state)
-        if rank is not None and slot.state["step"] and (old is None or rank > old):
-            needing.append((slot, rank))
-        elif not slot.state["step"]:  # there is nothing to keep
-            _reallocate(slot, rank, with_gram=False)
-        elif rank is None:
-            _to_dense(slot)
-        else:
-            _resize(slot, slot.state["basis"][:rank].clone())
-    for i, decision in _new_directions(needing, clock):
-        slot, rank = needing[i]
-        basis = decision["basis"]
-        if not basis.isfinite().all():
-            _reallocate(slot, rank, with_gram=False)
-            slot.state["step"].zero_()  # it begins again with the next gradient
-        elif _is_dense(slot):
-            _from_dense(slot, basis)
-        else:
-            _resize(slot, torch.cat([slot.state["basis"].to(basis.dtype), basis]))
-
-
-def _new_directions(needing: Sequence[tuple[Slot, int]], clock: int) -> Iterable[tuple[int, dict[str, Tensor]]]:
-    """Those that enter, where the rank grows; all of them, where there were none because the matrix was dense."""
-
-    def statistics(i: int) -> Tensor:
-        slot, _ = needing[i]
-        if _is_dense(slot):
-            return _SPECTRA.statistics(_dense_moment(slot, "exp_avg"), {})
-        return torch.zeros((), dtype=torch.float64, device=slot.param.device)
-
-    def decide(i: int, total: Tensor) -> dict[str, Tensor]:
-        slot, rank = needing[i]
-        if not _is_dense(slot):
-            basis = slot.state["basis"].double()
-            return {"basis": _orthonormal_to(basis, rank, seed=f"{slot.group['seed']}/{slot.name}/{clock}")}
-        d = min(matrix_shape(slot.param.shape))
-        if total.isfinite().all():
-            try:
-                return _SPECTRA.choose(total, d, rank, 0)
-            except LinAlgError:
-                pass
-        return {"basis": total.new_full((rank, d), torch.nan)}
-
-    like = []
-    for slot, rank in needing:
-        rows = rank - (_rank_of(slot.state) or 0)
-        like.append({"basis": torch.empty(rows, min(matrix_shape(slot.param.shape)), dtype=_wide(slot), device="meta")})
-    return decide_on_one_rank([slot.param for slot, _ in needing], statistics, decide, like)
-
-
-def _orthonormal_to(basis: Tensor, rank: int, *, seed: str) -> Tensor:
-    """Rows (rank - r, d), orthonormal and to those of the basis (r, d); the same on every device."""
-    generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
-    r, d = basis.shape
-    normal = torch.randn(rank - r, d, generator=generator, dtype=torch.float64).to(basis.device)
-    q, upper = torch.linalg.qr(torch.cat([basis, normal]).mT)
-    signs = torch.where(upper.diagonal() < 0, -1.0, 1.0).to(q.dtype)
-    return (q * signs).mT[r:].contiguous()
-
-
-def _wide(slot: Slot) -> torch.dtype:
-    return torch.promote_types(slot.param.dtype, torch.float32)
-
-
-def _reallocate(slot: Slot, rank: int | None, *, with_gram: bool) -> None:
-    """Zeros for what depends on the rank. In place: updates fused into backward hold the state itself."""
-    new = {}
-    for key, spec in _stored_layout(slot, rank, with_gram=with_gram).items():
-        kept = slot.state.get(key) if key not in _TRANSPORTED else None
-        new[key] = allocate(spec, slot.param) if kept is None else kept
-    slot.state.clear()
-    slot.state.update(new)
-
-
-def _low_rank_moments(slot: Slot) -> Moments:
-    exp_avg, exp_avg_sq = (read(slot.state, key, slice(None), _wide(slot)) for key in ("exp_avg", "exp_avg_sq"))
-    return Moments(exp_avg, exp_avg_sq, slot.state["column_age"])
-
-
-def _store_low_rank(slot: Slot, moments: Moments, basis: Tensor) -> None:
-    """All that depends on the rank, anew."""
-    _reallocate(slot, len(basis), with_gram=False)
-    replace(slot.state, "exp_avg", moments.exp_avg)
-    replace(slot.state, "exp_avg_sq", moments.exp_avg_sq)
-    slot.state["column_age"].copy_(moments.age)
-    slot.state["basis"].copy_(basis)
-
-
-def _resize(slot: Slot, basis: Tensor) -> None:
-    """Between two ranks: the leading columns stay, those beyond are new."""
-    rank = len(basis)
-
-    def resized(value: Tensor) -> Tensor:
-        return torch.nn.functional.pad(value[..., :rank], (0, max(0, rank - value.shape[-1])))
-
-    _store_low_rank(slot, Moments(*map(resized, _low_rank_moments(slot))), basis)
-
-
-def _to_dense(slot: Slot) -> None:
-    moments = rotate(_low_rank_moments(slot), slot.state["basis"].to(_wide(slot)), slot.group["betas"])
-    _reallocate(slot, None, with_gram=False)
-    state = slot.state
-    state["age"].copy_(moments.age[0])
-    for key, value in (("exp_avg", moments.exp_avg), ("exp_avg_sq", moments.exp_avg_sq)):
-        whole = allocate(StateTensor(tuple(slot.param.shape), _wide(slot), "parameter"), slot.param)
-        add_tall(whole, value)
-        if f"{key}_scale" in state:
-            offset = first_column(slot.param) or 0
-            write(state, key, slice(None), local(whole), offset, lambda scale: max_over_shards(slot.param, scale))
-        else:
-            local(state[key]).copy_(local(whole))
-
-
-def _from_dense(slot: Slot, basis: Tensor) -> None:
-    exp_avg, exp_avg_sq = (_dense_moment(slot, key) for key in ("exp_avg", "exp_avg_sq"))
-    age = slot.state["age"].to(torch.int32).repeat(basis.shape[1])
-    _store_low_rank(slot, rotate(Moments(exp_avg, exp_avg_sq, age), basis.mT, slot.group["betas"]), basis)
-
-
-def _dense_moment(slot: Slot, key: str) -> Tensor:
-    """(m_local, d), in float32 or wider; a collective where ``tall`` is."""
-    return tall(slot.param, read(slot.state, key, slice(None), _wide(slot), first_column(slot.param) or 0))
-
-
-# ------------------------------------------------------------------------------------------------------------ checks
+# -------------------------------------------------------------------------------------------------------------- checks
 
 
 def _common_settings(slots: Sequence[Slot]) -> Mapping[str, Any]:
