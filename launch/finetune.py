@@ -19,7 +19,7 @@ except ModuleNotFoundError as error:
 def main(arguments: list[str]) -> int:
     """Exit code: 0 done or stopped by a signal with a checkpoint, 2 for anything the user must mend."""
     if {"-h", "--help"} & set(arguments):
-        print(help_text())
+        print(help_text("launch/finetune.py"))
         return 0
     try:
         train(load_finetuning(arguments))

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -53,7 +53,7 @@ class CompressConfig:
     )
     multiple: int = setting(1, "ranks are multiples of it")
     floor: int = setting(1, "least rank")
-    ceiling: int | None = setting(None, "largest rank")
+    ceiling: int | None = setting(None, "largest rank of factors; a matrix for which that is too large stays whole")
     whiten: bool = setting(False, "factors that lose least on the layers' inputs (calibration text), not on weights")
     calibration_tokens: int = setting(16384, "tokens for whiten and owl, from the text that follows the evaluated one")
     owl_strength: float = setting(0.08, "of owl: shares of two blocks differ by at most twice this")
@@ -88,7 +88,8 @@ def load_settings(arguments: Sequence[str]) -> tuple[Path, CompressConfig]:
         )
     if config.out is None:
         raise UserError("no folder for the result; give --out small/")
-    if Path(config.out).exists() and any(Path(config.out).iterdir()):
+    out = Path(config.out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"out={config.out} exists already; give another folder, or delete it")
     targets = {"rank_reduction": config.rank_reduction, "size": config.size, "ranks": config.ranks}
     given = [key for key, value in {**targets, "merge": config.merge or None}.items() if value is not None]
@@ -96,9 +97,16 @@ def load_settings(arguments: Sequence[str]) -> tuple[Path, CompressConfig]:
         raise UserError(f"give one of rank_reduction, size, ranks and merge; got {', '.join(given) or 'none'}")
     if config.rank_reduction is not None and not 0 < config.rank_reduction < 1:
         raise UserError(f"rank_reduction={config.rank_reduction}; expected a share of the ranks, above 0 and below 1")
-    for key in ("multiple", "floor", "micro_batch", "calibration_tokens"):
-        if getattr(config, key) < 1:
-            raise UserError(f"{key}={getattr(config, key)}; expected a number >= 1")
+    at_least_1 = {key: getattr(config, key) for key in ("multiple", "floor", "micro_batch", "calibration_tokens")}
+    at_least_1 |= {"data.tokens": config.data.tokens, "data.seq_len": config.data.seq_len}
+    for key, got in at_least_1.items():
+        if got < 1:
+            raise UserError(f"{key}={got}; expected a number >= 1")
+    fraction = config.data.validation_fraction
+    if fraction is not None and not 0 < fraction <= 1:
+        raise UserError(f"data.validation_fraction={fraction}; expected a share above 0, at most 1")
+    if not 0 < config.owl_strength < 1:
+        raise UserError(f"owl_strength={config.owl_strength}; expected a number above 0 and below 1")
     return model_folder(folders[0]), config
 
 
@@ -114,13 +122,14 @@ def compress_folder(folder: Path, config: CompressConfig) -> str:
     out = Path(str(config.out))
     with start(ParallelConfig(), config.device) as ranks:
         try:
+            tokenizer = ranks.on_first(lambda: _tokenizer(folder))
             model = load_model(folder).to(ranks.device)
             if config.merge:
-                return _merge(model, folder, out, ranks)
+                return _merge(model, tokenizer, folder, out, ranks)
             if is_compressed(folder):
                 raise UserError(f"{folder} is compressed already; give the model it was made of, or --merge")
             result = compressed(model, folder, config, ranks)
-            ranks.first(lambda: _write(model, folder, out))
+            ranks.first(lambda: _write(model, tokenizer, out))
             table: str = ranks.first(lambda: write_report(result, asdict(config), provenance(ranks.device), out))
         except ValueError as error:
             raise error if isinstance(error, UserError) else UserError(f"in {folder}: {error}") from None
@@ -138,6 +147,11 @@ def compressed(model: PreTrainedModel, folder: Path, config: CompressConfig, ran
     blocks = None
     if needs_text:
         wanted = TextConfig(**{**asdict(config.data), "tokens": config.data.tokens + config.calibration_tokens})
+        if config.data.seq_len > model.config.max_position_embeddings:
+            raise UserError(
+                f"data.seq_len={config.data.seq_len} exceeds the {model.config.max_position_embeddings} positions of "
+                f"{folder}; set data.seq_len={model.config.max_position_embeddings}"
+            )
         blocks, _ = evaluation_blocks(wanted, folder)
         rows = -(-config.data.tokens // config.data.seq_len)
         # calibrating on what is evaluated would flatter
@@ -148,20 +162,26 @@ def compressed(model: PreTrainedModel, folder: Path, config: CompressConfig, ran
 
     sigma = _spectra(linears, folder, config, ranks)
     offsets = _owl_offsets(model, linears, batches, config) if config.method == "owl" else None
+    exact, stored = model.dtype, _stored_dtype(model)
+    _cast(model, stored)  # sizes are those of the files
     plan = _plan(model, linears, sigma, offsets, config)
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    _cast(model, exact)
     moments = None
     if config.whiten:
         chosen = {matrix.name: linears[matrix.name] for matrix in plan if matrix.is_low_rank}
         moments = input_moments(model, chosen, batches)
-    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     compress(model, plan, moments)
+    _cast(model, stored)  # factors are measured as they are written, rounded
+    parameters_after = sum(p.numel() * p.element_size() for p in model.parameters())
+    _cast(model, exact)
     after = text_loss(model, blocks, config.micro_batch, ranks) if blocks is not None and config.perplexity else None
     return Compression(
         str(folder),
         plan,
         sigma,
         parameters,
-        sum(p.numel() * p.element_size() for p in model.parameters()),
+        parameters_after,
         before,
         after,
     )
@@ -208,12 +228,17 @@ def _plan(
 def _plan_of_file(file: str, linears: Mapping[str, nn.Linear], classification: str) -> list[PlannedMatrix]:
     try:
         found = json.loads(Path(file).read_text())
-        rank_of = {row["name"]: row["rank"] for row in found["matrices"]} if "matrices" in found else dict(found)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        matrices = found.get("matrices", [])
+        rank_of = {row["name"]: row["rank"] for row in matrices} if matrices else dict(found)
+        shape_of = {row["name"]: (row["rows"], row["columns"]) for row in matrices}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read ranks={file}: {error}; expected a compress.json, or JSON of name: rank") from None
     for name, rank in rank_of.items():
         if name not in linears:
             raise UserError(f"ranks={file} has {name!r}, which the model has not: it is of another model")
+        shape = tuple(linears[name].weight.shape)
+        if shape_of.get(name, shape) != shape:
+            raise UserError(f"ranks={file} has {name!r} of shape {shape_of[name]}, not {shape}: it is of another model")
         k = min(linears[name].weight.shape)
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= k:
             raise UserError(f"ranks={file} has rank {rank!r} for {name!r}; expected 1 to {k}: it is of another model")
@@ -294,16 +319,38 @@ def _write_cache(file: Path, found: dict[str, Tensor]) -> None:
         return  # only time is lost
 
 
-def _merge(model: PreTrainedModel, folder: Path, out: Path, ranks: Ranks) -> str:
+def _merge(model: PreTrainedModel, tokenizer: Any, folder: Path, out: Path, ranks: Ranks) -> str:
     merge(model)
-    ranks.first(lambda: _write(model, folder, out))
+    ranks.first(lambda: _write(model, tokenizer, out))
     return f"{out}: a plain Hugging Face folder with the outputs of {folder}"
 
 
-def _write(model: PreTrainedModel, folder: Path, out: Path) -> None:
+def _stored_dtype(model: PreTrainedModel) -> torch.dtype:
+    """Of the folder it was read from; in memory it is wider."""
+    stored = model.config.dtype
+    return stored if isinstance(stored, torch.dtype) else model.dtype
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """The parameters only: rotations of positions are computed, in float32."""
+    for param in model.parameters():
+        param.data = param.data.to(dtype)
+
+
+def _tokenizer(folder: Path) -> Any:
+    """Read before anything is written: the folder of the result is to have it too."""
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the readers raise many kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot load the tokenizer in {folder}: {reason}; put the model's own there") from None
+
+
+def _write(model: PreTrainedModel, tokenizer: Any, out: Path) -> None:
+    _cast(model, _stored_dtype(model))
     try:
         save_model(model, out)
-        AutoTokenizer.from_pretrained(folder).save_pretrained(out)
+        tokenizer.save_pretrained(out)
     except Exception as error:  # the writers in Rust raise errors of their own
         raise UserError(f"cannot write to out={out}: {error}; set out to another folder") from None
 

@@ -79,8 +79,8 @@ class LowRankLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """A B (out, in), to read: made anew at every access, without a gradient."""
-        return _product(self.left.weight.detach(), self.right.weight.detach())
+        """A B (out, in), made anew at every access; differentiable, for losses that read a head's weight."""
+        return _product(self.left.weight, self.right.weight)
 
     def extra_repr(self) -> str:
         """As shown by print."""

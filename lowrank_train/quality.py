@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 
@@ -150,6 +150,11 @@ def _check_row(label: str, row: Any) -> None:
         raise UserError(f"{where}={row}; expected the keys name (one of {', '.join(methods.names())}) and lr")
     if "other_lr" in row:
         raise UserError(f"{where}.other_lr: it is the same for all rows; give other_lr at the top")
+    choices = get_args(get_type_hints(Config)["train"])
+    if "train" in row and row["train"] not in choices:
+        raise UserError(f"{where}.train={row['train']}; expected one of {', '.join(choices)}")
+    if not isinstance(row.get("model", ""), str):
+        raise UserError(f"{where}.model={row['model']}; expected the name of a size, or a folder")
     lrs = row["lr"]
     numbers = isinstance(lrs, list) and all(isinstance(lr, int | float) and not isinstance(lr, bool) for lr in lrs)
     if not numbers or not lrs or not all(lr > 0 for lr in lrs):

@@ -124,7 +124,7 @@ def plan_ranks(
         offsets: added to the scores of single matrices (OWL).
         multiple: ranks are multiples of it.
         floor: least rank.
-        ceiling: largest rank of any matrix, so that none stays whole.
+        ceiling: largest rank of what becomes of low rank; where that is none any more, a matrix stays whole.
 
     Raises:
         ValueError: not exactly one target, or one out of reach; names that are not the model's; other values out of
@@ -190,7 +190,8 @@ def compress(
         The model itself.
 
     Raises:
-        ValueError: no matrix is of low rank; the plan is of another model; weights that are tied or not finite.
+        ValueError: no matrix is of low rank; the model is compressed already; the plan is of another model; weights
+            that are tied or not finite.
     """
     chosen = {matrix.name: matrix for matrix in plan if matrix.is_low_rank}
     if not chosen:
@@ -198,6 +199,8 @@ def compress(
             "no matrix qualifies: none would get smaller at its rank; raise rank_reduction (or lower parameter_bytes), "
             "or give classification=all"
         )
+    if any(isinstance(module, LowRankLinear) for module in model.modules()):
+        raise ValueError("the model has low-rank layers already; compress the one it was made of, or merge it first")
     linears = {name: _linear(model, name) for name in chosen}
     replaceable_layers(model, "^(" + "|".join(map(re.escape, chosen)) + ")$")
     # the first layer replaced would change the inputs of the next
