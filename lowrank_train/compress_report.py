@@ -27,6 +27,10 @@ _RUINED = 2.0
 """Times the perplexity before: beyond it the model is of little use before fine-tuning."""
 
 
+_MISSED = 0.05
+"""Of the ranks: more than this beyond the target is worth a word."""
+
+
 @dataclass(frozen=True)
 class Compression:
     """One model, before and after."""
@@ -70,7 +74,8 @@ def write_report(result: Compression, settings: Mapping[str, Any], made: Mapping
     }
     (folder / "compress.json").write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
     _plot(result.plan, folder / "ranks.png")
-    return "\n\n".join([_table(result.plan), *_notes(result), f"model, plot, CSV and JSON: {folder}"])
+    notes = _notes(result, settings.get("rank_reduction"))
+    return "\n\n".join([_table(result.plan), *notes, f"model, plot, CSV and JSON: {folder}"])
 
 
 def _row(matrix: PlannedMatrix) -> dict[str, Any]:
@@ -106,7 +111,7 @@ def _kind(matrix: PlannedMatrix) -> str:
     return "truncated, dense" if matrix.is_low_rank else "N-LRC"
 
 
-def _notes(result: Compression) -> list[str]:
+def _notes(result: Compression, target: float | None) -> list[str]:
     plan = result.plan
     factored = sum(matrix.is_factored for matrix in plan)
     dense = [matrix.name for matrix in plan if not matrix.is_factored]
@@ -115,6 +120,11 @@ def _notes(result: Compression) -> list[str]:
         f"parameters {show_bytes(result.bytes_before)} -> {show_bytes(result.bytes_after)} "
         f"({100 * result.bytes_after / result.bytes_before:.1f} %)"
     ]
+    if target is not None and rank_reduction(plan) - target > _MISSED:
+        lines.append(
+            f"{100 * target:g} % was asked for: matrices of equal scores (all square ones, if the method is uniform) "
+            "become whole together; method=welore, or classification=all, comes nearer"
+        )
     if dense:
         more = f" and {len(dense) - 3} more" if len(dense) > 3 else ""
         lines.append(f"left dense, because factors would not be smaller: {', '.join(dense[:3])}{more}")

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from lowrank_train.pruning import TextConfig, evaluation_blocks, text_loss
 from lowrank_train.record import provenance
 from lowrank_train.units import parse_bytes
 from lowrank_train.welore import PlannedMatrix, compress, merge, plan_ranks, planned, spectrum_of
+from optim.rank_allocation import SCORES
 
 __all__ = ["CompressConfig", "compress_folder", "compressed", "help_text", "load_settings"]
 
@@ -105,6 +106,8 @@ def load_settings(arguments: Sequence[str]) -> tuple[Path, CompressConfig]:
     fraction = config.data.validation_fraction
     if fraction is not None and not 0 < fraction <= 1:
         raise UserError(f"data.validation_fraction={fraction}; expected a share above 0, at most 1")
+    if config.score not in SCORES:
+        raise UserError(f"score={config.score!r}; expected one of {', '.join(SCORES)}")
     if not 0 < config.owl_strength < 1:
         raise UserError(f"owl_strength={config.owl_strength}; expected a number above 0 and below 1")
     return model_folder(folders[0]), config
@@ -113,7 +116,7 @@ def load_settings(arguments: Sequence[str]) -> tuple[Path, CompressConfig]:
 def compress_folder(folder: Path, config: CompressConfig) -> str:
     """Compress the model of a folder into ``config.out``; returns the table.
 
-    Under torchrun the decompositions are dealt to the ranks.
+    Under torchrun the spectra are dealt to the ranks; each of them calibrates and truncates.
 
     Raises:
         UserError: a model or text that cannot be read, weights that are not finite, a target out of reach, no matrix
@@ -142,26 +145,12 @@ def compressed(model: PreTrainedModel, folder: Path, config: CompressConfig, ran
     """Compress the model of a folder in place, and measure it before and after. Raises UserError or ValueError."""
     _check_architecture(model, folder)
     linears = linear_layers(model, config.layers)
-    needs_text = config.perplexity or config.whiten or config.method == "owl"
-    batches: list[Tensor] = []
-    blocks = None
-    if needs_text:
-        wanted = TextConfig(**{**asdict(config.data), "tokens": config.data.tokens + config.calibration_tokens})
-        if config.data.seq_len > model.config.max_position_embeddings:
-            raise UserError(
-                f"data.seq_len={config.data.seq_len} exceeds the {model.config.max_position_embeddings} positions of "
-                f"{folder}; set data.seq_len={model.config.max_position_embeddings}"
-            )
-        blocks, _ = evaluation_blocks(wanted, folder)
-        rows = -(-config.data.tokens // config.data.seq_len)
-        # calibrating on what is evaluated would flatter
-        calibration = blocks[rows:, :-1].clamp_min(0) if len(blocks) > rows else blocks[:, :-1].clamp_min(0)
-        batches = list(calibration.split(config.micro_batch))
-        blocks = blocks[:rows]
+    is_owl = config.method == "owl" and config.ranks is None
+    blocks, batches = _text(model, folder, config, calibrates=config.whiten or is_owl)
     before = text_loss(model, blocks, config.micro_batch, ranks) if blocks is not None and config.perplexity else None
 
     sigma = _spectra(linears, folder, config, ranks)
-    offsets = _owl_offsets(model, linears, batches, config) if config.method == "owl" else None
+    offsets = _owl_offsets(model, linears, batches, config) if is_owl else None
     exact, stored = model.dtype, _stored_dtype(model)
     _cast(model, stored)  # sizes are those of the files
     plan = _plan(model, linears, sigma, offsets, config)
@@ -185,6 +174,31 @@ def compressed(model: PreTrainedModel, folder: Path, config: CompressConfig, ran
         before,
         after,
     )
+
+
+def _text(
+    model: PreTrainedModel, folder: Path, config: CompressConfig, *, calibrates: bool
+) -> tuple[Tensor | None, list[Tensor]]:
+    """Blocks that are evaluated (None: perplexity is not wanted), and the inputs of calibration, which follow them."""
+    data = config.data
+    if not config.perplexity and not calibrates:
+        return None, []
+    if data.seq_len > model.config.max_position_embeddings:
+        raise UserError(
+            f"data.seq_len={data.seq_len} exceeds the {model.config.max_position_embeddings} positions of "
+            f"{folder}; set data.seq_len={model.config.max_position_embeddings}"
+        )
+    rows = -(-data.tokens // data.seq_len)
+    wanted = rows * data.seq_len + config.calibration_tokens if calibrates else data.tokens
+    blocks, _ = evaluation_blocks(replace(data, tokens=wanted), folder)
+    inputs = blocks[rows:, :-1]
+    inputs = inputs[(inputs >= 0).all(1)]  # padding is no text
+    if calibrates and not len(inputs):
+        raise UserError(
+            f"whiten and owl calibrate on text that follows the {data.tokens} tokens evaluated, and there is none "
+            "left: give more text with data.path, or lower data.tokens"
+        )
+    return blocks[:rows] if config.perplexity else None, list(inputs.split(config.micro_batch))
 
 
 def _plan(

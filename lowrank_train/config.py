@@ -203,15 +203,17 @@ def flags_to_keys(arguments: Sequence[str], schema: type[Any]) -> list[str]:
     """
     switches = {name for name, value, _ in _keys(schema()) if isinstance(value, bool)}
     words: list[str] = []
-    waiting = iter(arguments)
-    for word in waiting:
+    waiting = list(arguments)
+    while waiting:
+        word = waiting.pop(0)
         if not word.startswith("--"):
             words.append(word)
             continue
         key, equals, value = word[2:].partition("=")
         key = key.replace("-", "_")
         if not equals:
-            value = "true" if key in switches else next(waiting, "")
+            alone = key in switches and waiting[:1] not in (["true"], ["false"])
+            value = "true" if alone else waiting.pop(0) if waiting else ""
         if not value:
             raise UserError(f"{word} has no value; expected {word} VALUE, see --help")
         words.append(f"{key}={value}")
