@@ -32,6 +32,10 @@ __all__ = ["CompressionConfig", "help_text", "load_settings", "measure_compressi
 _OF_A_ROW = ("method", "score", "classification", "whiten", "multiple", "floor", "ceiling", "owl_strength")
 
 
+_LOGARITHMIC = 3.0
+"""Times the perplexity before: a plot that reaches higher has a logarithmic axis."""
+
+
 @dataclass
 class CompressionConfig:
     """What is compared."""
@@ -145,16 +149,22 @@ def _cell(cells: Sequence[dict[str, Any]], label: str, key: str, value: Any) -> 
 
 def _plot(settings: CompressionConfig, cells: Sequence[dict[str, Any]], before: float, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for label in settings.ways:
+    colors = pyplot.get_cmap("tab20")
+    for index, label in enumerate(settings.ways):
         mine = [cell for cell in cells if cell["way"] == label and "rank_reduction" in cell and cell["perplexity"]]
         axes.plot(
             [0, *(100 * cell["reached_rank_reduction"] for cell in mine)],
             [before, *(cell["perplexity"] for cell in mine)],
             marker="o",
             markersize=4,
+            linewidth=1.2,
+            color=colors(index % 20),
             label=label,
         )
-    axes.set(xlabel="ranks removed, %", ylabel="perplexity", yscale="log")
+    axes.set(xlabel="ranks removed, %", ylabel="perplexity")
+    highest = max((cell["perplexity"] or 0 for cell in cells if "rank_reduction" in cell), default=0)
+    if highest > _LOGARITHMIC * before:
+        axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)

@@ -21,11 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from lowrank_train import compress_run
+from lowrank_train import compress_run, compression_benchmark
 from lowrank_train.calibration import input_energies, outlier_shares
 from lowrank_train.compress_report import Compression, write_report
 from lowrank_train.compress_run import compress_folder, load_settings
 from lowrank_train.compressed_folder import compressed_ranks, is_compressed
+from lowrank_train.compression_benchmark import measure_compression
 from lowrank_train.config import DataConfig
 from lowrank_train.errors import UserError
 from lowrank_train.layer_choice import linear_layers
@@ -606,3 +607,78 @@ def test_no_matrix_qualifies_where_all_are_nearly_whole(command: Command, folder
     assert command(folders / "llama", *words, "perplexity=false")[0] == 0  # dense, but truncated
     assert not is_compressed("a")
     assert torch.linalg.matrix_rank(load_model(Path("a")).get_submodule("model.layers.0.self_attn.q_proj").weight) == 16
+
+
+# -------------------------------------------------------------------------------------------------------- the benchmark
+
+
+def compare(folders: Path, tmp_path: Path, *words: str) -> tuple[str, dict[str, Any]]:
+    given = [word for word in settings(folders) if not word.startswith("cache=")]
+    table = measure_compression(
+        compression_benchmark.load_settings([f"model={folders / 'llama'}", f"output={tmp_path}", *given, *words])
+    )
+    return table, json.loads((tmp_path / "compression.json").read_text())
+
+
+def test_the_benchmark_has_the_figures_of_the_command(
+    folders: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ways = ["ways.a.method=welore", "ways.b.method=uniform", "ways.b.classification=all"]
+    table, figures = compare(folders, tmp_path, *ways, "rank_reductions=[0.5]", "sizes=[90%,1%]")
+    assert command(folders / "llama", *settings(folders), "rank_reduction=0.5", "out=c")[0] == 0
+    alone = json.loads(Path("c/compress.json").read_text())
+    cell = figures["cells"][0]
+    assert (cell["way"], cell["rank_reduction"]) == ("a", 0.5)
+    assert cell["perplexity"] == alone["perplexity_after"]
+    assert figures["perplexity_before"] == alone["perplexity_before"]
+    assert cell["ranks"] == {row["name"]: row["rank"] for row in alone["matrices"]}
+    assert [row.split()[-1] for row in table.splitlines()[1:]] == ["-", "-"]  # a size below the embeddings
+    assert "is below what is not compressed" in figures["cells"][2]["why"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "there are no ways to compare"),
+        (["ways.a.metod=owl"], r"ways.a.metod: unknown; expected one of method"),
+        (["ways.a.method=owl", "rank_reductions=[]"], "no target given"),
+        (["ways.a.method=owl", "model=nowhere"], "model=nowhere is not a folder"),
+    ],
+)
+def test_bad_input_of_the_benchmark(folders: Path, tmp_path: Path, words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        compare(folders, tmp_path, *words)
+
+
+def test_the_benchmark_needs_a_model() -> None:
+    with pytest.raises(UserError, match="no model given; expected model=FOLDER"):
+        compression_benchmark.load_settings([])
+
+
+# ------------------------------------------------------------------------------------------- a word where one is needed
+
+
+def test_ranks_that_jump_past_the_target_are_told_of(command: Command, folders: Path) -> None:
+    words = [folders / "llama", "perplexity=false", "--method", "uniform", "out=a"]
+    _, out, _ = command(*words, "--rank-reduction", "0.3")
+    assert "30 % was asked for: matrices of equal scores" in out
+    _, out, _ = command(*words[:-1], "out=b", "--rank-reduction", "0.3", "--classification", "all")
+    assert "was asked for" not in out
+
+
+def test_calibration_needs_text_that_is_not_evaluated(command: Command, folders: Path) -> None:
+    words = [*settings(folders), "data.tokens=1000000", "rank_reduction=0.5", "out=a"]
+    code, _, error = command(folders / "llama", *words, "--whiten", "true")
+    assert code == 2
+    assert "whiten and owl calibrate on text that follows the 1000000 tokens evaluated" in error
+    assert command(folders / "llama", *words, "--whiten", "false")[0] == 0
+
+
+def test_only_whole_rows_of_text_calibrate(folders: Path) -> None:
+    _, config = load_settings(["--whiten", *settings(folders), str(folders / "llama"), "rank_reduction=0.5", "out=a"])
+    blocks, batches = compress_run._text(load_model(folders / "llama"), folders / "llama", config, calibrates=True)
+    assert blocks is not None
+    everything, _ = evaluation_blocks(TextConfig(**{**vars(config.data), "tokens": 608}), folders / "llama")
+    torch.testing.assert_close(blocks, everything[:13])
+    torch.testing.assert_close(torch.cat(batches), everything[13:38, :-1])
