@@ -24,7 +24,7 @@ from lowrank_train.config import ParallelConfig
 from lowrank_train.errors import UserError
 from lowrank_train.loss import token_loss
 
-__all__ = ["Ranks", "fill", "reshard", "shard_dims", "shard_model", "start"]
+__all__ = ["Ranks", "fake_ranks", "fill", "reshard", "shard_dims", "shard_model", "start"]
 
 T = TypeVar("T")
 
@@ -151,6 +151,25 @@ def start(config: ParallelConfig, device: str) -> Iterator[Ranks]:
     finally:
         if joined:
             dist.destroy_process_group()
+
+
+@contextmanager
+def fake_ranks(world_size: int) -> Iterator[DeviceMesh]:
+    """The mesh of a group whose collectives move nothing, for counting memory: this process is its first rank.
+
+    Raises UserError where torch has no such group, or this process is in a real one.
+    """
+    if dist.is_initialized():
+        raise UserError("this process is in a process group already; count memory in a process of its own")
+    try:
+        from torch.testing._internal.distributed.fake_pg import FakeStore  # private: absent in some builds
+    except ImportError as error:
+        raise UserError(f"this torch has no process group of fake ranks ({error}); memory cannot be tracked") from None
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)  # type: ignore[no-untyped-call]
+    try:
+        yield init_device_mesh("cpu", (world_size,), mesh_dim_names=("shard",))
+    finally:
+        dist.destroy_process_group()
 
 
 def shard_model(

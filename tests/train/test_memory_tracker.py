@@ -12,27 +12,30 @@ from lowrank_train.memory_terms import predict
 from lowrank_train.memory_tracker import track
 
 BOUND = 0.03
+"""In every phase."""
+PEAK_BOUND = 0.02
 
 SETTINGS = [
     (1, "llama_60m seq_len=256 micro_batch=4 precision=bfloat16 model.gradient_checkpointing=true"),
-    (8, "llama_60m seq_len=512 micro_batch=2 optimizer.name=dct_adamw precision=bfloat16"),
+    (8, "llama_130m seq_len=512 micro_batch=2 optimizer.name=dct_adamw precision=bfloat16"),
     (1, "llama_130m seq_len=256 micro_batch=1 optimizer.name=scale"),
     (2, "opt_125m seq_len=256 micro_batch=2 precision=bfloat16"),
     (1, "opt_125m seq_len=128 micro_batch=1 tokens_per_step=128"),
-    (8, "opt_350m seq_len=256 micro_batch=1 optimizer.name=galore_adamw model.overrides.num_hidden_layers=4"),
+    (8, "opt_350m seq_len=256 micro_batch=1 optimizer.name=galore_adamw"),
     (1, "llama_60m seq_len=256 micro_batch=1 optimizer.name=sst optimizer.rank=64"),
     (8, "llama_60m seq_len=256 micro_batch=1 optimizer.name=lora optimizer.rank=16"),
-    (8, "llama_7b seq_len=1024 micro_batch=1 precision=bfloat16 model.gradient_checkpointing=true "
-        "model.overrides.num_hidden_layers=6"),
+    (8, "llama_7b seq_len=1024 micro_batch=1 precision=bfloat16 model.gradient_checkpointing=true"),
+    (8, "opt_6.7b seq_len=1024 micro_batch=1"),
 ]
+"""Of three layers (first, last, and one between): more only repeat them, in minutes where these take seconds."""
 
 
 @pytest.mark.parametrize(("world_size", "settings"), SETTINGS)
 def test_formulas_and_tracker_agree(world_size: int, settings: str) -> None:
-    config = load_config(f"model.name={settings}".split())
+    config = load_config(f"model.name={settings} model.overrides.num_hidden_layers=3".split())
     tracked, predicted = track(config, world_size=world_size, updates=False), predict(config, world_size=world_size)
     both = {name: predicted.phases[name] for name in tracked.phases}
-    assert max(both.values()) == pytest.approx(tracked.peak, rel=BOUND)
+    assert max(both.values()) == pytest.approx(tracked.peak, rel=PEAK_BOUND)
     for name, bytes_ in both.items():
         assert bytes_ == pytest.approx(tracked.phases[name], rel=BOUND), name
 

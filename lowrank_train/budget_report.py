@@ -1,0 +1,100 @@
+"""What fits, as a table, CSV, JSON and stacked bars."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lowrank_train.budget_run import Fit, Outcome
+from lowrank_train.errors import UserError
+from lowrank_train.units import show_bytes
+
+__all__ = ["table", "write_budget"]
+
+_TERMS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer_state": "state",
+    "activations": "activations",
+    "logits": "logits",
+    "gathered": "gathered",
+    "reductions": "reductions",
+    "temporaries": "temporaries",
+    "refresh": "refresh",
+}
+"""Of ``memory_terms.Phase``, as headings."""
+
+
+def table(outcome: Outcome) -> str:
+    """Markdown, a row per setting; terms in GiB, at the worst moment of the step. What does not fit is named below."""
+    head = ["optimizer", "rank", "model", "micro-batch", "peak", "headroom", "phase", *_TERMS.values()]
+    lines = [outcome.question, "", _line(head), _line(["---"] * len(head))]
+    for fit in outcome.fits:
+        terms = [f"{fit.memory.terms[term] / 2**30:.2f}" for term in _TERMS]
+        left = show_bytes(fit.headroom) if fit.headroom >= 0 else f"-{show_bytes(-fit.headroom)}: does not fit"
+        known = [fit.label, _rank(fit), fit.model, str(fit.micro_batch), show_bytes(fit.memory.peak), left]
+        lines.append(_line([*known, fit.memory.phase, *terms]))
+    if outcome.missing:
+        lines += ["", "nothing fits for:", *(f"  {name}" for name in outcome.missing)]
+    return "\n".join(lines)
+
+
+def write_budget(outcome: Outcome, folder: Path) -> None:
+    """budget.csv, budget.json, budget.md and budget.png. Raises UserError if they cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [_row(fit) for fit in outcome.fits]
+        with (folder / "budget.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        full = [
+            {**_row(fit), "phases": {k: asdict(getattr(fit.memory, k)) for k in fit.memory.phases}}
+            for fit in outcome.fits
+        ]
+        document = {"question": outcome.question, "fits": full, "nothing_fits": outcome.missing}
+        (folder / "budget.json").write_text(json.dumps(document, indent=2) + "\n")
+        (folder / "budget.md").write_text(table(outcome) + "\n")
+        _plot(outcome, folder / "budget.png")
+    except OSError as error:
+        raise UserError(f"cannot write to out={folder}: {error}") from None
+
+
+def _row(fit: Fit) -> dict[str, Any]:
+    known = {"optimizer": fit.optimizer, "state_dtype": fit.state_dtype, "rank": fit.rank, "model": fit.model}
+    sizes = {"peak": fit.memory.peak, "budget": fit.budget, "headroom": fit.headroom, **fit.memory.terms}
+    in_bytes = {f"{name}_bytes": value for name, value in sizes.items()}
+    return {**known, "micro_batch": fit.micro_batch, "phase": fit.memory.phase, **in_bytes}
+
+
+def _rank(fit: Fit) -> str:
+    return "" if fit.rank is None else str(fit.rank)
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _plot(outcome: Outcome, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 1.2 + 0.35 * len(outcome.fits)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    labels = [f"{fit.label}, {fit.model} x {fit.micro_batch}" for fit in outcome.fits]
+    places = range(len(labels))
+    start = [0.0] * len(labels)
+    for term, heading in _TERMS.items():
+        widths = [fit.memory.terms[term] / 2**30 for fit in outcome.fits]
+        axes.barh(places, widths, left=start, label=heading)
+        start = [begin + width for begin, width in zip(start, widths, strict=True)]
+    axes.axvline(outcome.fits[0].budget / 2**30, color="black", linewidth=1)
+    axes.set_yticks(places, labels)
+    axes.invert_yaxis()
+    axes.set_xlabel("GiB of one rank at the predicted peak; the line is the budget")
+    axes.legend(ncols=5, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,357 @@
+"""What fits a memory budget: the largest model, micro-batch or rank for each optimizer, by formulas alone.
+
+A setting fits if its predicted peak (``lowrank_train.memory_terms``) is at most the budget. What CUDA, its libraries
+and the allocator take for themselves is not predicted: leave some headroom.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedModel
+
+from lowrank_train import methods, models
+from lowrank_train.config import Config, ModelConfig, flags_to_keys, key_help, load_schema, setting
+from lowrank_train.errors import UserError
+from lowrank_train.memory_terms import Fixed, StepMemory, fixed, predict
+from lowrank_train.run import unsharded
+from lowrank_train.units import parse_bytes, show_bytes
+
+__all__ = ["BudgetConfig", "Fit", "Outcome", "explain", "help_text", "load_budget", "solve"]
+
+OPTIMIZERS = [
+    *("adamw", "galore_adamw", "dct_adamw", "low_rank_adamw", "apollo", "apollo_mini", "scale", "trion", "sst", "lora")
+]
+"""Those of the table."""
+
+_8BIT = ("adamw", "galore_adamw", "dct_adamw", "apollo")
+"""Of them, with moments in 8 bits too."""
+
+_MOST_SEQUENCES = 4096
+_NEEDS_RANK = ("sst", "lora", "relora")
+
+
+@dataclass
+class BudgetConfig:
+    """What is asked."""
+
+    budget: str = setting("24GiB", "memory of one device, e.g. 24GiB or 80GB")
+    models: list[str] = setting(["llama"], "families (llama, opt), or sizes: --models llama opt")  # noqa: RUF009
+    model: str | None = setting(None, "one model to explain, or to solve for; null: the table")
+    optimizers: list[str] = setting([], "of the table; empty: ten, four of them in 8 bits too")  # noqa: RUF009
+    optimizer: str = setting("adamw", "the optimizer of --model")
+    rank: int | None = setting(None, "of low-rank methods; null: their own, a quarter of a matrix's smaller side")
+    state_dtype: str | None = setting(None, "of the moments of --model: null (float32), bfloat16 or 8bit")
+    seq_len: int = setting(1024, "tokens per sequence")
+    micro_batch: int | None = setting(None, "sequences per rank in one forward pass; null: 1, or what is solved for")
+    accumulate: int = setting(2, "micro-batches in a step; from 2 on gradients are there in forward too")
+    world_size: int = setting(1, "ranks the model is sharded over")
+    precision: Literal["float32", "bfloat16"] = setting("bfloat16", "of the arithmetic; weights are float32")
+    checkpointing: bool = setting(True, "recompute activations in backward")
+    loss_chunk: int = setting(1024, "tokens whose logits exist at one time")
+    largest: Literal["model", "batch", "rank"] | None = setting(
+        None, "solve for it: batch or rank of --model, or its family's largest model; null: explain --model"
+    )
+    device: Literal["cuda", "cpu"] = setting("cuda", "whose blocks an update works in")
+    out: str = setting("runs/memory_budget", "folder of the CSV, the JSON and the plot")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One setting and what it needs."""
+
+    optimizer: str
+    state_dtype: str | None
+    rank: int | None
+    model: str
+    micro_batch: int
+    budget: int
+    memory: StepMemory = field(repr=False)
+
+    @property
+    def headroom(self) -> int:
+        """Bytes of the budget that are left; negative if it does not fit."""
+        return self.budget - self.memory.peak
+
+    @property
+    def label(self) -> str:
+        """Optimizer and type of state."""
+        return f"{self.optimizer} {self.state_dtype}" if self.state_dtype else self.optimizer
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one question."""
+
+    question: str
+    fits: list[Fit]
+    missing: list[str]
+    """Optimizers for which nothing fits, with what the smallest model needs."""
+
+
+def help_text() -> str:
+    """How to call it, and every key with its default and meaning."""
+    usage = [
+        "usage: launch/memory_budget.py --budget 24GiB --models llama opt --seq-len 1024 --world-size 1",
+        "       launch/memory_budget.py --model llama_7b --optimizer dct_adamw --rank 512 --micro-batch 1",
+        "       launch/memory_budget.py --model llama_1b --optimizer scale --largest batch",
+        "",
+    ]
+    return "\n".join([*usage, *key_help(BudgetConfig)])
+
+
+def load_budget(arguments: Sequence[str]) -> BudgetConfig:
+    """The question. Raises UserError for unknown keys, models, optimizers or units, and values out of range."""
+    config = load_schema(BudgetConfig, flags_to_keys(_joined(arguments), BudgetConfig))
+    _bytes(config.budget)
+    for name in [*config.optimizers, config.optimizer]:
+        try:
+            methods.find(name)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    for key in ("seq_len", "accumulate", "world_size", "loss_chunk", "micro_batch", "rank"):
+        got = getattr(config, key)
+        if got is not None and got < 1:
+            raise UserError(f"{key}={got}; expected a number >= 1")
+    if config.model is not None:
+        _sizes([config.model])
+    elif config.largest is not None:
+        raise UserError(f"largest={config.largest} of what? give --model, or leave it out for the table")
+    if config.largest == "batch" and config.micro_batch is not None:
+        raise UserError(f"micro_batch={config.micro_batch} with largest=batch, which solves for it; leave one out")
+    if config.largest == "rank" and config.rank is not None:
+        raise UserError(f"rank={config.rank} with largest=rank, which solves for it; leave one out")
+    _sizes(config.models)
+    return config
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """``--models llama opt`` as ``--models=[llama,opt]``: all words up to the next flag or key."""
+    joined: list[str] = []
+    for word in arguments:
+        opened = bool(joined) and joined[-1].startswith(("--models=[", "--optimizers=["))
+        if word in ("--models", "--optimizers"):
+            joined.append(f"{word}=[]")
+        elif opened and not word.startswith("--") and "=" not in word:
+            start, listed = joined[-1][:-1].split("[")
+            joined[-1] = f"{start}[{listed + ',' if listed else ''}{word}]"
+        elif word.startswith(("--models=", "--optimizers=")) and "[" not in word:
+            flag, value = word.split("=", 1)
+            joined.append(f"{flag}=[{value}]")
+        else:
+            joined.append(word)
+    return joined
+
+
+def solve(config: BudgetConfig) -> Outcome:
+    """The table, or the answer for one model.
+
+    Raises:
+        UserError: nothing fits (says what the smallest model needs), rank too large for the model.
+    """
+    budget = _bytes(config.budget)
+    if config.model is not None:
+        return _solve_one(config, budget)
+    fits, missing = [], []
+    for name, state_dtype in _rows(config):
+        for family in config.models:
+            names = _sizes([family])
+            found = next((fit for fit in _largest_models(config, budget, name, state_dtype, names) if fit), None)
+            if found is not None:
+                fits.append(found)
+            else:
+                smallest = _fit(config, budget, name, state_dtype, names[0], config.micro_batch or 1)
+                missing.append(f"{smallest.label}: {smallest.model} alone needs {show_bytes(smallest.memory.peak)}")
+    if not fits:
+        raise UserError(f"nothing fits in {config.budget}; {'; '.join(missing)}")
+    question = f"largest model of {', '.join(config.models)} in {show_bytes(budget)} per rank, {_circumstances(config)}"
+    return Outcome(question, fits, missing)
+
+
+def explain(config: BudgetConfig) -> Fit:
+    """What ``--model`` needs. Raises UserError for settings that do not fit the model."""
+    assert config.model is not None
+    return _fit(
+        config, _bytes(config.budget), config.optimizer, config.state_dtype, config.model, config.micro_batch or 1
+    )
+
+
+def _solve_one(config: BudgetConfig, budget: int) -> Outcome:
+    name, state_dtype, model = config.optimizer, config.state_dtype, config.model
+    assert model is not None
+    where = f"{show_bytes(budget)} per rank, {_circumstances(config)}"
+    if config.largest is None:
+        return Outcome(f"{model} against {where}", [explain(config)], [])
+    if config.largest == "model":
+        names = _sizes([model.split("_")[0]])
+        for found in _largest_models(config, budget, name, state_dtype, names):
+            if found is not None:
+                return Outcome(f"largest model in {where}", [found], [])
+        raise _too_small(config, _fit(config, budget, name, state_dtype, names[0], config.micro_batch or 1))
+    if config.largest == "batch":
+        alone = _fit(config, budget, name, state_dtype, model, 1)
+        if alone.headroom < 0:
+            raise _too_small(config, alone)
+        return Outcome(f"largest micro-batch of {model} in {where}", [_grow(config, alone)], [])
+    if "rank" not in methods.find(name).arguments():
+        raise UserError(f"optimizer {name!r} has no rank; use --largest batch or model")
+
+    def at_rank(rank: int) -> Fit:
+        return _fit(replace(config, rank=rank), budget, name, state_dtype, model, config.micro_batch or 1)
+
+    smallest = at_rank(1)
+    if smallest.headroom < 0:
+        raise _too_small(config, smallest)
+    best = _bisect(smallest, _largest_rank(model, config), at_rank)
+    return Outcome(f"largest rank of {model} in {where}", [best], [])
+
+
+def _largest_models(
+    config: BudgetConfig, budget: int, name: str, state_dtype: str | None, names: list[str]
+) -> Iterator[Fit | None]:
+    """From the largest of them down: one that fits with the micro-batch given, or 1 and then grown; None if not."""
+    for model in reversed(names):
+        if config.seq_len > models.architecture(ModelConfig(name=model)).max_position_embeddings and "opt" in model:
+            continue
+        try:
+            found = _fit(config, budget, name, state_dtype, model, config.micro_batch or 1)
+        except UserError:  # a rank that is too large for the smaller models of a table
+            if config.model is not None or model == names[-1]:
+                raise
+            continue
+        if found.headroom >= 0:
+            yield found if config.micro_batch else _grow(config, found)
+        yield None
+
+
+def _grow(config: BudgetConfig, fit: Fit) -> Fit:
+    def with_batch(micro_batch: int) -> Fit:
+        return _fit(config, fit.budget, fit.optimizer, fit.state_dtype, fit.model, micro_batch)
+
+    return _bisect(fit, _MOST_SEQUENCES, with_batch)
+
+
+def _bisect(fits: Fit, most: int, make: Callable[[int], Fit]) -> Fit:
+    """The largest number up to ``most`` whose setting fits, 1 being one of them; doubled first, then halved."""
+    low, high = 1, 2
+    while high <= most:
+        found = make(high)
+        if found.headroom < 0:
+            break
+        low, fits, high = high, found, 2 * high
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        found = make(middle)
+        if found.headroom >= 0:
+            low, fits = middle, found
+        else:
+            high = middle
+    return fits
+
+
+def _fit(config: BudgetConfig, budget: int, name: str, state_dtype: str | None, model: str, micro_batch: int) -> Fit:
+    arguments: dict[str, Any] = {"name": name}
+    rank = config.rank
+    takes = methods.find(name).arguments()
+    if rank is None and name in _NEEDS_RANK:
+        rank = 128
+    if name == "apollo_mini":
+        rank = None  # one direction is what it is about
+    if rank is not None and "rank" in takes:
+        arguments["rank"] = rank
+    if state_dtype is not None:
+        if "state_dtype" not in takes:
+            raise UserError(f"optimizer {name!r} takes no state_dtype; leave it out")
+        arguments["state_dtype"] = state_dtype
+    run = Config(
+        model=ModelConfig(name=model, gradient_checkpointing=config.checkpointing),
+        optimizer=arguments,
+        seq_len=config.seq_len,
+        micro_batch=micro_batch,
+        tokens_per_step=config.seq_len * micro_batch * config.accumulate * config.world_size,
+        precision=config.precision,
+        loss_chunk=config.loss_chunk,
+        device=config.device,
+    )
+    try:
+        layers = tuple(sorted((key, arguments[key]) for key in ("rank",) if key in arguments))
+        skeleton = _skeleton(model, config.seq_len, name if name in _NEEDS_RANK else "adamw", layers)
+        key = (model, config.seq_len, name, arguments.get("rank"), state_dtype, config.world_size, config.precision)
+        if (key, config.device) not in _known:
+            _known[key, config.device] = fixed(run, skeleton, world_size=config.world_size)
+        memory = predict(run, world_size=config.world_size, model=skeleton, known=_known[key, config.device])
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{model} with {name}: {error}") from None
+    shown = arguments.get("rank") if "rank" in takes else None
+    return Fit(name, state_dtype, shown, model, micro_batch, budget, memory)
+
+
+_known: dict[Any, Fixed] = {}
+"""By what it depends on: bisection over micro-batches asks for the same again and again."""
+
+
+@lru_cache(maxsize=64)
+def _skeleton(model: str, seq_len: int, layers_of: str, arguments: tuple[tuple[str, int], ...]) -> PreTrainedModel:
+    """On meta, converted; one for all optimizers that train the same layers."""
+    optimizer = {"name": layers_of, **(dict(arguments) if layers_of in _NEEDS_RANK else {})}
+    return unsharded(Config(model=ModelConfig(name=model), optimizer=optimizer, seq_len=seq_len))
+
+
+def _rows(config: BudgetConfig) -> list[tuple[str, str | None]]:
+    if config.optimizers:
+        return [(name, config.state_dtype) for name in config.optimizers]
+    return [(name, kind) for name in OPTIMIZERS for kind in ((None, "8bit") if name in _8BIT else (None,))]
+
+
+def _sizes(names: Sequence[str]) -> list[str]:
+    """Models of families, or by name, smallest first; those below 60M are for tests."""
+    found = []
+    families = {name.split("_")[0] for name in models.SIZES}
+    for name in names:
+        if name in families:
+            tests = ("llama_9m", "llama_20m", "llama_35m")
+            found += [size for size in models.SIZES if size.startswith(f"{name}_") and size not in tests]
+        elif name in models.SIZES or Path(name, "config.json").is_file():
+            found.append(name)
+        else:
+            known = [*sorted(families), *models.SIZES]
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise UserError(f"unknown model {name!r}; {hint}expected one of {', '.join(known)}, or a model's folder")
+    return found
+
+
+def _largest_rank(model: str, config: BudgetConfig) -> int:
+    architecture = models.architecture(ModelConfig(name=model), seq_len=config.seq_len)
+    return int(architecture.hidden_size)
+
+
+def _bytes(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise UserError(f"budget: {error}") from None
+
+
+def _too_small(config: BudgetConfig, fit: Fit) -> UserError:
+    at = f" at rank {fit.rank}" if fit.rank is not None else ""
+    terms = fit.memory.terms
+    return UserError(
+        f"budget={config.budget} is too small: {fit.model} with {fit.label}{at} and micro_batch={fit.micro_batch} "
+        f"needs {show_bytes(fit.memory.peak)}, most of it {max(terms, key=lambda term: terms[term])}"
+    )
+
+
+def _circumstances(config: BudgetConfig) -> str:
+    parts = [f"seq_len {config.seq_len}", f"{config.world_size} rank(s)", f"{config.precision} arithmetic"]
+    parts.append(f"{config.accumulate} micro-batches a step")
+    parts.append("activations recomputed" if config.checkpointing else "activations kept")
+    return ", ".join(parts)

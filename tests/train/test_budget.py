@@ -1,0 +1,128 @@
+"""What fits a memory budget, from formulas: tables, single settings, and errors a person can mend."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lowrank_train.budget_report import table, write_budget
+from lowrank_train.budget_run import BudgetConfig, Fit, explain, load_budget, solve
+from lowrank_train.errors import UserError
+
+ONE = ["--model", "llama_60m", "--seq-len", "256"]
+
+
+def fit(*arguments: str) -> Fit:
+    (found,) = solve(load_budget([*ONE, *arguments])).fits
+    return found
+
+
+def test_words_after_models_are_models() -> None:
+    given = ["--budget", "24GiB", "--models", "llama", "opt", "--seq-len", "1024", "--world-size", "1"]
+    assert load_budget(given) == BudgetConfig(models=["llama", "opt"], seq_len=1024)
+    assert load_budget(["--models=llama,opt", "--optimizers", "scale", "adamw"]).optimizers == ["scale", "adamw"]
+
+
+def test_the_table_holds_the_largest_model_and_batch() -> None:
+    config = load_budget(["--budget", "4GiB", "--models", "llama", "--optimizers", "adamw", "scale"])
+    fits = {found.optimizer: found for found in solve(config).fits}
+    assert (fits["adamw"].model, fits["scale"].model) == ("llama_130m", "llama_350m")
+    for found in fits.values():
+        assert 0 <= found.headroom < found.budget
+        more = replace(config, model=found.model, optimizer=found.optimizer, micro_batch=found.micro_batch + 1)
+        assert explain(more).headroom < 0
+
+
+def test_one_setting_is_explained_whether_it_fits_or_not() -> None:
+    found = fit("--optimizer", "dct_adamw", "--rank", "64", "--micro-batch", "2", "--budget", "1MiB")
+    assert (found.optimizer, found.rank, found.micro_batch) == ("dct_adamw", 64, 2)
+    assert found.headroom < 0
+    assert "does not fit" in table(solve(load_budget([*ONE, "--budget", "1MiB"])))
+
+
+def test_the_largest_batch_fits_and_one_more_does_not() -> None:
+    budget = ["--optimizer", "scale", "--budget", "2GiB"]
+    batch = fit(*budget, "--largest", "batch").micro_batch
+    assert (
+        fit(*budget, "--micro-batch", str(batch)).headroom >= 0 > fit(*budget, "--micro-batch", str(batch + 1)).headroom
+    )
+
+
+def test_the_largest_rank_fits_and_one_more_does_not() -> None:
+    budget = ["--optimizer", "galore_adamw", "--budget", "1000MiB"]
+    rank = fit(*budget, "--largest", "rank").rank
+    assert rank is not None
+    assert 1 < rank < 512
+    assert fit(*budget, "--rank", str(rank)).headroom >= 0 > fit(*budget, "--rank", str(rank + 1)).headroom
+
+
+def test_the_largest_model_of_a_family() -> None:
+    (found,) = solve(load_budget(["--model", "opt_125m", "--largest", "model", "--budget", "12GiB"])).fits
+    assert found.model == "opt_350m"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--models", "lama"], "unknown model 'lama'; did you mean 'llama'"),
+        (["--model", "llama_8b"], "unknown model 'llama_8b'"),
+        (["--budget", "24 potatoes"], "is not a size"),
+        (["--optimizer", "adamv"], "unknown optimizer 'adamv'"),
+        (["--seq-len", "0"], "expected a number >= 1"),
+        (["--largest", "batch"], "give --model"),
+        ([*ONE, "--largest", "batch", "--micro-batch", "2"], "leave one out"),
+        ([*ONE, "--largest", "rank", "--rank", "2"], "leave one out"),
+    ],
+)
+def test_what_cannot_be_asked(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_budget(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget", "200MiB", "--optimizers", "scale"], "nothing fits in 200MiB; scale: llama_60m alone needs"),
+        ([*ONE, "--budget", "200MiB", "--largest", "batch"], "too small: llama_60m with adamw .* needs .* GiB"),
+        ([*ONE, "--optimizer", "galore_adamw", "--rank", "600"], "rank=600 exceeds"),
+        ([*ONE, "--optimizer", "scale", "--largest", "rank"], "has no rank"),
+        ([*ONE, "--optimizer", "scale", "--state-dtype", "8bit"], "takes no state_dtype"),
+    ],
+)
+def test_what_has_no_answer(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        solve(load_budget(arguments))
+
+
+def test_files_hold_the_same_figures(tmp_path: Path) -> None:
+    outcome = solve(load_budget([*ONE, "--budget", "2GiB", "--largest", "batch"]))
+    write_budget(outcome, tmp_path / "new")
+    (found,) = outcome.fits
+    (row,) = csv.DictReader((tmp_path / "new" / "budget.csv").open())
+    (full,) = json.loads((tmp_path / "new" / "budget.json").read_text())["fits"]
+    assert int(row["peak_bytes"]) == full["peak_bytes"] == found.memory.peak
+    assert sum(int(row[f"{term}_bytes"]) for term in found.memory.terms) == found.memory.peak
+    assert (tmp_path / "new" / "budget.png").stat().st_size > 0
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        write_budget(outcome, tmp_path / "file")
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(__file__).resolve().parents[2] / "launch" / "memory_budget.py"
+    spec = importlib.util.spec_from_file_location("memory_budget", path)
+    assert spec is not None
+    assert spec.loader is not None
+    command = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(command)
+    assert command.main([*ONE, "--out", str(tmp_path)]) == 0
+    assert "llama_60m" in capsys.readouterr().out
+    assert command.main(["--help"]) == 0
+    assert "--largest batch" in capsys.readouterr().out
+    assert command.main(["--budget", "1 parsec"]) == 2
+    assert "error: budget" in capsys.readouterr().err
