@@ -47,6 +47,8 @@ class RunRecord:
     """When the validation loss was taken."""
     validation_tokens: int
     skipped_steps: int
+    predicted_peak_gib: float
+    """Of a training step on the first rank, weights and state included; the process itself is not."""
     peak_memory_gib: float
     """Over all sessions. CUDA: largest allocation on the first rank's device; CPU: its process's resident set."""
     optimizer_state_bytes: int

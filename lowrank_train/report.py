@@ -32,7 +32,10 @@ def summary(record: RunRecord, folder: Path, checkpoint: Path | None) -> list[tu
             f"{_number(record.perplexity)} on held-out text (at step 0: {_number(record.initial_perplexity)})",
         ),
         ("validation loss", f"{_number(record.validation_loss)} nats/token over {record.validation_tokens:,} tokens"),
-        ("peak memory", f"{record.peak_memory_gib:.2f} GiB on rank 0"),
+        (
+            "peak memory",
+            f"{record.peak_memory_gib:.2f} GiB on rank 0 (a step alone, predicted: {record.predicted_peak_gib:.2f})",
+        ),
         (
             "optimizer state",
             f"{record.optimizer_state_bytes:,} bytes on rank 0 (predicted {record.predicted_optimizer_state_bytes:,})",

@@ -20,6 +20,8 @@ from lowrank_train.config import Config
 from lowrank_train.errors import Diverged, UserError
 from lowrank_train.evaluation import evaluate
 from lowrank_train.labels import count_labels, split
+from lowrank_train.memory_check import check_fits, device_bytes, in_words
+from lowrank_train.memory_terms import StepMemory, predict
 from lowrank_train.metrics import Metrics
 from lowrank_train.record import RunRecord, peak_memory_gib, perplexity, provenance
 from lowrank_train.report import write_report
@@ -42,6 +44,8 @@ def train(config: Config) -> RunRecord:
     """
     with parallel.start(config.parallel, config.device) as ranks:
         check_settings(config, ranks.world_size)
+        shards = ranks.mesh.size(ranks.mesh.ndim - 1)
+        check_fits(config, device_bytes(ranks.device), world_size=shards, replicas=ranks.world_size // shards)
         folder = ranks.on_first(lambda: RunFolder(Path(str(config.run_dir))))
         checkpoint = ranks.first(lambda: find_checkpoint(config.resume, Path(str(config.run_dir)) / "checkpoints"))
         run = build_run(config, ranks)
@@ -49,7 +53,8 @@ def train(config: Config) -> RunRecord:
             run.restore(checkpoint)
         notes = ranks.first(lambda: _settle(_only(folder), config, run.progress))
         metrics = Metrics(run.folder, start=run.progress.step, steps=config.steps, active=ranks.is_first)
-        for note in [_greeting(run, checkpoint), *notes, *_cuts(run)]:
+        peak = f"a step will need {in_words(_predicted_memory(run))} on rank 0"
+        for note in [_greeting(run, checkpoint), peak, *notes, *_cuts(run)]:
             metrics.say(note)
         with stop_signals() as stop:
             try:
@@ -76,6 +81,18 @@ def _cuts(run: Run) -> list[str]:
     """What was lost of the data, if anything."""
     cut = run.data.description.get("examples_cut")
     return [f"{cut} examples are longer than seq_len={run.config.seq_len} tokens and were cut"] if cut else []
+
+
+def _predicted_memory(run: Run) -> StepMemory:
+    ranks = run.ranks
+    shards = ranks.mesh.size(ranks.mesh.ndim - 1)
+    return predict(
+        run.config,
+        world_size=shards,
+        shard=ranks.rank % shards,
+        replicas=ranks.world_size // shards,
+        model=run.blueprint,
+    )
 
 
 def _only(folder: RunFolder | None) -> RunFolder:
@@ -200,6 +217,7 @@ def _finish(run: Run) -> RunRecord:
         validation_step=progress.validation_step,
         validation_tokens=count_labels(run.data.validation),
         skipped_steps=progress.skipped_steps,
+        predicted_peak_gib=_predicted_memory(run).peak / 2**30,
         peak_memory_gib=max(progress.peak_memory_gib, peak_memory_gib(ranks.device)),
         optimizer_state_bytes=optim.state_bytes(run.optimizer),
         predicted_optimizer_state_bytes=predicted,

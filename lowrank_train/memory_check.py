@@ -1,0 +1,68 @@
+"""Before a run starts: will a step fit the device, and if not, what would."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from lowrank_train.config import Config
+from lowrank_train.errors import UserError
+from lowrank_train.memory_terms import StepMemory, predict
+from lowrank_train.run import micro_batches, unsharded
+from lowrank_train.units import show_bytes
+
+__all__ = ["check_fits", "device_bytes", "in_words", "setting_that_fits"]
+
+
+def device_bytes(device: torch.device) -> int | None:
+    """Memory of a CUDA device; None on a CPU, whose memory others share."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def check_fits(config: Config, limit: int | None, *, world_size: int, replicas: int = 1) -> None:
+    """Raise UserError, with a setting that fits, if the predicted peak exceeds ``limit`` bytes; None: no limit.
+
+    The vocabulary is that of the original model, unless ``data.vocab_size`` says less.
+    """
+    if limit is None:
+        return
+    memory = predict(config, world_size=world_size, replicas=replicas)
+    if memory.peak <= limit:
+        return
+    other = setting_that_fits(config, limit, world_size=world_size, replicas=replicas)
+    remedy = f"it would fit with {other}" if other else "no micro-batch fits: take a smaller model, or more ranks"
+    raise UserError(
+        f"a step of this run needs {in_words(memory)} on every device, which has {show_bytes(limit)}; {remedy}"
+    )
+
+
+def setting_that_fits(config: Config, limit: int, *, world_size: int, replicas: int = 1) -> str | None:
+    """The mildest change of micro-batch and checkpointing, as it is typed, that keeps the peak within ``limit``."""
+    model = unsharded(config)
+    for candidate, change in _milder(config, world_size * replicas):
+        if predict(candidate, world_size=world_size, replicas=replicas, model=model).peak <= limit:
+            return change
+    return None
+
+
+def in_words(memory: StepMemory) -> str:
+    """The peak, and its terms from the largest."""
+    terms = sorted(memory.terms.items(), key=lambda term: -term[1])
+    parts = ", ".join(f"{name.replace('_', ' ')} {show_bytes(size)}" for name, size in terms if size)
+    return f"{show_bytes(memory.peak)} ({parts})"
+
+
+def _milder(config: Config, ranks: int) -> Iterator[tuple[Config, str]]:
+    """Smaller micro-batches first, then the same with checkpointing, which costs time."""
+    sequences = config.tokens_per_step // config.seq_len // ranks
+    present = sequences // micro_batches(config, ranks)
+    sizes = [size for size in range(present, 0, -1) if sequences % size == 0]
+    for size in sizes[1:]:
+        yield replace(config, micro_batch=size), f"micro_batch={size}"
+    if not config.model.gradient_checkpointing:
+        checkpointed = replace(config, model=replace(config.model, gradient_checkpointing=True))
+        for size in sizes:
+            smaller = "" if size == present else f" micro_batch={size}"
+            yield replace(checkpointed, micro_batch=size), f"model.gradient_checkpointing=true{smaller}"
