@@ -189,13 +189,7 @@ def micro_batches(config: Config, world_size: int) -> int:
 
 
 def predicted_state_bytes(
-    config: Config,
-    model: nn.Module,
-    *,
-    matrices_only: bool = False,
-    world_size: int = 1,
-    shard: int = 0,
-    **chosen: Any,
+    config: Config, model: nn.Module, *, matrices_only: bool = False, world_size: int = 1, shard: int = 0
 ) -> int:
     """Bytes of optimizer state that one rank holds.
 
@@ -205,12 +199,10 @@ def predicted_state_bytes(
         matrices_only: leave out embeddings, head, norms and biases.
         world_size: ranks a parameter is sharded over.
         shard: which of them.
-        chosen: ``chosen_settings`` of an optimizer in training, instead of what is configured.
     """
     groups = [g for g in _parameter_groups(config, model) if not (matrices_only and g["role"] in _OTHER_ROLES)]
     name = methods.find(config.optimizer["name"]).optimizer
-    arguments = {**_optimizer_arguments(config), **chosen}
-    return optim.predicted_state_bytes(name, groups, world_size=world_size, shard=shard, **arguments)
+    return optim.predicted_state_bytes(name, groups, world_size=world_size, shard=shard, **_optimizer_arguments(config))
 
 
 def _parameter_groups(config: Config, model: nn.Module) -> list[dict[str, Any]]:

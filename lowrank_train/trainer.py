@@ -199,8 +199,10 @@ def _finish(run: Run) -> RunRecord:
         export_huggingface(run.model, run.layers, run.data.tokenizer, run.folder / "huggingface", ranks)
     shards = ranks.mesh.size(ranks.mesh.ndim - 1)
     shard = ranks.rank % shards
-    chosen = run.optimizer.chosen_settings()
-    predicted = predicted_state_bytes(config, run.blueprint, world_size=shards, shard=shard, **chosen)
+    if run.optimizer.resizes_state:
+        predicted = optim.layout_bytes(run.optimizer, world_size=shards, shard=shard)
+    else:
+        predicted = predicted_state_bytes(config, run.blueprint, world_size=shards, shard=shard)
     record = RunRecord(
         status="finished" if finished else "interrupted",
         model=config.model.name,

@@ -8,7 +8,7 @@ from optim.adamw import AdamW
 from optim.backward import attach_to_backward
 from optim.base import MatrixOptimizer
 from optim.low_rank_adamw import APOLLO, FRUGAL, APOLLOMini, DCTAdamW, Fira, GaLoreAdamW, LDAdam, LowRankAdamW
-from optim.memory import predicted_state_bytes, state_bytes
+from optim.memory import layout_bytes, predicted_state_bytes, state_bytes
 from optim.muon import Muon
 from optim.param_groups import param_groups
 from optim.registry import check_arguments, create, describe, find, names
@@ -41,6 +41,7 @@ __all__ = [
     "create",
     "describe",
     "find",
+    "layout_bytes",
     "names",
     "param_groups",
     "predicted_state_bytes",

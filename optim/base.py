@@ -86,6 +86,9 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
     refresh_setting: str = "refresh_interval"
     """The hyperparameter, of those that have it, by which ``Traffic.refresh_bytes`` comes every so many steps."""
 
+    resizes_state = False
+    """Whether training changes the sizes of its state; ``optim.layout_bytes`` then tells those of the moment."""
+
     in_backward: BackwardUpdates | None = None  # of the class, because torch's copies and pickles drop attributes
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
@@ -133,10 +136,6 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
 
     def figures(self) -> dict[str, float]:
         """Numbers worth a curve while training, by name; what there is on the host, without communication."""
-        return {}
-
-    def chosen_settings(self) -> dict[str, Any]:
-        """Arguments with which a new optimizer would hold as much state, where training has changed that."""
         return {}
 
     def step_slots(self, slots: list[Slot]) -> None:

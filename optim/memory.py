@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optim.base import MatrixOptimizer
 from optim.param_groups import param_groups
 from optim.registry import create
 from optim.sharding import local, local_shape
 
-__all__ = ["predicted_state_bytes", "state_bytes"]
+__all__ = ["layout_bytes", "predicted_state_bytes", "state_bytes"]
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -41,11 +42,17 @@ def predicted_state_bytes(
         {**group, "params": [(key, torch.empty(p.shape, dtype=p.dtype, device="meta")) for key, p in group["params"]]}
         for group in (param_groups(model) if isinstance(model, nn.Module) else model)
     ]
-    optimizer = create(name, groups, **arguments)
+    return layout_bytes(create(name, groups, **arguments), world_size=world_size, shard=shard)
+
+
+def layout_bytes(optimizer: MatrixOptimizer, *, world_size: int = 1, shard: int = 0) -> int:
+    """Bytes of state by the layouts of an optimizer as it is now; arguments as for ``predicted_state_bytes``.
+
+    The parameters may be sharded or not: their global shapes are read.
+    """
     total = 0
-    for group in optimizer.param_groups:
-        for key, param in zip(group["param_names"], group["params"], strict=True):
-            dim = optimizer.shard_dim(group["role"], param.shape, world_size)
-            for spec in optimizer.state_layout(key, param, group).values():
-                total += math.prod(local_shape(spec, dim, shard, world_size)) * spec.dtype.itemsize
+    for slot in optimizer.slots():
+        dim = optimizer.shard_dim(slot.group["role"], slot.param.shape, world_size)
+        for spec in optimizer.state_layout(slot.name, slot.param, slot.group).values():
+            total += math.prod(local_shape(spec, dim, shard, world_size)) * spec.dtype.itemsize
     return total

@@ -22,7 +22,6 @@ We differ from WeLore's code: it has no search but thresholds by name of the mod
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -118,34 +117,24 @@ def allocate_ranks(
         ValueError: the budget is below what the least ranks cost; values out of range.
     """
     _check(scores, costs, multiple, floor, ceiling)
-    least, items = [], []
-    for index, (score, cost) in enumerate(zip(scores, costs, strict=True)):
-        k = len(score)
-        ladder = _ladder(k, multiple, floor, ceiling)
-        least.append(ladder[0])
-        for lower, upper in itertools.pairwise(ladder):
-            # a step of several ranks is worth what its last is worth: all of them clear the threshold then
-            items.append((-float(score[upper - 1]), index, upper, int(cost[upper]) - int(cost[lower])))
-    ranks = list(least)
-    spent = sum(int(cost[rank]) for cost, rank in zip(costs, ranks, strict=True))
+    ladders = [torch.tensor(_ladder(len(score), multiple, floor, ceiling)) for score in scores]
+    spent = sum(int(cost[ladder[0]]) for cost, ladder in zip(costs, ladders, strict=True))
     if spent > budget:
         raise ValueError(
             f"a budget of {budget:,} is too small: the least ranks cost {spent:,} (floor={floor}, multiple={multiple})"
         )
-    items.sort()
-    position = 0
-    while position < len(items):
-        end = position
-        while end < len(items) and items[end][0] == items[position][0]:
-            end += 1
-        tied = items[position:end]
-        spent += sum(price for _, _, _, price in tied)
-        if spent > budget:
-            break
-        for _, index, upper, _ in tied:
-            ranks[index] = max(ranks[index], upper)
-        position = end
-    return ranks
+    # one item per step up a ladder; a step of several ranks is worth what its last is worth: all clear the threshold
+    prices = torch.cat([cost[ladder].diff() for cost, ladder in zip(costs, ladders, strict=True)])
+    values = torch.cat([score[ladder[1:] - 1] for score, ladder in zip(scores, ladders, strict=True)])
+    matrix = torch.cat([torch.full((len(ladder) - 1,), index) for index, ladder in enumerate(ladders)])
+    values, order = values.sort(descending=True, stable=True)
+    fits = spent + prices[order].cumsum(0) <= budget
+    is_last_of_equals = torch.ones_like(fits)
+    is_last_of_equals[:-1] = values[1:] != values[:-1]
+    ends = (fits & is_last_of_equals).nonzero()
+    taken = int(ends[-1]) + 1 if len(ends) else 0
+    steps = matrix[order[:taken]].bincount(minlength=len(ladders)).tolist()
+    return [int(ladder[count]) for ladder, count in zip(ladders, steps, strict=True)]
 
 
 def _ladder(k: int, multiple: int, floor: int, ceiling: int | None) -> list[int]:

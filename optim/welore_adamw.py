@@ -131,6 +131,7 @@ class WeLoreAdamW(LowRankOptimizer):
     """
 
     source = "Jaiswal et al., arXiv 2407.11239"
+    resizes_state = True
     skipped_allocations = 0
     """Since the optimizer was made, for spectra that were not finite."""
 
@@ -207,10 +208,6 @@ class WeLoreAdamW(LowRankOptimizer):
     def ranks(self) -> dict[str, int]:
         """Of each matrix, by name; min(m, n) of a dense one."""
         return {slot.name: shown_rank(slot) for slot in self._matrices()}
-
-    def chosen_settings(self) -> dict[str, Any]:
-        """The ranks."""
-        return {"ranks": self.ranks}
 
     def figures(self) -> dict[str, float]:
         """Mean, least and largest rank, and how many matrices are dense."""
