@@ -161,7 +161,7 @@ def test_every_package_is_in_the_wheel_with_its_types() -> None:
         assert "py.typed" in setuptools["package-data"][top]
 
 
-@pytest.mark.parametrize("directory", [d for top in PACKAGES for d in sorted({p.parent for p in sources(top)})], ids=relative)
+@pytest.mark.parametrize("directory", sorted({path.parent for path in sources(*PACKAGES)}), ids=relative)
 def test_every_directory_with_modules_is_a_package(directory: Path) -> None:
     assert (directory / "__init__.py").is_file()
 
