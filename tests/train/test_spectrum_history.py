@@ -75,9 +75,7 @@ def a_damaged_one(folder: Path) -> None:
         (None, "no_such", "layers='no_such' matches no matrix"),
     ],
 )
-def test_bad_input(
-    runs: Path, tmp_path: Path, spoil: Callable[[Path], None] | None, layers: str, message: str
-) -> None:
+def test_bad_input(runs: Path, tmp_path: Path, spoil: Callable[[Path], None] | None, layers: str, message: str) -> None:
     folder = tmp_path / "run"
     shutil.copytree(runs / "dense", folder)
     if spoil is not None:
