@@ -165,12 +165,19 @@ def solve(config: BudgetConfig) -> Outcome:
             if found is not None:
                 fits.append(found)
             else:
-                smallest = _fit(config, budget, name, state_dtype, names[0], config.micro_batch or 1)
-                missing.append(f"{smallest.label}: {smallest.model} alone needs {show_bytes(smallest.memory.peak)}")
+                missing.append(_why_none(config, budget, name, state_dtype, names[0]))
     if not fits:
         raise UserError(f"nothing fits in {config.budget}; {'; '.join(missing)}")
     question = f"largest model of {', '.join(config.models)} in {show_bytes(budget)} per rank, {_circumstances(config)}"
     return Outcome(question, fits, missing)
+
+
+def _why_none(config: BudgetConfig, budget: int, name: str, state_dtype: str | None, smallest: str) -> str:
+    try:
+        fit = _fit(config, budget, name, state_dtype, smallest, config.micro_batch or 1)
+    except UserError as error:  # positions that are too few, a rank too large
+        return f"{name}: {error}"
+    return f"{fit.label}: {fit.model} alone needs {show_bytes(fit.memory.peak)}"
 
 
 def explain(config: BudgetConfig) -> Fit:

@@ -126,3 +126,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "--largest batch" in capsys.readouterr().out
     assert command.main(["--budget", "1 parsec"]) == 2
     assert "error: budget" in capsys.readouterr().err
+
+
+def test_a_family_with_too_few_positions_does_not_spoil_the_table() -> None:
+    outcome = solve(load_budget(["--models", "llama", "opt", "--optimizers", "adamw", "--seq-len", "4096"]))
+    assert [fit.model.split("_")[0] for fit in outcome.fits] == ["llama"]
+    assert outcome.missing == [next(line for line in outcome.missing if "2048 learned positions of opt_125m" in line)]
