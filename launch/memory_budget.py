@@ -7,7 +7,7 @@ from pathlib import Path
 
 try:
     from lowrank_train.budget_report import table, write_budget
-    from lowrank_train.budget_run import help_text, load_budget, solve
+    from lowrank_train.budget_run import help_text, load_budget, measured_against, solve
     from lowrank_train.errors import UserError
 except ModuleNotFoundError as error:
     if error.name not in ("lowrank_train", "optim"):
@@ -24,12 +24,15 @@ def main(arguments: list[str]) -> int:
         config = load_budget(arguments)
         outcome = solve(config)
         write_budget(outcome, Path(config.out))
+        measured = measured_against(config, outcome.fits[0]) if config.measure else ""
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     print(table(outcome))
+    if measured:
+        print(f"\n{measured}")
     return 0
 
 

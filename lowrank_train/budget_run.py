@@ -18,11 +18,13 @@ from transformers import PreTrainedModel
 from lowrank_train import methods, models
 from lowrank_train.config import Config, ModelConfig, flags_to_keys, key_help, load_schema, setting
 from lowrank_train.errors import UserError
+from lowrank_train.memory_measured import measure
 from lowrank_train.memory_terms import Fixed, StepMemory, fixed, predict
 from lowrank_train.run import unsharded
 from lowrank_train.units import parse_bytes, show_bytes
+from optim.table import aligned
 
-__all__ = ["BudgetConfig", "Fit", "Outcome", "explain", "help_text", "load_budget", "solve"]
+__all__ = ["BudgetConfig", "Fit", "Outcome", "explain", "help_text", "load_budget", "measured_against", "solve"]
 
 OPTIMIZERS = [
     *("adamw", "galore_adamw", "dct_adamw", "low_rank_adamw", "apollo", "apollo_mini", "scale", "trion", "sst", "lora")
@@ -58,6 +60,7 @@ class BudgetConfig:
         None, "solve for it: batch or rank of --model, or its family's largest model; null: explain --model"
     )
     device: Literal["cuda", "cpu"] = setting("cuda", "whose blocks an update works in")
+    measure: bool = setting(False, "also make two real steps of --model, on --device, and compare phase by phase")
     out: str = setting("runs/memory_budget", "folder of the CSV, the JSON and the plot")
 
 
@@ -120,6 +123,8 @@ def load_budget(arguments: Sequence[str]) -> BudgetConfig:
             raise UserError(f"{key}={got}; expected a number >= 1")
     if config.model is not None:
         _sizes([config.model])
+    elif config.measure:
+        raise UserError("measure=true of what? give --model: steps of it are made")
     elif config.largest is not None:
         raise UserError(f"largest={config.largest} of what? give --model, or leave it out for the table")
     if config.largest == "batch" and config.micro_batch is not None:
@@ -178,6 +183,21 @@ def _why_none(config: BudgetConfig, budget: int, name: str, state_dtype: str | N
     except UserError as error:  # positions that are too few, a rank too large
         return f"{name}: {error}"
     return f"{fit.label}: {fit.model} alone needs {show_bytes(fit.memory.peak)}"
+
+
+def measured_against(config: BudgetConfig, fit: Fit) -> str:
+    """A row per phase: predicted, measured, and the difference of the prediction. Raises UserError as ``measure``."""
+    replaced = replace(config, rank=fit.rank)
+    run, _ = _run(replaced, fit.optimizer, fit.state_dtype, fit.model, fit.micro_batch)
+    found = measure(run)
+    memory = fit.memory
+    # the first refresh is in the step that is measured
+    predicted = {**memory.phases, "step": max(memory.step.total, memory.refresh.total), "peak": memory.peak}
+    rows = [
+        [phase, show_bytes(predicted[phase]), show_bytes(size), f"{100 * (predicted[phase] / size - 1):+.2f} %"]
+        for phase, size in {**found.phases, "peak": found.peak}.items()
+    ]
+    return aligned([["phase", "predicted", "measured", "difference"], *rows])
 
 
 def explain(config: BudgetConfig) -> Fit:
@@ -263,6 +283,24 @@ def _bisect(fits: Fit, most: int, make: Callable[[int], Fit]) -> Fit:
 
 
 def _fit(config: BudgetConfig, budget: int, name: str, state_dtype: str | None, model: str, micro_batch: int) -> Fit:
+    run, skeleton = _run(config, name, state_dtype, model, micro_batch)
+    arguments = run.optimizer
+    try:
+        key = (model, config.seq_len, name, arguments.get("rank"), state_dtype, config.world_size, config.precision)
+        if (key, config.device) not in _known:
+            _known[key, config.device] = fixed(run, skeleton, world_size=config.world_size)
+        memory = predict(run, world_size=config.world_size, model=skeleton, known=_known[key, config.device])
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{model} with {name}: {error}") from None
+    return Fit(name, state_dtype, arguments.get("rank"), model, micro_batch, budget, memory)
+
+
+def _run(
+    config: BudgetConfig, name: str, state_dtype: str | None, model: str, micro_batch: int
+) -> tuple[Config, PreTrainedModel]:
+    """The run a setting stands for, and its model on meta."""
     arguments: dict[str, Any] = {"name": name}
     rank = config.rank
     takes = methods.find(name).arguments()
@@ -288,17 +326,11 @@ def _fit(config: BudgetConfig, budget: int, name: str, state_dtype: str | None, 
     )
     try:
         layers = tuple(sorted((key, arguments[key]) for key in ("rank",) if key in arguments))
-        skeleton = _skeleton(model, config.seq_len, name if name in _NEEDS_RANK else "adamw", layers)
-        key = (model, config.seq_len, name, arguments.get("rank"), state_dtype, config.world_size, config.precision)
-        if (key, config.device) not in _known:
-            _known[key, config.device] = fixed(run, skeleton, world_size=config.world_size)
-        memory = predict(run, world_size=config.world_size, model=skeleton, known=_known[key, config.device])
+        return run, _skeleton(model, config.seq_len, name if name in _NEEDS_RANK else "adamw", layers)
     except UserError:
         raise
     except (ValueError, TypeError) as error:
         raise UserError(f"{model} with {name}: {error}") from None
-    shown = arguments.get("rank") if "rank" in takes else None
-    return Fit(name, state_dtype, shown, model, micro_batch, budget, memory)
 
 
 _known: dict[Any, Fixed] = {}

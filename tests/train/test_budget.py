@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lowrank_train.budget_report import table, write_budget
-from lowrank_train.budget_run import BudgetConfig, Fit, explain, load_budget, solve
+from lowrank_train.budget_run import BudgetConfig, Fit, explain, load_budget, measured_against, solve
 from lowrank_train.errors import UserError
 
 ONE = ["--model", "llama_60m", "--seq-len", "256"]
@@ -132,3 +132,15 @@ def test_a_family_with_too_few_positions_does_not_spoil_the_table() -> None:
     outcome = solve(load_budget(["--models", "llama", "opt", "--optimizers", "adamw", "--seq-len", "4096"]))
     assert [fit.model.split("_")[0] for fit in outcome.fits] == ["llama"]
     assert outcome.missing == [next(line for line in outcome.missing if "2048 learned positions of opt_125m" in line)]
+
+
+def test_measured_steps_stand_beside_the_prediction(tmp_path: Path) -> None:
+    words = ["--model", "llama_9m", "--optimizer", "galore_adamw", "--rank", "8", "--seq-len", "32", "--device", "cpu"]
+    words += ["--precision", "float32", "--measure", "--micro-batch", "2"]
+    config = load_budget(words)
+    (fit,) = solve(config).fits
+    rows = {row.split()[0]: row for row in measured_against(config, fit).splitlines()}
+    assert rows.keys() == {"phase", "forward", "backward", "step", "peak"}
+    assert abs(float(rows["peak"].split()[-2])) < 2
+    with pytest.raises(UserError, match="measure=true of what"):
+        load_budget(["--measure"])
