@@ -173,15 +173,17 @@ def _plot(rows: Sequence[Row], trials: Sequence[Trial], path: Path) -> None:
         trial = next((t for t in trials if t.label == row.label and t.lr == row.best_lr), None)
         if trial is not None:
             steps, losses = _training_curve(Path(str(trial.config.run_dir)))
-            curves.plot(steps, losses, linewidth=1, **style)
-            highest = max(highest, losses[len(losses) // 10])
+            if losses:
+                curves.plot(steps, losses, linewidth=1, **style)
+                highest = max(highest, losses[len(losses) // 10])
         tried = [(lr, math.exp(loss)) for lr, loss in zip(row.lrs, row.losses, strict=True) if loss is not None]
         if tried:
             sweep.plot(*zip(*tried, strict=True), marker="o", markersize=4, **style)
         missing = [lr for lr, loss in zip(row.lrs, row.losses, strict=True) if loss is None]
         sweep.plot(missing, [0.98] * len(missing), "x", color=style["color"], transform=sweep.get_xaxis_transform())
     curves.set(xlabel="step", ylabel="training loss, nats per token (running mean)", title="at the best learning rate")
-    curves.set_ylim(top=highest)  # the first tenth of a run is alike for all
+    if highest:
+        curves.set_ylim(top=highest)  # the first tenth of a run is alike for all
     sweep.set(xlabel="learning rate", ylabel="validation perplexity", title="learning rates tried (x: no result)")
     sweep.set_xscale("log")
     sweep.set_yscale("log")
@@ -198,6 +200,8 @@ def _plot(rows: Sequence[Row], trials: Sequence[Trial], path: Path) -> None:
 def _training_curve(folder: Path) -> tuple[list[int], list[float]]:
     """Steps and training losses, each the mean of the last fiftieth of the run up to it."""
     points = [(row["step"], row["train/loss"]) for row in read_metrics(folder) if row.get("train/loss") is not None]
+    if not points:  # metrics.jsonl was deleted; the figures are in record.json
+        return [], []
     window = max(1, len(points) // 50)
     means = np.convolve([loss for _, loss in points], np.ones(window) / window, mode="valid")
     return [step for step, _ in points[window - 1 :]], means.tolist()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import optim
-from lowrank_train import trainings
+from lowrank_train import quality_report, trainings
 from lowrank_train.config import Config
 from lowrank_train.errors import UserError
 from lowrank_train.metrics import read_metrics
@@ -354,3 +354,15 @@ def test_rows_are_compared_with_the_baseline_wherever_it_stands() -> None:
 )
 def test_rates_are_written_shortly(lr: float, text: str) -> None:
     assert rate(lr) == text
+
+
+def test_a_finished_training_without_its_curve_is_still_in_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    monkeypatch.setattr(quality_report, "read_metrics", lambda folder: [])
+    assert quality_report._training_curve(tmp_path) == ([], [])
+    row = Row("adamw", {"name": "adamw"}, [1e-3], [4.0], "finished", 0, 1, 54.6, 54.6, 0.0, 1, 1, 1, 1.0, 1.0, 0.1)
+    trial = Trial("adamw", 1e-3, 0, Config(run_dir=str(tmp_path)))
+    quality_report._plot([row], [trial], tmp_path / "quality.png")
+    assert (tmp_path / "quality.png").stat().st_size > 0
