@@ -26,8 +26,9 @@ from lowrank_train.model_folder import load_model, model_folder
 from lowrank_train.parallel import Ranks, start
 from lowrank_train.pruning import TextConfig, evaluation_blocks, text_loss
 from lowrank_train.record import provenance
+from lowrank_train.spectrum import spectrum_of
 from lowrank_train.units import parse_bytes
-from lowrank_train.welore import PlannedMatrix, compress, merge, plan_ranks, planned, spectrum_of
+from lowrank_train.welore import PlannedMatrix, compress, merge, plan_ranks, planned
 from optim.rank_allocation import SCORES
 
 __all__ = ["CompressConfig", "compress_folder", "compressed", "help_text", "load_settings"]

@@ -31,7 +31,6 @@ __all__ = [
     "to_low_rank",
     "train_low_rank_only",
     "truncated",
-    "whitened",
 ]
 
 _RIDGES = (0.0, 1e-10, 1e-8, 1e-6, 1e-4)
@@ -118,11 +117,6 @@ def truncated(weight: Tensor, rank: int, input_moment: Tensor | None = None) -> 
     return (left @ right).to(weight.dtype)
 
 
-def whitened(weight: Tensor, input_moment: Tensor) -> Tensor:
-    """W S (out, in) in float64, C = S S^T: its singular values are what dropping them costs in the layer's outputs."""
-    return weight.detach().double() @ _cholesky(input_moment.double())
-
-
 def _cholesky(moment: Tensor) -> Tensor:
     """S, lower triangular."""
     mean = float(moment.diagonal().mean())
@@ -171,7 +165,7 @@ def to_low_rank(model: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
         ranks: name of an ``nn.Linear`` -> rank.
 
     Returns:
-        The model itself.
+        The model itself. Its configuration is not told; ``lowrank_train.welore.compress`` does that, for folders.
 
     Raises:
         ValueError: as ``shape_low_rank``; also for weights that are tied, frozen or not finite, and sharded models. The

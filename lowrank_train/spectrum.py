@@ -23,7 +23,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from lowrank_train.layer_choice import BLOCK_MATRICES, linear_layers
 from lowrank_train.progress import show_progress
-from optim.spectral_factors import decompose
+from optim.spectral_factors import decompose, singular_values
 
 __all__ = [
     "Summary",
@@ -32,6 +32,7 @@ __all__ = [
     "decompositions",
     "factors_of_weight",
     "spectra",
+    "spectrum_of",
     "summarize",
 ]
 
@@ -82,6 +83,18 @@ def spectra(model: nn.Module, layers: str = BLOCK_MATRICES) -> dict[str, Tensor]
         ValueError: as ``linear_layers`` and ``factors_of_weight``.
     """
     return {name: factors["sigma"].cpu() for name, _, factors in decompositions(model, layers)}
+
+
+def spectrum_of(name: str, weight: Tensor) -> Tensor:
+    """As one of ``spectra``, without singular vectors: faster, and exact to 1e-8 of the largest.
+
+    Raises:
+        ValueError: as ``factors_of_weight``.
+    """
+    try:
+        return singular_values(weight.detach()).cpu()
+    except (ValueError, LinAlgError) as error:
+        raise ValueError(f"{name!r} has no singular values: {str(error).splitlines()[0]}") from None
 
 
 def count_at_share(sigma: Tensor, share: float) -> int:

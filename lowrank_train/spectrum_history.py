@@ -9,7 +9,6 @@ from pathlib import Path
 from statistics import fmean
 
 from torch import Tensor
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from lowrank_train import methods
 from lowrank_train.checkpoint import checkpoints_of, read_weights
@@ -17,8 +16,7 @@ from lowrank_train.config import load_config
 from lowrank_train.errors import UserError
 from lowrank_train.low_rank_linear import merged_state_dict
 from lowrank_train.progress import show_progress
-from lowrank_train.spectrum import Summary, summarize
-from optim.spectral_factors import singular_values
+from lowrank_train.spectrum import Summary, spectrum_of, summarize
 from optim.table import aligned
 
 __all__ = ["Snapshot", "history", "history_table"]
@@ -78,9 +76,9 @@ def history_table(snapshots: Sequence[Snapshot]) -> str:
 
 def _spectrum(name: str, weight: Tensor, path: Path) -> Tensor:
     try:
-        return singular_values(weight)
-    except (ValueError, LinAlgError) as error:
-        raise UserError(f"{name!r} in {path} has no singular values: {error}") from None
+        return spectrum_of(name, weight)
+    except ValueError as error:
+        raise UserError(f"in {path}: {error}") from None
 
 
 def _shape(weight: Tensor) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 Source: Jaiswal et al., "From Low Rank Gradient Subspace Stabilization to Low-Rank Weights" (arXiv 2407.11239).
 
-    1. singular values of every matrix                                        ``singular_values``
+    1. singular values of every matrix                                        ``lowrank_train.spectrum.spectra``
     2. one threshold for all of them that meets the target                    ``plan_ranks``
     3. matrices of low rank (LRC) become factors, the others (N-LRC) stay     ``compress``
 
@@ -24,10 +24,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lowrank_train.layer_choice import BLOCK_MATRICES, linear_layers, replace_module, replaceable_layers
-from lowrank_train.low_rank_linear import LowRankLinear, low_rank_layer, merge, truncated, whitened
+from lowrank_train.layer_choice import replace_module, replaceable_layers
+from lowrank_train.low_rank_linear import LowRankLinear, low_rank_layer, merge, truncated
 from optim.rank_allocation import allocate_ranks, scores
-from optim.spectral_factors import singular_values
 
 __all__ = [
     "CLASSIFICATIONS",
@@ -35,8 +34,8 @@ __all__ = [
     "compress",
     "merge",
     "plan_ranks",
+    "planned",
     "rank_reduction",
-    "spectra",
 ]
 
 CLASSIFICATIONS: dict[str, Callable[[int, int, int], bool]] = {
@@ -80,23 +79,6 @@ class PlannedMatrix:
     def bytes_after(self) -> int:
         """Of the factors, or of the matrix."""
         return self.rank * (self.rows + self.columns) * self.itemsize if self.is_factored else self.bytes_before
-
-
-def spectra(model: nn.Module, layers: str = BLOCK_MATRICES) -> dict[str, Tensor]:
-    """Singular values (k,), falling, float64, of every matching ``nn.Linear``, by name.
-
-    Raises:
-        ValueError: no layer matches, or weights that are not finite.
-    """
-    return {name: spectrum_of(name, linear.weight) for name, linear in linear_layers(model, layers).items()}
-
-
-def spectrum_of(name: str, weight: Tensor, input_moment: Tensor | None = None) -> Tensor:
-    """Singular values of a weight, or of the weight times the root of its inputs' moment; names it in errors."""
-    try:
-        return singular_values(weight.detach() if input_moment is None else whitened(weight, input_moment)).cpu()
-    except ValueError as error:
-        raise ValueError(f"{name!r} has no singular values: {error}") from None
 
 
 def plan_ranks(

@@ -33,9 +33,10 @@ from lowrank_train.layer_choice import linear_layers
 from lowrank_train.low_rank_linear import LowRankLinear
 from lowrank_train.model_folder import load_model
 from lowrank_train.pruning import TextConfig, evaluation_blocks
+from lowrank_train.spectrum import spectra
 from lowrank_train.tokenizer import prepare_tokenizer
 from lowrank_train.units import parse_bytes, show_bytes
-from lowrank_train.welore import compress, plan_ranks, spectra
+from lowrank_train.welore import compress, plan_ranks
 from tests.distributed import run_distributed
 from tests.train.helpers import ROOT, documents, write_jsonl
 from tests.train.test_spectrum import build, literal_loss

@@ -28,8 +28,9 @@ from lowrank_train.model_folder import load_model
 from lowrank_train.parallel import start
 from lowrank_train.quality import load_quality, plan
 from lowrank_train.run import build_run, check_settings, unsharded
+from lowrank_train.spectrum import spectra
 from lowrank_train.tokenizer import prepare_tokenizer
-from lowrank_train.welore import compress, plan_ranks, spectra
+from lowrank_train.welore import compress, plan_ranks
 from optim.sharding import local
 from tests.distributed import run_distributed
 from tests.train.helpers import (
