@@ -315,7 +315,7 @@ def _run(
             raise UserError(f"optimizer {name!r} takes no state_dtype; leave it out")
         arguments["state_dtype"] = state_dtype
     run = Config(
-        model=ModelConfig(name=model, gradient_checkpointing=config.checkpointing),
+        model=ModelConfig(name=model, checkpointing="full" if config.checkpointing else "none"),
         optimizer=arguments,
         seq_len=config.seq_len,
         micro_batch=micro_batch,

@@ -50,7 +50,12 @@ class ModelConfig:
     overrides: dict[str, Any] = setting(
         {}, "Hugging Face config keys to change, e.g. model.overrides.num_hidden_layers=2"
     )
-    gradient_checkpointing: bool = setting(False, "recompute activations in backward: less memory, about 1.3x the time")
+    checkpointing: Literal["none", "selective", "full"] = setting(
+        "none",
+        "what of a layer's activations backward computes again: nothing; selective: all but outputs of matrix products "
+        "and attention; full: everything, for about 1.3x the time",
+    )
+    checkpointed_layers: int | None = setting(None, "of so many decoder layers, from the first on; null: of all")
 
 
 @dataclass
@@ -131,7 +136,8 @@ class Config:
     optimizer: dict[str, Any] = setting(
         {"name": "adamw", "lr": 1e-3},
         "name and arguments of an optimizer: optimizer.name=dct_adamw optimizer.rank=64; and optimizer.other_lr, the "
-        "rate of all but the matrices or their factors (embeddings, head, norms), where that is not optimizer.lr",
+        "rate of all but the matrices or their factors (embeddings, head, norms), where that is not optimizer.lr; "
+        "optimizer.other_state_dtype likewise; state_dtype, offload_state and stochastic_rounding for any optimizer",
     )
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -147,9 +153,24 @@ class Config:
     tokens_per_step: int = setting(65536, "tokens per optimizer step, over all ranks and accumulated micro-batches")
     micro_batch: int = setting(8, "sequences per rank in one forward pass")
     precision: Literal["float32", "bfloat16", "float64"] = setting(
-        "float32", "of the arithmetic; bfloat16 keeps float32 weights and gradients between steps"
+        "float32", "of the arithmetic; bfloat16 keeps float32 weights and gradients between steps, see weights"
     )
-    clip: float | None = setting(1.0, "largest global gradient norm; null: no clipping")
+    weights: Literal["full", "bfloat16"] = setting(
+        "full",
+        "in which they are kept between steps: full, float32 (float64 with that precision); or bfloat16, rounded "
+        "stochastically, their gradients too, for precision=bfloat16",
+    )
+    fused_backward: bool = setting(
+        False,
+        "update each parameter as soon as its gradient is there, and free that: no model of gradients. A gradient that "
+        "is not finite ends the run then, because others have been used",
+    )
+    clip: float | None = setting(1.0, "largest gradient norm; null: no clipping")
+    clip_by: Literal["global", "parameter"] = setting(
+        "global",
+        "the norm that is clipped: of all gradients together, or each parameter's own; with fused_backward most "
+        "optimizers cannot wait for the global one",
+    )
     loss_chunk: int = setting(1024, "tokens whose logits exist at one time")
     seed: int = setting(0, "of initial weights and of the order of the data")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
@@ -340,6 +361,16 @@ def _check(config: Config) -> None:
             raise UserError(f"{key}={share}; expected a number from 0 to 1")
     if not 0 <= config.seed < 2**32:
         raise UserError(f"seed={config.seed}; expected a number from 0 to {2**32 - 1}")
+    if config.weights == "bfloat16" and config.precision != "bfloat16":
+        raise UserError(
+            f"weights=bfloat16 with precision={config.precision}: nothing would be computed more exactly than it is "
+            "kept; set precision=bfloat16, or weights=full"
+        )
+    if config.model.checkpointed_layers is not None and config.model.checkpointing == "none":
+        raise UserError(
+            f"model.checkpointed_layers={config.model.checkpointed_layers} with model.checkpointing=none; set that to "
+            "full or selective"
+        )
     if config.clip is not None and not config.clip > 0:
         raise UserError(f"clip={config.clip}; expected a number > 0, or null for no clipping")
     _check_examples(config)
@@ -348,7 +379,7 @@ def _check(config: Config) -> None:
     if other_lr is not None and not (is_number and other_lr >= 0):
         raise UserError(f"optimizer.other_lr={other_lr!r}; expected a number >= 0")
     try:
-        arguments = [key for key in config.optimizer if key not in ("name", "other_lr")]
+        arguments = [key for key in config.optimizer if key not in ("name", "other_lr", "other_state_dtype")]
         methods.find(str(config.optimizer.get("name")), arguments)
     except ValueError as error:
         raise UserError(f"in optimizer: {error}") from None

@@ -48,7 +48,9 @@ class Activations:
     recomputed: list[int]
     """Likewise, with what checkpointing kept of it: more, if the first norm copies its input to float32."""
     inputs: list[int]
-    """Of each, what gradient checkpointing keeps of it."""
+    """Of each, what full checkpointing keeps of it."""
+    selective: list[int]
+    """Of each, what selective checkpointing keeps of it: that, and outputs of products and of attention."""
     around: int
     """Outside of the layers: embeddings, positions, the final norm; not the last hidden states."""
     feed_forward: int
@@ -84,7 +86,7 @@ def sizes(config: Config, model: PreTrainedModel) -> Sizes:
 def activations(model: PreTrainedModel, size: Sizes) -> Activations:
     """Of a model as it is trained, its linear layers dense, spectral, low-rank or with adapters."""
     make = _opt if model.config.model_type == "opt" else _llama
-    layer, around, norm_backward = make(model.config, size)
+    layer, around, norm_backward, products = make(model.config, size)
     is_opt = make is _opt
     copied = not is_opt and size.compute < size.exact
     decoder = model.get_decoder().layers
@@ -96,6 +98,7 @@ def activations(model: PreTrainedModel, size: Sizes) -> Activations:
         layers=[layer + more for more in extra],
         recomputed=[layer + more + stream * copied for more in extra],
         inputs=[stream] * len(decoder),
+        selective=[stream + products + sum(_factors_kept(m, size) for m in block.modules()) for block in decoder],
         around=around,
         feed_forward=2 * wide,  # LLaMA: of the product and its factors, less the product itself; OPT: both of relu's
         stream=stream,
@@ -106,7 +109,7 @@ def activations(model: PreTrainedModel, size: Sizes) -> Activations:
     )
 
 
-def _llama(architecture: PretrainedConfig, size: Sizes) -> tuple[int, int, int]:
+def _llama(architecture: PretrainedConfig, size: Sizes) -> tuple[int, int, int, int]:
     tokens, c, exact = size.tokens, size.compute, size.exact
     stream = tokens * size.hidden
     # x in float32: in bfloat16 a copy, else the layer's input or the sum of the residual, of which it takes the place
@@ -123,10 +126,12 @@ def _llama(architecture: PretrainedConfig, size: Sizes) -> tuple[int, int, int]:
     around = norm - c * stream  # the final norm; its output, the loss's hidden states, is counted there
     around += 2 * c * size.length * (size.hidden // size.heads)  # cosines and sines, shared by all layers
     around += 8 * tokens * 2  # token ids and labels
-    return 2 * norm + attention + feed_forward, around, 3 * exact * stream
+    products = c * (4 * stream + 2 * tokens * size.key_values)  # queries, keys, values, attention, two projections
+    products += 4 * tokens * size.heads + 2 * c * tokens * size.feed_forward
+    return 2 * norm + attention + feed_forward, around, 3 * exact * stream, products
 
 
-def _opt(architecture: PretrainedConfig, size: Sizes) -> tuple[int, int, int]:
+def _opt(architecture: PretrainedConfig, size: Sizes) -> tuple[int, int, int, int]:
     tokens, c = size.tokens, size.compute
     stream = tokens * size.hidden
     norm = c * stream  # its input: the layer's, or a sum with the residual
@@ -143,7 +148,8 @@ def _opt(architecture: PretrainedConfig, size: Sizes) -> tuple[int, int, int]:
     if architecture.word_embed_proj_dim != size.hidden:
         around += c * tokens * architecture.word_embed_proj_dim + c * stream  # inputs of the two projections
     around += 8 * tokens * 4  # token ids, labels, positions
-    return layer, around, c * stream
+    products = 6 * c * stream + 4 * tokens * size.heads + c * tokens * size.feed_forward
+    return layer, around, c * stream, products
 
 
 def _kept(module: nn.Module, size: Sizes) -> int:
@@ -155,6 +161,16 @@ def _kept(module: nn.Module, size: Sizes) -> int:
         return 0
     if isinstance(module, LowRankLinear) or _is_adapter(module):
         return size.compute * size.tokens * _rank(module)  # A x
+    return 0
+
+
+def _factors_kept(module: nn.Module, size: Sizes) -> int:
+    """Of a layer of factors or with adapters, what selective checkpointing keeps beside one output: A x, and B A x."""
+    if isinstance(module, LowRankLinear):
+        return size.compute * size.tokens * _rank(module)
+    if _is_adapter(module):
+        wrapped: Any = module
+        return int(size.compute * size.tokens * (_rank(module) + wrapped.base_layer.out_features))
     return 0
 
 

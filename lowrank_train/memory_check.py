@@ -61,8 +61,8 @@ def _milder(config: Config, ranks: int) -> Iterator[tuple[Config, str]]:
     sizes = [size for size in range(present, 0, -1) if sequences % size == 0]
     for size in sizes[1:]:
         yield replace(config, micro_batch=size), f"micro_batch={size}"
-    if not config.model.gradient_checkpointing:
-        checkpointed = replace(config, model=replace(config.model, gradient_checkpointing=True))
+    if config.model.checkpointing != "full" or config.model.checkpointed_layers is not None:
+        checkpointed = replace(config, model=replace(config.model, checkpointing="full", checkpointed_layers=None))
         for size in sizes:
             smaller = "" if size == present else f" micro_batch={size}"
-            yield replace(checkpointed, micro_batch=size), f"model.gradient_checkpointing=true{smaller}"
+            yield replace(checkpointed, micro_batch=size), f"model.checkpointing=full{smaller}"

@@ -19,7 +19,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import optim
 from lowrank_train import methods, parallel
 from lowrank_train.config import Config
-from lowrank_train.run import micro_batches, unsharded
+from lowrank_train.recompute import checkpoint_layers
+from lowrank_train.run import build_optimizer, micro_batches, unsharded
 from optim.sharding import local
 
 __all__ = ["MeasuredStep", "measure"]
@@ -66,12 +67,9 @@ def _train(config: Config, ranks: parallel.Ranks, steps: int, phase: Callable[[s
     model.to_empty(device=ranks.device)
     model.tie_weights()
     _fill(model)
-    if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(model, config.model)
     model.train()
-    optimizer = optim.create(
-        method.optimizer, optim.param_groups(model), **method.optimizer_arguments(config.optimizer)
-    )
+    optimizer = build_optimizer(config, model)
     shape = (config.micro_batch, config.seq_len)
     ids = torch.randint(model.config.vocab_size, shape, device=ranks.device)
     for _ in range(steps):

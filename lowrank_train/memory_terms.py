@@ -18,8 +18,10 @@ within 3 percent.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -29,8 +31,10 @@ from lowrank_train.config import Config
 from lowrank_train.memory_activations import Activations, Sizes, activations, loss_bytes, sizes
 from lowrank_train.memory_updates import Workspace, re_svd_bytes, update_workspace
 from lowrank_train.parallel import shard_dims
-from lowrank_train.run import micro_batches, unsharded
+from lowrank_train.recompute import checkpointed_layers
+from lowrank_train.run import build_optimizer, micro_batches, unsharded
 from lowrank_train.spectral import SpectralLinear
+from optim.sharding import StateTensor, local_shape, matrix_shape
 
 __all__ = ["Fixed", "Phase", "StepMemory", "fixed", "predict"]
 
@@ -105,13 +109,16 @@ class _Group:
     """Whole gradients, in the type of the arithmetic."""
     reduced: int
     """In the type they are reduced in."""
+    stored: int
+    """In that of the weights, in which shards of them are kept."""
     last: int
     """The last of the gradients, which FSDP2 holds on to until all are reduced, with more than one rank."""
 
     def reducing(self, world_size: int) -> int:
         """Most that is needed to reduce: gradients beside their copy, or that beside this rank's share of the sum."""
         last = self.last if world_size > 1 else 0
-        return self.reduced + max(self.gradients, self.reduced // world_size + last)
+        converted = self.stored // world_size if self.stored < self.reduced else 0
+        return self.reduced + max(self.gradients, self.reduced // world_size + last + converted)
 
 
 @dataclass(frozen=True)
@@ -120,22 +127,59 @@ class Fixed:
 
     static: memory_budget.StaticMemory
     workspace: Workspace
+    of_layers: Workspace
+    """Of the parameters in decoder layers only."""
+    of_root: Workspace
+    """Of embeddings, final norm and head only."""
+    waiting: int
+    """Gradients, or coordinates of them, that several micro-batches sum where updates are made in backward."""
     layers: list[_Group]
     root: _Group
 
 
-def fixed(config: Config, model: PreTrainedModel, *, world_size: int = 1, shard: int = 0) -> Fixed:
+def fixed(config: Config, model: PreTrainedModel, *, world_size: int = 1, shard: int = 0, replicas: int = 1) -> Fixed:
     """The part of ``predict`` that takes time; arguments as there."""
-    method = methods.find(config.optimizer["name"])
-    optimizer = optim.create(
-        method.optimizer, optim.param_groups(model), **method.optimizer_arguments(config.optimizer)
+    optimizer = build_optimizer(config, model)
+    inside = {param for layer in model.get_decoder().layers for param in layer.parameters()}
+    workspace, of_layers, of_root = (
+        update_workspace(
+            optimizer,
+            world_size=world_size,
+            shard=shard,
+            on_cpu=config.device == "cpu",
+            one_at_a_time=config.fused_backward,
+            among=among,
+        )
+        for among in (None, inside, {param for param in model.parameters() if param not in inside})
     )
-    workspace = update_workspace(optimizer, world_size=world_size, shard=shard, on_cpu=config.device == "cpu")
     spectral = [module for module in model.modules() if isinstance(module, SpectralLinear)]
     decomposed = max((re_svd_bytes(layer.out_features, layer.in_features) for layer in spectral), default=0)
     static = memory_budget.predicted(config, model, world_size=world_size, shard=shard)
-    layers, root = _groups(config, model, world_size)
-    return Fixed(static, replace(workspace, refresh=max(workspace.refresh, decomposed)), layers, root)
+    if config.device != "cpu":
+        state = optim.layout_bytes(optimizer, world_size=world_size, shard=shard, on_device_only=True)
+        static = replace(static, optimizer_state=state)
+    layers, root = _groups(config, model, world_size, alone=world_size * replicas == 1)
+    waiting = _waiting_gradients(optimizer, world_size, shard)
+    workspace = replace(workspace, refresh=max(workspace.refresh, decomposed))
+    return Fixed(static, workspace, of_layers, of_root, waiting, layers, root)
+
+
+def _waiting_gradients(optimizer: optim.MatrixOptimizer, world_size: int, shard: int) -> int:
+    """What has to wait of the gradients of several micro-batches, or for their norm, with updates in backward."""
+    total = 0
+    for slot in optimizer.slots():
+        spec = StateTensor(tuple(slot.param.shape), slot.param.dtype, "parameter")
+        dim = optimizer.shard_dim(slot.group["role"], slot.param.shape, world_size)
+        size = math.prod(local_shape(spec, dim, shard, world_size)) * spec.dtype.itemsize
+        if slot.group["role"] == "frozen":
+            continue
+        if optimizer.coordinates_suffice(slot):
+            m = max(matrix_shape(slot.param.shape))
+            r = slot.state["column_age"].numel()
+            rows = local_shape(StateTensor((m, r), slot.param.dtype, "rows"), dim, shard, world_size)[0]
+            size = rows * r * torch.promote_types(slot.param.dtype, torch.float32).itemsize
+        total += size
+    return total
 
 
 def predict(
@@ -161,18 +205,28 @@ def predict(
         UserError: sequences that do not divide, unknown models; ValueError: settings that do not fit the model.
     """
     model = unsharded(config) if model is None else model
-    known = fixed(config, model, world_size=world_size, shard=shard) if known is None else known
+    if known is None:
+        known = fixed(config, model, world_size=world_size, shard=shard, replicas=replicas)
     static, workspace = known.static, known.workspace
     size = sizes(config, model)
     saved = activations(model, size)
     kept = Phase(weights=static.weights, optimizer_state=static.optimizer_state, temporaries=workspace.kept)
     accumulates = micro_batches(config, world_size * replicas) > 1
     run = _Run(config, model, kept, saved, size, known.layers, known.root, world_size)
+    if not config.fused_backward:
+        return StepMemory(
+            _forward(run, static.gradients * accumulates),
+            _backward(run, static.gradients, accumulates),
+            _add(kept, gradients=static.gradients, temporaries=workspace.step),
+            _add(kept, gradients=static.gradients, refresh=workspace.refresh),
+        )
+    for_norm = config.clip is not None and config.clip_by == "global"
+    waiting = known.waiting if accumulates or for_norm else 0
     return StepMemory(
-        _forward(run, static.gradients * accumulates),
-        _backward(run, static.gradients, accumulates),
-        _add(kept, gradients=static.gradients, temporaries=workspace.step),
-        _add(kept, gradients=static.gradients, refresh=workspace.refresh),
+        _forward(run, waiting * accumulates),
+        _backward_with_updates(run, waiting, known),
+        _add(kept, gradients=waiting * for_norm, temporaries=workspace.step * for_norm),
+        _add(kept, gradients=waiting * for_norm, refresh=workspace.refresh * for_norm),
     )
 
 
@@ -188,8 +242,19 @@ class _Run:
     root: _Group
     world_size: int
 
+    @property
+    def checkpointed(self) -> int:
+        """Of the layers, from the first on."""
+        return checkpointed_layers(self.model, self.config.model)
 
-def _groups(config: Config, model: PreTrainedModel, world_size: int) -> tuple[list[_Group], _Group]:
+    @property
+    def waiting(self) -> list[int]:
+        """Activations of each layer, from forward to its backward."""
+        few = self.saved.selective if self.config.model.checkpointing == "selective" else self.saved.inputs
+        return [*few[: self.checkpointed], *self.saved.layers[self.checkpointed :]]
+
+
+def _groups(config: Config, model: PreTrainedModel, world_size: int, *, alone: bool) -> tuple[list[_Group], _Group]:
     """Those of the decoder layers, in order, and the root."""
     method = methods.find(config.optimizer["name"])
     dims = shard_dims(model, optim.find(method.optimizer), world_size)
@@ -197,10 +262,11 @@ def _groups(config: Config, model: PreTrainedModel, world_size: int) -> tuple[li
     inside = {param for block in blocks for param in block}
     rest = [param for param in model.parameters() if param not in inside]
     compute = sizes(config, model).compute
-    return [_group(block, dims, compute) for block in blocks], _group(rest, dims, compute)
+    narrowest = compute if alone else 4  # in which gradients are reduced, unless the weights are wider
+    return [_group(block, dims, compute, narrowest) for block in blocks], _group(rest, dims, compute, narrowest)
 
 
-def _group(params: list[nn.Parameter], dims: dict[Tensor, int], itemsize: int) -> _Group:
+def _group(params: list[nn.Parameter], dims: dict[Tensor, int], itemsize: int, narrowest: int) -> _Group:
     def compute(param: Tensor) -> int:
         return param.numel() * (itemsize if param.is_floating_point() else param.element_size())
 
@@ -209,20 +275,21 @@ def _group(params: list[nn.Parameter], dims: dict[Tensor, int], itemsize: int) -
         gathered=sum(map(compute, params)),
         turned=sum(compute(param) for param in params if dims.get(param, 0) != 0),
         gradients=sum(map(compute, trained)),
-        reduced=sum(param.numel() * max(param.element_size(), 4) for param in trained),
+        reduced=sum(param.numel() * max(param.element_size(), narrowest) for param in trained),
+        stored=sum(param.numel() * param.element_size() for param in trained),
         last=compute(trained[-1]) if trained else 0,
     )
 
 
 def _forward(run: _Run, gradients: int) -> Phase:
     """When the first layer is gathered, at the loss, or inside the last layer where nothing is kept of it."""
-    config, model, kept, saved, size = run.config, run.model, run.kept, run.saved, run.size
+    model, kept, saved, size = run.model, run.kept, run.saved, run.size
     layers, root, world_size = run.layers, run.root, run.world_size
     head = model.get_output_embeddings().weight
     vocabulary, width = head.shape
     loss, logits, _ = loss_bytes(size, vocabulary, width, trains_head=head.requires_grad)
-    checkpoints = config.model.gradient_checkpointing
-    waiting = sum(saved.inputs if checkpoints else saved.layers)
+    checkpoints = run.checkpointed == len(layers)
+    waiting = sum(run.waiting)
     travelled = layers[-1].gathered if world_size > 1 else 0
     here = _add(kept, gradients=gradients, activations=waiting)
     # activations: hidden states for the loss, and their gradient, in loss already
@@ -254,16 +321,15 @@ def _forward(run: _Run, gradients: int) -> Phase:
 
 def _backward(run: _Run, gradients: int, accumulates: bool) -> Phase:
     """When the loss's gradients are scaled, inside one of the layers, or when the root's gradients are reduced."""
-    config, model, kept, saved, size = run.config, run.model, run.kept, run.saved, run.size
+    model, kept, saved, size = run.model, run.kept, run.saved, run.size
     layers, root, world_size = run.layers, run.root, run.world_size
-    checkpoints = config.model.gradient_checkpointing
-    waiting = saved.inputs if checkpoints else saved.layers
+    waiting = run.waiting
     weight = model.get_output_embeddings().weight
     head = weight.numel() * size.compute if weight.requires_grad else 0
     hidden = size.tokens * weight.shape[1] * size.compute
     travelled = layers[-1].gathered if world_size > 1 else 0
     total = sum(waiting)
-    of_layers = [group.reduced // world_size for group in layers]
+    of_layers = [group.stored // world_size for group in layers]
     moments = [
         _add(
             kept,
@@ -278,6 +344,7 @@ def _backward(run: _Run, gradients: int, accumulates: bool) -> Phase:
         group = layers[j]
         made = gradients if accumulates else sum(of_layers[j + 1 :])
         left = sum(waiting[:j])
+        checkpoints = j < run.checkpointed
         here = saved.recomputed[j] if checkpoints else saved.layers[j]
         ahead = layers[j - 1].gathered if world_size > 1 and j > 0 else 0
         common = _add(kept, gradients=made, gathered=root.gathered, activations=left + saved.stream)
@@ -314,6 +381,28 @@ def _backward(run: _Run, gradients: int, accumulates: bool) -> Phase:
     last = _add(kept, gradients=made, activations=saved.stream)
     moments.append(_add(last, gathered=root.gathered, reductions=embedding + reduced))
     moments.append(_add(last, reductions=root.reducing(world_size)))
+    return max(moments, key=lambda phase: phase.total)
+
+
+def _backward_with_updates(run: _Run, waiting: int, known: Fixed) -> Phase:
+    """As ``_backward``, when a group's gradients are reduced and one of its parameters is updated."""
+    layers, root, world_size, saved = run.layers, run.root, run.world_size, run.saved
+    moments = [_backward(run, waiting, accumulates=True)]
+    weight = run.model.get_output_embeddings().weight
+    head = weight.numel() * run.size.compute if weight.requires_grad else 0
+    for j, group in [*enumerate(layers), (0, root)]:
+        left = sum(run.waiting[:j]) if group is not root else 0
+        ahead = layers[j - 1].gathered if world_size > 1 and j > 0 else 0
+        moments.append(
+            _add(
+                run.kept,
+                gradients=waiting + group.stored // world_size,
+                activations=left + saved.stream,
+                gathered=ahead + (root.gathered if group is not root else 0),
+                reductions=group.reduced + (head if group is not root else 0),
+                refresh=(known.of_root if group is root else known.of_layers).refresh,
+            )
+        )
     return max(moments, key=lambda phase: phase.total)
 
 

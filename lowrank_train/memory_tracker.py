@@ -33,7 +33,8 @@ from lowrank_train import methods, parallel
 from lowrank_train.config import Config
 from lowrank_train.errors import UserError
 from lowrank_train.loss import token_loss
-from lowrank_train.run import micro_batches, unsharded
+from lowrank_train.recompute import checkpoint_layers
+from lowrank_train.run import build_optimizer, micro_batches, unsharded
 
 __all__ = ["TrackedStep", "track"]
 
@@ -67,8 +68,8 @@ class TrackedStep:
 def track(config: Config, *, world_size: int = 1, updates: bool = True) -> TrackedStep:
     """Run a step of a configuration on fake tensors, as the first of ``world_size`` fake ranks.
 
-    Of its micro-batches two are run, if it has as many: in the second there are gradients to add to.
-
+    Of its micro-batches two are run, if it has as many: in the second there are gradients to add to. With updates in
+    backward three: in the last they are used up.
 
     Args:
         config: of the run; block sizes and the path of the DCT are those of a CUDA device.
@@ -91,12 +92,10 @@ def track(config: Config, *, world_size: int = 1, updates: bool = True) -> Track
         model.tie_weights()
         # the tracker knows forward hooks only, and has to see the root's
         model.forward = MethodType(token_loss, model)  # type: ignore[method-assign]
-        if config.model.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(model, config.model)
         model.train()
-        arguments = method.optimizer_arguments(config.optimizer)
         tied = model.get_output_embeddings().weight
-        optimizer = optim.create(method.optimizer, optim.param_groups(model), **arguments)
+        optimizer = build_optimizer(config, model)
         ids = torch.zeros(config.micro_batch, config.seq_len, dtype=torch.int64)
         labels = torch.zeros_like(ids)
         tracker = tracker_class(model, optimizer)
@@ -106,17 +105,32 @@ def track(config: Config, *, world_size: int = 1, updates: bool = True) -> Track
         _as_on_cuda(stack)
         with tracker:
             peaks: dict[str, dict[str, int]] = {}
-            for _ in range(min(2, micro_batches(config, world_size))):
-                with _phase(tracker, peaks, "forward"):
-                    loss = model(ids, labels, config.loss_chunk)
-                with _phase(tracker, peaks, "backward"):
-                    answers.tied = tuple(tied.shape) if plain.config.tie_word_embeddings else None
-                    loss.backward()
-                    answers.tied = None
-                del loss
-                tracker.reset_mod_stats()
+            passes = min(3 if config.fused_backward else 2, micro_batches(config, world_size))
+
+            def gradients() -> None:
+                for _ in range(passes):
+                    with _phase(tracker, peaks, "forward"):
+                        loss = model(ids, labels, config.loss_chunk)
+                    with _phase(tracker, peaks, "backward"):
+                        answers.tied = tuple(tied.shape) if plain.config.tie_word_embeddings else None
+                        loss.backward()
+                        answers.tied = None
+                    del loss
+                    tracker.reset_mod_stats()
+
             interval = refresh_interval(optimizer)
-            if updates and interval and method.optimizer not in _UNTRACEABLE_REFRESH:
+            traces_refresh = interval and method.optimizer not in _UNTRACEABLE_REFRESH
+            if config.fused_backward:
+                optim.attach_to_backward(
+                    model, optimizer, accumulation_steps=passes, max_norm=config.clip, clip=config.clip_by
+                )
+                for answers.clock in (0, interval) if traces_refresh else (1,):
+                    gradients()
+                    with _phase(tracker, peaks, "step"):
+                        optimizer.step()
+                return TrackedStep(**peaks)
+            gradients()
+            if updates and traces_refresh:
                 with _phase(tracker, peaks, "refresh"):
                     for answers.clock in (0, interval):  # the first choice, and one that has moments to carry over
                         optimizer.step()
@@ -181,7 +195,9 @@ def _phase(tracker: Any, peaks: dict[str, dict[str, int]], name: str) -> Iterato
     tracker._peak_mem = {device: snapshot["Total"] for device, snapshot in before.items()}
     yield
     snapshot = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
-    peaks[name] = {str(getattr(key, "value", key)): int(size) for key, size in snapshot.items()}
+    found = {str(getattr(key, "value", key)): int(size) for key, size in snapshot.items()}
+    if found["Total"] >= peaks.get(name, found)["Total"]:
+        peaks[name] = found
 
 
 class _HostReads(TorchDispatchMode):

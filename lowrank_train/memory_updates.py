@@ -8,19 +8,24 @@ guess, the only one here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from optim.base import MatrixOptimizer
 from optim.basis import find_basis
 from optim.blocks import chunks, row_blocks
 from optim.low_rank import LowRankOptimizer, resolved_rank
 from optim.orthogonalize import CHUNK_NUMBERS
+from optim.quantization import MOMENTS
 from optim.residual import find_residual
 from optim.sharding import StateTensor, local_shape, matrix_shape
+from optim.slot import Slot
+from optim.working_copies import AT_ONCE as COPIED_AT_ONCE
+from optim.working_copies import COUNTER, is_copied
 
 __all__ = ["Workspace", "re_svd_bytes", "update_workspace"]
 
@@ -65,7 +70,13 @@ class _Matrix:
 
 
 def update_workspace(
-    optimizer: MatrixOptimizer, *, world_size: int = 1, shard: int = 0, on_cpu: bool = False
+    optimizer: MatrixOptimizer,
+    *,
+    world_size: int = 1,
+    shard: int = 0,
+    on_cpu: bool = False,
+    one_at_a_time: bool = False,
+    among: Collection[Tensor] | None = None,
 ) -> Workspace:
     """Of any of our optimizers.
 
@@ -74,13 +85,34 @@ def update_workspace(
         world_size: ranks a parameter is sharded over.
         shard: which of them.
         on_cpu: smaller blocks, and cosine transforms by FFT.
+        one_at_a_time: parameters are updated singly, as their gradients come.
+        among: parameters whose updates count; None: all.
     """
-    matrices = list(_matrices(optimizer, world_size, shard))
-    element_wise = _adamw(optimizer, world_size, shard, on_cpu)
-    if not matrices:
-        return Workspace(element_wise, element_wise, 0)
+    together: list[list[Slot]] = []
+    slots = [slot for slot in optimizer.slots() if slot.group["role"] != "frozen"]
+    if among is not None:
+        slots = [slot for slot in slots if slot.param in among]
+    if one_at_a_time:
+        together = [[slot] for slot in slots]
+    else:
+        plain = [slot for slot in slots if not is_copied(slot, optimizer.handed(slot))]
+        copied = [slot for slot in slots if is_copied(slot, optimizer.handed(slot))]
+        sizes = [slot.param.numel() // world_size for slot in copied]
+        together = [plain, *chunks(copied, sizes, COPIED_AT_ONCE)]
+    found = [_workspace(optimizer, members, world_size, shard, on_cpu) for members in together if members]
+    step, refresh = (max((getattr(part, phase) for part in found), default=0) for phase in ("step", "refresh"))
+    return Workspace(step, refresh, _workspace(optimizer, slots, world_size, shard, on_cpu).kept)
+
+
+def _workspace(optimizer: MatrixOptimizer, slots: list[Slot], world_size: int, shard: int, on_cpu: bool) -> Workspace:
+    """Of parameters that are updated together."""
+    matrices = list(_matrices(optimizer, slots, world_size, shard))
+    element_wise = _adamw(optimizer, slots, world_size, shard, on_cpu)
+    copies = sum(_copy_bytes(optimizer, slot, world_size, shard) for slot in slots)
     name = type(optimizer).__name__
-    if isinstance(optimizer, LowRankOptimizer):
+    if not matrices:
+        found = Workspace(0, 0, 0)
+    elif isinstance(optimizer, LowRankOptimizer):
         found = _low_rank(matrices, on_cpu)
     elif name == "Trion":
         found = _trion(matrices, on_cpu)
@@ -91,13 +123,49 @@ def update_workspace(
     elif name == "ReLoRA":
         largest = max(matrix.rows * matrix.d for matrix in matrices)
         found = Workspace(0, 4 * max(largest, _frozen(optimizer, world_size)), 0)  # W + B A in float32
-    else:  # element by element, in place; SCALE: sums of squares
+    elif name == "SCALE":  # where the head's average has another type than its gradient, that in float32
+        exact = max((slot.param.numel() // world_size * 4 for slot in slots if slot.group["role"] == "head"), default=0)
+        found = Workspace(exact * any(COUNTER in slot.state for slot in slots), 0, 0)
+    else:  # element by element, in place
         found = Workspace(0, 0, 0)
-    return Workspace(max(found.step, element_wise), max(found.refresh, found.step, element_wise), found.kept)
+    storing = max((_storing(optimizer, slot, world_size, on_cpu) for slot in slots), default=0)
+    step = max(found.step, element_wise, storing)
+    return Workspace(copies + step, copies + max(found.refresh, step), found.kept)
 
 
-def _matrices(optimizer: MatrixOptimizer, world_size: int, shard: int) -> Iterable[_Matrix]:
-    for slot in optimizer.slots():
+def _storing(optimizer: MatrixOptimizer, slot: Slot, world_size: int, on_cpu: bool) -> int:
+    """To round a block of a copy: noise, its magnitudes and what is finite, or what is chosen, and that in bfloat16."""
+    if not optimizer.handed(slot).rounded:
+        return 0
+    width = math.prod(slot.param.shape[1:])
+    rows = row_blocks(slot.param.shape[0] // world_size, width, torch.device("cpu" if on_cpu else "meta"))
+    return 11 * width * max((part.stop - part.start for part in rows), default=0)
+
+
+def _copy_bytes(optimizer: MatrixOptimizer, slot: Slot, world_size: int, shard: int) -> int:
+    """What a step works on in place of a parameter and its state (``optim.working_copies``)."""
+    handed = optimizer.handed(slot)
+    if not is_copied(slot, handed):
+        return 0
+    dim = optimizer.shard_dim(slot.group["role"], slot.param.shape, world_size)
+    exact = torch.promote_types(slot.param.dtype, torch.float32).itemsize
+    stored = optimizer.state_layout(slot.name, slot.param, slot.group)
+    plain = optimizer.state_layout(slot.name, slot.param, {**slot.group, "state_dtype": None})
+    total = 0
+    for key, spec in stored.items():
+        converts = key in MOMENTS and (handed.moments or (handed.rounded and spec.dtype == torch.bfloat16))
+        if converts:
+            total += math.prod(local_shape(plain[key], dim, shard, world_size)) * exact
+        elif slot.group["offload_state"] and spec.layout != "host":
+            total += math.prod(local_shape(spec, dim, shard, world_size)) * spec.dtype.itemsize
+    if handed.rounded:
+        weight = StateTensor(tuple(slot.param.shape), torch.bfloat16, "parameter")
+        total += math.prod(local_shape(weight, dim, shard, world_size)) * exact
+    return total
+
+
+def _matrices(optimizer: MatrixOptimizer, slots: Sequence[Slot], world_size: int, shard: int) -> Iterable[_Matrix]:
+    for slot in slots:
         role, shape = slot.group["role"], tuple(slot.param.shape)
         if role not in optimizer.method_roles or len(shape) < 2:
             continue
@@ -111,23 +179,27 @@ def _matrices(optimizer: MatrixOptimizer, world_size: int, shard: int) -> Iterab
         yield _Matrix(m, d, r, rows, exact, slot.group, turned, slot.name)
 
 
-def _adamw(optimizer: MatrixOptimizer, world_size: int, shard: int, on_cpu: bool) -> int:
-    """AdamW is fused and in place, unless moments have another type: those are converted in blocks of rows."""
+def _adamw(optimizer: MatrixOptimizer, slots: Sequence[Slot], world_size: int, shard: int, on_cpu: bool) -> int:
+    """AdamW is fused and in place, unless something has another type: that is converted in blocks of rows."""
     largest = 0
-    for slot in optimizer.slots():
-        state_dtype, shape = slot.group.get("state_dtype"), tuple(slot.param.shape)
-        if state_dtype is None or len(shape) < 2 or "exp_avg" not in slot.state:
+    for slot in slots:
+        state_dtype, shape = slot.group["state_dtype"], tuple(slot.param.shape)
+        if len(shape) < 2 or not optimizer.works_in_blocks(slot):
             continue
-        if slot.state["exp_avg"].dtype == slot.param.dtype or (
-            slot.group["role"] in getattr(optimizer, "method_roles", ()) and isinstance(optimizer, LowRankOptimizer)
-        ):
+        rounded = COUNTER in slot.state
+        if not rounded and slot.state["exp_avg"].dtype == slot.param.dtype:
             continue
         rows = local_shape(StateTensor(shape, slot.param.dtype, "parameter"), 0, shard, world_size)[0]
         width = math.prod(shape[1:])
         blocks = row_blocks(rows, width, torch.device("cpu" if on_cpu else "meta"))
         numbers = max((part.stop - part.start for part in blocks), default=0) * width
         # both moments in float32; in 8 bits also: numbers in units of their scale, their roots, what to store, its sign
-        largest = max(largest, numbers * (2 * 4 + (3 * 4 + 1 if state_dtype == "8bit" else 0)))
+        # both moments in float32, the weight too if it is not; and the most of: its gradient likewise; to store 8 bits
+        # the numbers in units of their scale, their roots, codes, signs; to round the noise, half of it shifted or what
+        # is finite, what is chosen, and that in bfloat16
+        widened = 4 if slot.param.dtype == torch.bfloat16 else 0
+        coded = {"8bit": 3 * 4 + 1, "4bit": 2 * 4}.get(str(state_dtype), 0)
+        largest = max(largest, numbers * (2 * 4 + widened + max(widened, coded, 11 if rounded else 0)))
     return largest
 
 

@@ -22,7 +22,7 @@ class Method(NamedTuple):
 
     def arguments(self) -> list[str]:
         """Keys of either, each once."""
-        own = [key for key in inspect.signature(optim.find(self.optimizer)).parameters if key != "params"]
+        own = self._optimizer_keys()
         return [*own, *(key for key in inspect.signature(self.layers).parameters if key not in own)]
 
     def parametrization(self, arguments: dict[str, Any]) -> Parametrization:
@@ -40,8 +40,12 @@ class Method(NamedTuple):
 
     def optimizer_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Those of the arguments that are the optimizer's."""
-        own = inspect.signature(optim.find(self.optimizer)).parameters
+        own = self._optimizer_keys()
         return {key: value for key, value in arguments.items() if key in own}
+
+    def _optimizer_keys(self) -> list[str]:
+        own = [key for key in inspect.signature(optim.find(self.optimizer)).parameters if key != "params"]
+        return [*own, *optim.SHARED_SETTINGS]
 
 
 _TABLE: dict[str, Method] = {

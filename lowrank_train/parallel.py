@@ -24,7 +24,7 @@ from lowrank_train.config import ParallelConfig
 from lowrank_train.errors import UserError
 from lowrank_train.loss import token_loss
 
-__all__ = ["Ranks", "fake_ranks", "fill", "reshard", "shard_dims", "shard_model", "start"]
+__all__ = ["Ranks", "fake_ranks", "fill", "reduce_dtype", "reshard", "shard_dims", "shard_model", "start"]
 
 T = TypeVar("T")
 
@@ -181,12 +181,13 @@ def shard_model(
         model: a LLaMA or OPT, on meta; ``token_loss`` becomes a forward method of it.
         mesh: 1-D (shard) or 2-D (replicate, shard).
         optimizer: class that will train it.
-        precision: bfloat16 computes in it with float32 weights and reductions; others as the weights.
+        precision: bfloat16 computes in it, whatever the weights are kept in, and reduces in float32; others compute as
+            the weights.
     """
     dims = shard_dims(model, optimizer, mesh.size(mesh.ndim - 1))
     policy = MixedPrecisionPolicy()
     if precision == "bfloat16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype(model, mesh))
 
     def placement(param: nn.Parameter) -> Shard:
         return Shard(dims.get(param, 0))
@@ -198,6 +199,11 @@ def shard_model(
     fully_shard(model, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
     model.token_loss = MethodType(token_loss, model)
     register_fsdp_forward_method(model, "token_loss")  # gathers the parameters as forward does
+
+
+def reduce_dtype(model: nn.Module, mesh: DeviceMesh) -> torch.dtype:
+    """Of bfloat16 gradients: float32 for sums over ranks, or for float32 weights; their own where nothing is added."""
+    return torch.promote_types(next(model.parameters()).dtype, torch.float32 if mesh.size() > 1 else torch.bfloat16)
 
 
 def shard_dims(model: nn.Module, optimizer: type[optim.MatrixOptimizer], shards: int) -> dict[Tensor, int]:

@@ -21,11 +21,21 @@ from lowrank_train.layer_choice import freeze_vocabulary
 from lowrank_train.low_rank_linear import train_low_rank_only
 from lowrank_train.parallel import Ranks
 from lowrank_train.parametrization import Parametrization
+from lowrank_train.recompute import checkpoint_layers
 
-__all__ = ["Progress", "Run", "build_run", "check_settings", "micro_batches", "predicted_state_bytes", "unsharded"]
+__all__ = [
+    "Progress",
+    "Run",
+    "build_optimizer",
+    "build_run",
+    "check_settings",
+    "micro_batches",
+    "predicted_state_bytes",
+    "unsharded",
+]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
-"""Of the weights; bfloat16 is the dtype of the arithmetic only."""
+"""Of the weights by ``precision``, where ``weights`` does not say otherwise."""
 
 
 _TRAINED: dict[str, Callable[[PreTrainedModel], object]] = {
@@ -73,6 +83,8 @@ class Run:
     layers: Parametrization
     """What its matrices are made of."""
     optimizer: optim.MatrixOptimizer
+    in_backward: optim.BackwardUpdates | None
+    """What makes the updates, if they are fused into backward."""
     settings: list[dict[str, Any]]
     """Hyperparameters of each parameter group as configured."""
     checkpoints: Checkpoints
@@ -104,7 +116,8 @@ class Run:
         name = self.config.optimizer["name"]
         layers = {f"optimizer.{key}": value for key, value in methods.find(name).layer_settings(self.config.optimizer)}
         trained = {} if self.config.train == "all" else {"train": self.config.train}
-        return {"optimizer.name": name, **layers, **trained, "model": model, **self.data.description}
+        kept = {} if self.config.weights == "full" else {"weights": self.config.weights}
+        return {"optimizer.name": name, **layers, **trained, **kept, "model": model, **self.data.description}
 
     def set_learning_rate(self, factor: float) -> None:
         """Give every group its configured hyperparameters, the learning rate times ``factor``."""
@@ -128,7 +141,7 @@ def unsharded(config: Config) -> PreTrainedModel:
 
     Raises ValueError for settings of the layers that do not fit.
     """
-    model = models.skeleton(models.architecture(config.model, seq_len=config.seq_len), _DTYPES[config.precision])
+    model = models.skeleton(models.architecture(config.model, seq_len=config.seq_len), _weight_dtype(config))
     _shape(model, config, _layers(config))
     return model
 
@@ -142,7 +155,8 @@ def build_run(config: Config, ranks: Ranks) -> Run:
 
     # shapes, then shards, then weights
     name, layers = methods.find(config.optimizer["name"]).optimizer, _layers(config)
-    plain, blueprint, model = (models.skeleton(architecture, _DTYPES[config.precision]) for _ in range(3))
+    plain = models.skeleton(architecture, _DTYPES[config.precision])  # drawn or read in full, and then rounded
+    blueprint, model = (models.skeleton(architecture, _weight_dtype(config)) for _ in range(2))
     for shapes in (blueprint, model):
         _shape(shapes, config, layers)
     parallel.shard_model(model, ranks.mesh, optim.find(name), config.precision)
@@ -150,17 +164,37 @@ def build_run(config: Config, ranks: Ranks) -> Run:
         models.initialize(model, plain, layers, ranks, config.seed)
     else:
         models.load_weights(model, plain, config.model.name, layers, ranks)
-    if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(model, config.model)
     model.train()
 
-    optimizer = optim.create(name, _parameter_groups(config, model), **_optimizer_arguments(config))
+    optimizer = build_optimizer(config, model)
+    in_backward = _attached(config, model, optimizer, ranks.world_size) if config.fused_backward else None
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     checkpoints = Checkpoints(
         folder / "checkpoints", ranks, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
     )
     torch.manual_seed(config.seed + ranks.rank)
-    return Run(config, ranks, folder, data, model, blueprint, layers, optimizer, settings, checkpoints, Progress())
+    return Run(
+        config, ranks, folder, data, model, blueprint, layers, optimizer, in_backward, settings, checkpoints, Progress()
+    )
+
+
+def build_optimizer(config: Config, model: nn.Module) -> optim.MatrixOptimizer:
+    """As configured, for a model as it is trained. Raises ValueError for settings that do not fit it."""
+    name = methods.find(config.optimizer["name"]).optimizer
+    return optim.create(name, _parameter_groups(config, model), **_optimizer_arguments(config))
+
+
+def _attached(
+    config: Config, model: nn.Module, optimizer: optim.MatrixOptimizer, world_size: int
+) -> optim.BackwardUpdates:
+    accumulation_steps = micro_batches(config, world_size)
+    try:
+        return optim.attach_to_backward(
+            model, optimizer, accumulation_steps=accumulation_steps, max_norm=config.clip, clip=config.clip_by
+        )
+    except ValueError as error:
+        raise UserError(f"fused_backward=true: {error}; or set clip_by=parameter or clip=null") from None
 
 
 def micro_batches(config: Config, world_size: int) -> int:
@@ -206,13 +240,16 @@ def predicted_state_bytes(
 
 
 def _parameter_groups(config: Config, model: nn.Module) -> list[dict[str, Any]]:
-    """Parameters by role; all but the matrices and their factors at ``optimizer.other_lr``, if it is given."""
+    """Parameters by role; all but the matrices and their factors with what ``optimizer.other_...`` says."""
     groups = optim.param_groups(model)
-    other_lr = config.optimizer.get("other_lr")
-    if other_lr is not None:
+    if config.weights == "bfloat16":
         for group in groups:
-            if group["role"] in _OTHER_ROLES:
-                group["lr"] = other_lr
+            group["stochastic_rounding"] = True
+    for key in ("lr", "state_dtype"):
+        other = config.optimizer.get(f"other_{key}")
+        for group in groups:
+            if other is not None and group["role"] in _OTHER_ROLES:
+                group[key] = other
     return groups
 
 
@@ -223,6 +260,10 @@ def _shape(model: PreTrainedModel, config: Config, layers: Parametrization) -> N
     except ValueError as error:
         raise UserError(str(error)) from None
     layers.convert(model)
+
+
+def _weight_dtype(config: Config) -> torch.dtype:
+    return torch.bfloat16 if config.weights == "bfloat16" else _DTYPES[config.precision]
 
 
 def _layers(config: Config) -> Parametrization:

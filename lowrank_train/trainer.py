@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
@@ -104,6 +106,7 @@ def _loop(run: Run, metrics: Metrics, stop: Stop) -> None:
     config, ranks, progress = run.config, run.ranks, run.progress
     rate_factor = learning_rate_factor(config.schedule, config.steps)
     optimizer_clock = DeviceClock(ranks.device)
+    predicted_gib = _predicted_memory(run).peak / 2**30
     stopping = False
     if progress.step == 0 or (progress.step >= config.steps and progress.validation_step != progress.step):
         _evaluate_and_log(run, metrics)
@@ -111,12 +114,10 @@ def _loop(run: Run, metrics: Metrics, stop: Stop) -> None:
     while progress.step < config.steps and not stopping:
         began = time.perf_counter()
         factor = rate_factor(progress.step)
-        loss, norm = _gradients(run)
+        run.set_learning_rate(factor)
+        loss, norm = _update_in_backward(run) if config.fused_backward else _update(run, optimizer_clock)
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
-            run.set_learning_rate(factor)
-            with optimizer_clock:
-                run.optimizer.step()
             progress.train_loss = loss
         run.optimizer.zero_grad()
         progress.bad_in_a_row = 0 if finite else progress.bad_in_a_row + 1
@@ -139,6 +140,7 @@ def _loop(run: Run, metrics: Metrics, stop: Stop) -> None:
                 "train/skipped_steps": progress.skipped_steps,
                 "throughput/tokens_per_second": config.tokens_per_step / took,
                 "memory/peak_gib": progress.peak_memory_gib,
+                "memory/predicted_gib": predicted_gib,
                 **{f"optimizer/{name}": value for name, value in figures.items()},
             }
             metrics.log(progress.step, scalars)
@@ -156,8 +158,61 @@ def _loop(run: Run, metrics: Metrics, stop: Stop) -> None:
     run.checkpoints.wait()
 
 
-def _gradients(run: Run) -> tuple[float, float]:
-    """Gradients of one step's mean loss, clipped; returns (loss, gradient norm before clipping), the same on all ranks.
+def _update(run: Run, optimizer_clock: DeviceClock) -> tuple[float, float]:
+    """One step; returns its mean loss and the norm of the gradient before clipping, the same on all ranks.
+
+    Nothing is changed if one of them is not finite.
+    """
+    config, ranks = run.config, run.ranks
+    total = torch.zeros((), device=ranks.device)
+    for loss in _losses(run):
+        loss.backward()
+        total = total + loss.detach()
+    norm = get_total_norm([p.grad for p in run.model.parameters() if p.grad is not None])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if config.clip is not None:
+        together = [list(run.model.parameters())]
+        for clipped in together if config.clip_by == "global" else [[p] for p in run.model.parameters()]:
+            clip_grad_norm_(clipped, config.clip)
+    mean = ranks.sum(total) / ranks.world_size
+    figures: list[float] = torch.stack([mean, norm.to(mean.dtype)]).tolist()  # the step's one wait for the device
+    if all(map(math.isfinite, figures)):
+        with optimizer_clock:
+            run.optimizer.step()
+    return figures[0], figures[1]
+
+
+def _update_in_backward(run: Run) -> tuple[float, float]:
+    """As ``_update``, where each parameter is updated while backward goes on.
+
+    A loss that is not finite is seen before its backward pass, so that nothing is changed. Raises Diverged if a
+    gradient was not: by then others have been used.
+    """
+    ranks, in_backward = run.ranks, run.in_backward
+    assert in_backward is not None
+    mean = 0.0
+    for loss in _losses(run):
+        part = (ranks.sum(loss.detach().clone()) / ranks.world_size).item()
+        mean += part
+        if not math.isfinite(part):
+            in_backward.discard()
+            return mean, math.nan
+        loss.backward()
+    run.optimizer.step()
+    assert in_backward.grad_norm is not None
+    norm = in_backward.grad_norm.item()
+    if not math.isfinite(norm):
+        run.checkpoints.wait()
+        raise Diverged(
+            f"a gradient of step {run.progress.step + 1} was not finite, and with fused_backward=true others have been "
+            f"used already; {last_good(run.checkpoints.folder)}. Lower optimizer.lr, lengthen schedule.warmup_steps or "
+            "lower clip, and resume"
+        )
+    return mean, norm
+
+
+def _losses(run: Run) -> Iterator[Tensor]:
+    """The part of each micro-batch in the step's mean loss.
 
     Each micro-batch's gradient is reduced at once: accumulating whole gradients instead would save messages and cost
     a model's worth of memory on every rank. Gradients are averaged over ranks, so each divides by its even share of
@@ -168,19 +223,8 @@ def _gradients(run: Run) -> tuple[float, float]:
     blocks = ranks.each(lambda: run.data.train.take(sequences, ranks.rank, ranks.world_size))
     counted = int(ranks.sum(torch.tensor(count_labels(blocks))))  # on the CPU: no wait for the device
     share = counted / ranks.world_size if counted else 1.0
-    total = torch.zeros((), device=ranks.device)
     for part in blocks.to(ranks.device).chunk(micro_batches(config, ranks.world_size)):
-        loss = run.model.token_loss(*split(part), config.loss_chunk) / share
-        loss.backward()
-        total = total + loss.detach()
-    if config.clip is None:
-        norm = get_total_norm([p.grad for p in run.model.parameters() if p.grad is not None])
-    else:
-        norm = clip_grad_norm_(run.model.parameters(), config.clip)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    mean = ranks.sum(total) / ranks.world_size
-    figures: list[float] = torch.stack([mean, norm.to(mean.dtype)]).tolist()  # the step's one wait for the device
-    return figures[0], figures[1]
+        yield run.model.token_loss(*split(part), config.loss_chunk) / share
 
 
 def _evaluate_and_log(run: Run, metrics: Metrics) -> None:

@@ -5,8 +5,8 @@ optimizer = DCTAdamW(param_groups(model), lr=1e-3, rank=256, weight_decay=0.1)
 """
 
 from optim.adamw import AdamW
-from optim.backward import attach_to_backward
-from optim.base import MatrixOptimizer
+from optim.backward import BackwardUpdates, attach_to_backward
+from optim.base import SHARED_SETTINGS, MatrixOptimizer
 from optim.low_rank_adamw import APOLLO, FRUGAL, APOLLOMini, DCTAdamW, Fira, GaLoreAdamW, LDAdam, LowRankAdamW
 from optim.memory import layout_bytes, predicted_state_bytes, state_bytes
 from optim.muon import Muon
@@ -23,9 +23,11 @@ __all__ = [
     "APOLLO",
     "FRUGAL",
     "SCALE",
+    "SHARED_SETTINGS",
     "SST",
     "APOLLOMini",
     "AdamW",
+    "BackwardUpdates",
     "DCTAdamW",
     "Fira",
     "GaLoreAdamW",

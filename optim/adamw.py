@@ -36,6 +36,7 @@ class AdamW(MatrixOptimizer):
 
     source = "Loshchilov & Hutter, arXiv 1711.05101"
     needs_roles = False
+    converts_state = True
 
     def __init__(
         self,
@@ -53,6 +54,10 @@ class AdamW(MatrixOptimizer):
     def matrix_state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
         """As for any other parameter."""
         return adamw_state(param)
+
+    def works_in_blocks(self, slot: Slot) -> bool:
+        """Always."""
+        return True
 
     def step_matrices(self, slots: list[Slot]) -> None:
         """As for any other parameter, group by group."""

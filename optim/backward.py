@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from optim.base import MatrixOptimizer, Slot, dense_gradient, is_number
-from optim.sharding import local, sum_over_shards
+from optim.sharding import laid_out_as, local, sum_over_shards
 
 __all__ = ["BackwardUpdates", "attach_to_backward"]
 
@@ -49,7 +49,9 @@ def attach_to_backward(
         clip: ``global``, the norm over all parameters; ``parameter``, each gradient by its own norm.
 
     Returns:
-        A handle: ``handle.detach()`` ends it, ``handle.grad_norm`` is the global norm at the last ``step()``.
+        A handle: ``handle.detach()`` ends it; ``handle.grad_norm`` is the norm of all gradients of the last ``step()``,
+        before clipping, a collective there where parameters are sharded; ``handle.discard()`` forgets what several
+        backward passes have summed so far.
 
     Raises:
         ValueError: for parameters that are not the model's (sharded later?), a model in DistributedDataParallel, which
@@ -93,14 +95,25 @@ class BackwardUpdates:
             hook.remove()
         self._optimizer.in_backward = None
 
+    def discard(self) -> None:
+        """Forget the gradients of the passes since the last update, as ``zero_grad`` does."""
+        for held in (self._passes, self._coordinates, self._squares):
+            held.clear()
+        for param in self._slots:
+            param.grad = None
+
     def finish(self) -> None:
-        """Called by ``optimizer.step()``: the updates that could not be made in backward."""
+        """Called by ``optimizer.step()``: the updates that could not be made in backward, and the norm."""
         waiting = [self._slots[param] for param in self._passes]
         if self._waits_for_norm:
             self._clip_all(waiting)
         for slot in waiting:
             self._update(slot)
         self._passes.clear()
+        if not self._waits_for_norm:
+            squares = [self._squares.get(param, _no_square(param)) for param in self._slots]
+            self.grad_norm = _norm(list(self._slots.values()), squares)
+            self._squares.clear()
 
     @torch.no_grad()
     def _hook(self, param: Tensor) -> None:
@@ -108,22 +121,24 @@ class BackwardUpdates:
         first = param not in self._passes
         self._passes[param] = self._passes.get(param, 0) + 1
         last = self._passes[param] == self._accumulation_steps
-        if self._max_norm is not None and not self._waits_for_norm and self._accumulation_steps == 1:
-            _clip_one(slot, self._max_norm)
         if self._projects(slot) and (self._waits_for_norm or self._accumulation_steps > 1):
             self._squares[param] = _square_sum(local(dense_gradient(slot)))
             if first:
-                coordinates = self._optimizer.project_gradient(slot, refresh=True)
+                with self._optimizer.at_work([slot]) as (copy,):
+                    coordinates = self._optimizer.project_gradient(copy, refresh=True)
                 if coordinates is not None:
                     self._coordinates[param] = coordinates
             elif param in self._coordinates:
-                more = self._optimizer.project_gradient(slot, refresh=False)
+                with self._optimizer.at_work([slot]) as (copy,):
+                    more = self._optimizer.project_gradient(copy, refresh=False)
                 assert more is not None
                 self._coordinates[param] += more
             param.grad = None
         if last and not self._waits_for_norm:
             self._update(slot)
             del self._passes[param]
+        else:
+            _keep_alone(param)
 
     def _projects(self, slot: Slot) -> bool:
         return self._optimizer.coordinates_suffice(slot)
@@ -131,13 +146,15 @@ class BackwardUpdates:
     @torch.no_grad()
     def _update(self, slot: Slot) -> None:
         coordinates = self._coordinates.pop(slot.param, None)
+        gradient = coordinates if coordinates is not None or slot.grad is None else local(dense_gradient(slot))
+        if gradient is not None and not self._waits_for_norm:
+            square = self._squares[slot.param] = _square_sum(gradient)
+            if self._max_norm is not None:
+                gradient.mul_(_factor(_norm([slot], [square]), self._max_norm))
         if coordinates is not None:
-            if self._max_norm is not None and not self._waits_for_norm:
-                coordinates.mul_(_factor(_norm([slot], [_square_sum(coordinates)]), self._max_norm))
-            self._optimizer.step_coordinates(slot, coordinates)
+            with self._optimizer.at_work([slot]) as (copy,):
+                self._optimizer.step_coordinates(copy, coordinates)
         elif slot.param.grad is not None:
-            if self._max_norm is not None and not self._waits_for_norm and self._accumulation_steps > 1:
-                _clip_one(slot, self._max_norm)
             self._optimizer.step_slots([slot])
             slot.param.grad = None
 
@@ -164,8 +181,24 @@ class BackwardUpdates:
                 local(slot.param.grad).mul_(factor)
 
 
+def _keep_alone(param: Tensor) -> None:
+    """FSDP2 makes the gradients of a group in one piece of memory, which a norm's or a bias's would hold on to."""
+    if param.grad is None:
+        return
+    gradient = local(param.grad)
+    own = gradient.numel() * gradient.element_size()
+    if 4 * own < gradient.untyped_storage().nbytes():
+        param.grad = laid_out_as(param.grad, gradient.clone())
+
+
 def _square_sum(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).square().sum()
+    exact = torch.promote_types(tensor.dtype, torch.float32)
+    return torch.linalg.vector_norm(tensor, dtype=exact).square()  # makes no squares of its own to sum
+
+
+def _no_square(param: Tensor) -> Tensor:
+    """Of a gradient that is missing here, and may be there on other ranks."""
+    return torch.zeros((), dtype=torch.promote_types(param.dtype, torch.float32), device=local(param).device)
 
 
 def _norm(slots: list[Slot], squares: list[Tensor]) -> Tensor:
@@ -175,12 +208,6 @@ def _norm(slots: list[Slot], squares: list[Tensor]) -> Tensor:
 def _factor(norm: Tensor, max_norm: float) -> Tensor:
     """As torch.nn.utils.clip_grad_norm_."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
-
-
-def _clip_one(slot: Slot, max_norm: float) -> None:
-    assert slot.param.grad is not None
-    gradient = local(slot.param.grad)
-    gradient.mul_(_factor(_norm([slot], [_square_sum(gradient)]), max_norm))
 
 
 def _check(model: nn.Module, optimizer: MatrixOptimizer, accumulation_steps: Any, max_norm: Any, clip: str) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,7 +23,10 @@ from torch.optim.optimizer import ParamsT
 from optim import rules
 from optim.blocks import row_blocks
 from optim.quantization import as_stored, read, write
+from optim.rounding import store
 from optim.sharding import StateTensor, allocate, copy_into, first_column, local, max_over_shards
+from optim.slot import Slot, dense_gradient
+from optim.working_copies import COUNTER, Handed, chunked, copied, counted, is_copied, rounding_seed
 
 if TYPE_CHECKING:
     from optim.backward import BackwardUpdates
@@ -42,13 +46,14 @@ ROLES = (
 )
 
 
-class Slot(NamedTuple):
-    """One parameter with all that belongs to it."""
+SHARED_SETTINGS: dict[str, Any] = {"state_dtype": None, "stochastic_rounding": False, "offload_state": False}
+"""Settings of a group that every optimizer has, with their defaults: how weights and state are kept between steps.
 
-    name: str
-    param: Tensor  # sharded or not; shape is global
-    state: dict[str, Tensor]
-    group: dict[str, Any]
+``state_dtype``: of the moments: None (the parameter's), "float32", "bfloat16", "8bit" or "4bit"
+(``optim.quantization``). ``stochastic_rounding``: bfloat16 weights, and moments, are rounded stochastically
+(``optim.rounding``) and not to the nearest. ``offload_state``: state is kept in host memory, pinned where the parameter
+is on a GPU, and comes to the device for the step.
+"""
 
 
 class Traffic(NamedTuple):
@@ -89,10 +94,17 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
     resizes_state = False
     """Whether training changes the sizes of its state; ``optim.layout_bytes`` then tells those of the moment."""
 
+    offloads_state = True
+    """Whether its state may be in host memory, or in fewer bits: not where more than ``step_matrices`` reads it."""
+
+    converts_state = False
+    """Whether ``step_matrices`` reads moments of any type by itself; if not it is handed them in float32 or wider."""
+
     in_backward: BackwardUpdates | None = None  # of the class, because torch's copies and pickles drop attributes
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        super().__init__(params, {"role": None if self.needs_roles else "vector", **defaults})
+        everywhere = {"role": None if self.needs_roles else "vector", **SHARED_SETTINGS}
+        super().__init__(params, {**everywhere, **defaults})
 
     @abstractmethod
     def matrix_state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
@@ -100,7 +112,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
 
     @abstractmethod
     def step_matrices(self, slots: list[Slot]) -> None:
-        """Update matrices in place from ``slot.param.grad``, which may be None and is never written."""
+        """Update matrices in place from ``slot.grad``, which may be None and is never written."""
 
     @classmethod
     def shard_dim(cls, role: str, shape: Sequence[int], world_size: int) -> int:
@@ -140,6 +152,33 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
 
     def step_slots(self, slots: list[Slot]) -> None:
         """Update these parameters from their gradients."""
+        as_they_are: list[Slot] = []
+        as_copies: list[Slot] = []
+        for slot in slots:
+            (as_copies if is_copied(slot, self.handed(slot)) else as_they_are).append(slot)
+        self._step_as_they_are(as_they_are)
+        for chunk in chunked(as_copies):
+            with self.at_work(chunk) as copies:
+                self._step_as_they_are(copies)
+
+    @contextmanager
+    def at_work(self, slots: list[Slot]) -> Iterator[list[Slot]]:
+        """Slots as their method works on them, see ``optim.working_copies``; stored again on leaving."""
+        layouts = [self.state_layout(slot.name, slot.param, slot.group) for slot in slots]
+        with copied(slots, layouts, [self.handed(slot) for slot in slots]) as copies:
+            yield copies
+
+    def works_in_blocks(self, slot: Slot) -> bool:
+        """Whether the update of a parameter is AdamW's, which reads and stores anything, in blocks of rows."""
+        return slot.group["role"] not in self.method_roles
+
+    def handed(self, slot: Slot) -> Handed:
+        """In which types an update takes a parameter and its moments."""
+        if self.works_in_blocks(slot):
+            return Handed(rounded=False, moments=False)
+        return Handed(rounded=COUNTER in slot.state, moments=not self.converts_state)
+
+    def _step_as_they_are(self, slots: list[Slot]) -> None:
         matrices = [slot for slot in slots if slot.group["role"] in self.method_roles]
         for group in self.param_groups:
             if group["role"] not in self.method_roles and group["role"] != "frozen":
@@ -164,10 +203,10 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
 
     def step_adamw(self, slots: list[Slot]) -> None:
         """AdamW on parameters of one group, shard by shard."""
-        slots = [slot for slot in slots if slot.param.grad is not None]
+        slots = [slot for slot in slots if slot.grad is not None]
         if not slots:
             return
-        plain = [slot for slot in slots if slot.state["exp_avg"].dtype == slot.param.dtype]
+        plain = [slot for slot in slots if _is_plain(slot)]
         if plain:
             self._adamw(
                 slots[0].group,
@@ -178,7 +217,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
                 [slot.state["step"] for slot in plain],
             )
         for slot in slots:
-            if slot.state["exp_avg"].dtype != slot.param.dtype:
+            if not _is_plain(slot):
                 self._adamw_in_blocks(slot)
 
     @staticmethod
@@ -203,26 +242,41 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         )
 
     def _adamw_in_blocks(self, slot: Slot) -> None:
-        """Where moments are stored in another dtype than the parameter's: converted there and back, rows at a time."""
+        """Where the parameter or its moments are kept in other types than the arithmetic's: converted in blocks."""
         dtype = torch.promote_types(slot.param.dtype, torch.float32)
         param, grad, state = local(slot.param), local(dense_gradient(slot)), slot.state
         offset = first_column(slot.param)
         last_step = state["step"].clone()
         width = math.prod(param.shape[1:])
+        if COUNTER in state:
+            state[COUNTER] += 1
+        seeds = {key: rounding_seed(slot, key) for key in ("weight", "exp_avg", "exp_avg_sq")}
         # Columns that are shared with other ranks share scales, in a collective: one block, the same on all of them.
         # An empty shard is one block too, or its step would not be counted.
         blocks = row_blocks(param.shape[0], width, param.device) if offset is None and param.numel() else [slice(None)]
         for rows in blocks:
             weight = param[rows].to(dtype)
-            exp_avg = read(state, "exp_avg", rows, dtype, offset or 0)
-            exp_avg_sq = read(state, "exp_avg_sq", rows, dtype, offset or 0)
+            exp_avg = read(state, "exp_avg", rows, width, dtype, offset or 0)
+            exp_avg_sq = read(state, "exp_avg_sq", rows, width, dtype, offset or 0)
             state["step"].copy_(last_step)  # the rule counts one update, whatever the number of blocks
             self._adamw(slot.group, [weight], [grad[rows].to(dtype)], [exp_avg], [exp_avg_sq], [state["step"]])
-            param[rows].copy_(weight)
+            store(slot.param, weight, seeds["weight"], rows)
             for key, value in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-                write(state, key, rows, value, offset or 0, lambda scale: max_over_shards(slot.param, scale))
+                if seeds[key] is not None and state[key].dtype == torch.bfloat16:
+                    store(state[key], value, seeds[key], rows)
+                else:
+                    write(state, key, rows, value, offset or 0, lambda scale: max_over_shards(slot.param, scale))
 
     # --------------------------------------------------------------------------------------------------------- state
+
+    def _check_storage(self, group: dict[str, Any]) -> None:
+        in_bits = group["state_dtype"] is not None and group["role"] in self.method_roles and not self.converts_state
+        for key in ["offload_state"] * group["offload_state"] + ["state_dtype"] * in_bits:
+            if not self.offloads_state:
+                raise ValueError(
+                    f"{key}={group[key]!r} for parameters with role {group['role']!r}, but {type(self).__name__} works "
+                    "on their state between steps too; leave it as it is, or take another optimizer"
+                )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Check a group and allocate its state; raises ValueError for hyperparameters that do not fit."""
@@ -230,6 +284,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         group = self.param_groups[-1]
         try:
             _check_group(group, len(self.param_groups) - 1)
+            self._check_storage(group)
             for name, param in _named_parameters(group):
                 self._allocate(name, param, group)
         except Exception:
@@ -244,11 +299,20 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
             layout = self.matrix_state(name, param, group)
         else:
             layout = {} if group["role"] == "frozen" else adamw_state(param)
-        return as_stored(layout, group.get("state_dtype"))
+        return counted(as_stored(layout, group["state_dtype"]), param, group)
 
     def _allocate(self, name: str, param: Tensor, group: dict[str, Any]) -> None:
         layout = self.state_layout(name, param, group)
-        self.state[param] = {key: allocate(spec, param) for key, spec in layout.items()}
+        on_host = group["offload_state"]
+        self.state[param] = {key: allocate(spec, param, on_host=on_host) for key, spec in layout.items()}
+        if first_column(param) is not None and local(param).shape[1] % 2:
+            packed = [key for key, spec in layout.items() if spec.layout == "parameter" and spec.shape != param.shape]
+            if packed:
+                raise ValueError(
+                    f"state_dtype='4bit' keeps two columns of {packed[0]!r} in a byte, and {name!r}, of shape "
+                    f"{tuple(param.shape)}, is sharded into {local(param).shape[1]} columns a rank: shard it along "
+                    "dimension 0, or use '8bit'"
+                )
 
     def slots(self) -> Iterator[Slot]:
         """All parameters with their state, group by group."""
@@ -302,7 +366,13 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
                 _check_loadable(slot, saved)
         if objection is not None:
             raise ValueError(objection)
+        kept_as = [{key: group[key] for key in SHARED_SETTINGS} for group in self.param_groups]
+        groups = self.param_groups
         super().load_state_dict(state_dict)
+        for group, loaded, settings in zip(groups, self.param_groups, kept_as, strict=True):
+            group.clear()
+            group.update({**loaded, **settings})
+        self.param_groups = groups  # the same ones: updates fused into backward hold them
         for i, slot in zip(saved_ids, slots, strict=True):
             for key, value in state_dict["state"].get(i, {}).items():
                 copy_into(slot.state[key], value)
@@ -336,13 +406,10 @@ def adamw_state(param: Tensor) -> dict[str, StateTensor]:
     }
 
 
-def dense_gradient(slot: Slot) -> Tensor:
-    """The parameter's gradient, which must exist; raises ValueError if it is sparse."""
-    grad = slot.param.grad
-    assert grad is not None
-    if grad.is_sparse:
-        raise ValueError(f"the gradient of {slot.name!r} is sparse; expected a dense one: build it with sparse=False")
-    return grad
+def _is_plain(slot: Slot) -> bool:
+    """Whether AdamW may work on it in place."""
+    dtypes = {slot.param.dtype, slot.state["exp_avg"].dtype, dense_gradient(slot).dtype}
+    return len(dtypes) == 1 and COUNTER not in slot.state
 
 
 def _named_parameters(group: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -361,6 +428,9 @@ def _check_group(group: dict[str, Any], index: int) -> None:
         value = group[key]
         if not isinstance(value, Tensor) and not (is_number(value) and value >= 0):
             raise ValueError(f"parameter group {index} has {key}={value!r}; expected a number >= 0")
+    for key in ("stochastic_rounding", "offload_state"):
+        if not isinstance(group[key], bool):
+            raise ValueError(f"parameter group {index} has {key}={group[key]!r}; expected True or False")
     betas = group["betas"]
     if not isinstance(betas, Sequence) or len(betas) != 2 or not all(is_number(b) and 0 <= b < 1 for b in betas):
         raise ValueError(f"parameter group {index} has betas={betas!r}; expected two numbers in [0, 1)")

@@ -70,6 +70,7 @@ class LowRankOptimizer(MatrixOptimizer, ABC):
     """
 
     structural_settings = ("basis", "residual")
+    converts_state = True
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         common = {"scale": 1.0, "residual_scale": 1.0, "rho": 0.0, "seed": 0, "state_dtype": None}

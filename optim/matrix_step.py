@@ -40,7 +40,7 @@ class MatrixStep:
         self.r = slot.state["column_age"].numel()
         self.is_due = self.steps % slot.group["refresh_interval"] == 0
         self.has_directions = self.steps > 0
-        self.had_gradient = slot.param.grad is not None or coordinates is not None
+        self.had_gradient = slot.grad is not None or coordinates is not None
         self.dtype = torch.promote_types(slot.param.dtype, torch.float32)
         self.like = torch.empty((), dtype=self.dtype, device=slot.param.device)
         self.previous: Previous | None = None
@@ -61,6 +61,10 @@ class MatrixStep:
     def basis_keys(self) -> list[str]:
         """What the basis stores."""
         return list(self.basis.state_tensors(self.d, self.r, self.dtype))
+
+    def moment(self, key: str, rows: slice) -> Tensor:
+        """Rows (b, r), to be stored again."""
+        return read(self.state, key, rows, self.r, self.dtype)
 
     def residual_rows(self, rows: slice) -> dict[str, Tensor]:
         """What the residual stores of these rows."""
@@ -99,7 +103,7 @@ class MatrixStep:
         if not rho or not self.steps:
             return target
         age = self.state["column_age"].double()
-        mean = read(self.state, "exp_avg", everything, self.dtype) / (1 - self.group["betas"][0] ** age).to(self.dtype)
+        mean = self.moment("exp_avg", everything) / (1 - self.group["betas"][0] ** age).to(self.dtype)
         return self.directions(self.state).lift(mean).mul_(rho).add_(target, alpha=1 - rho)
 
     def change_directions(self, new: Mapping[str, Tensor]) -> None:
@@ -107,7 +111,7 @@ class MatrixStep:
         old = {key: self.state[key].clone() for key in self.basis_keys}
         if self.steps:
             everything = slice(None)
-            exp_avg, exp_avg_sq = (read(self.state, key, everything, self.dtype) for key in ("exp_avg", "exp_avg_sq"))
+            exp_avg, exp_avg_sq = (self.moment(key, everything) for key in ("exp_avg", "exp_avg_sq"))
             age = self.state["column_age"]
             if self.residual.tracks_momentum:
                 self.previous = Previous(self.directions(old), exp_avg.clone())
@@ -176,8 +180,7 @@ class MatrixStep:
             else:
                 assert self.given is not None
                 gradient = coordinates = self.given[rows]  # of the gradient itself nothing is needed
-            exp_avg = read(state, "exp_avg", rows, self.dtype)
-            exp_avg_sq = read(state, "exp_avg_sq", rows, self.dtype)
+            exp_avg, exp_avg_sq = self.moment("exp_avg", rows), self.moment("exp_avg_sq", rows)
             carried, previous = None, None
             if self.previous is not None:
                 carried = exp_avg.clone()

@@ -45,13 +45,18 @@ def predicted_state_bytes(
     return layout_bytes(create(name, groups, **arguments), world_size=world_size, shard=shard)
 
 
-def layout_bytes(optimizer: MatrixOptimizer, *, world_size: int = 1, shard: int = 0) -> int:
+def layout_bytes(
+    optimizer: MatrixOptimizer, *, world_size: int = 1, shard: int = 0, on_device_only: bool = False
+) -> int:
     """Bytes of state by the layouts of an optimizer as it is now; arguments as for ``predicted_state_bytes``.
 
-    The parameters may be sharded or not: their global shapes are read.
+    The parameters may be sharded or not: their global shapes are read. ``on_device_only``: without state that is
+    offloaded.
     """
     total = 0
     for slot in optimizer.slots():
+        if on_device_only and slot.group["offload_state"]:
+            continue
         dim = optimizer.shard_dim(slot.group["role"], slot.param.shape, world_size)
         for spec in optimizer.state_layout(slot.name, slot.param, slot.group).values():
             total += math.prod(local_shape(spec, dim, shard, world_size)) * spec.dtype.itemsize

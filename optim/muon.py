@@ -129,7 +129,7 @@ class Muon(MatrixOptimizer):
 def _averaged(slot: Slot) -> Tensor:
     """X, this rank's part of it shaped as the parameter; updates M."""
     dtype = torch.promote_types(slot.param.dtype, torch.float32)
-    if slot.param.grad is None:
+    if slot.grad is None:
         return torch.zeros_like(local(slot.param), dtype=dtype)
     stored, mu = local(slot.state["momentum"]), slot.group["momentum"]
     gradient = local(dense_gradient(slot)).to(dtype)
@@ -142,7 +142,7 @@ def _averaged(slot: Slot) -> Tensor:
 def _apply(slot: Slot, update: Tensor) -> None:
     group = slot.group
     slot.state["step"] += 1
-    if group["weight_decay"] and slot.param.grad is not None:
+    if group["weight_decay"] and slot.grad is not None:
         local(slot.param).mul_(1 - group["lr"] * group["weight_decay"])
     scale = _SCALES[group["adjust_lr"]](*matrix_shape(slot.param.shape))
     add_tall(slot.param, update.to(torch.promote_types(slot.param.dtype, torch.float32)) * (-scale * group["lr"]))

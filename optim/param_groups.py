@@ -13,7 +13,9 @@ from optim.base import ROLES
 __all__ = ["param_groups"]
 
 
-def param_groups(model: nn.Module, *, rules: Mapping[str, Mapping[str, Any]] | None = None) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module, *, rules: Mapping[str, Mapping[str, Any]] | None = None, **settings: Any
+) -> list[dict[str, Any]]:
     """Parameter groups with roles, for any optimizer of this package; every trainable parameter exactly once.
 
     Roles: ``matrix`` (weight of an ``nn.Linear``), ``embedding``, ``head`` (what ``get_output_embeddings()`` returns,
@@ -27,6 +29,8 @@ def param_groups(model: nn.Module, *, rules: Mapping[str, Mapping[str, Any]] | N
 
     Args:
         model: before or after ``fully_shard``.
+        settings: of every group, where no rule says otherwise: ``stochastic_rounding=True``, ``offload_state=True``
+            (``optim.base.SHARED_SETTINGS``), or any the optimizer has.
         rules: regular expression -> settings for the parameters whose name it matches (``re.search``; the first rule
             that matches wins), e.g. ``{"k_proj": {"rank": 32}, r"layers\\.0\\.": {"role": "vector"}}``.
 
@@ -41,16 +45,17 @@ def param_groups(model: nn.Module, *, rules: Mapping[str, Mapping[str, Any]] | N
         if not param.requires_grad and roles.get(param) != "frozen":
             continue
         pattern = next((p for p in rules if re.search(p, name)), None)
-        settings = dict(rules[pattern]) if pattern is not None else {}
+        ruled = rules[pattern] if pattern is not None else {}
+        own = {**settings, **ruled}
         if pattern is not None:
             matched.add(pattern)
-        role = settings.pop("role", roles.get(param, "vector"))
+        role = own.pop("role", roles.get(param, "vector"))
         if role not in ROLES:
             raise ValueError(f"rule {pattern!r} gives role {role!r}; expected one of {', '.join(ROLES)}")
         exempt = role == "vector" and param.ndim < 2
         if exempt:
-            settings.setdefault("weight_decay", 0.0)
-        group = groups.setdefault((role, pattern, exempt), {"params": [], "role": role, **settings})
+            own["weight_decay"] = ruled.get("weight_decay", 0.0)
+        group = groups.setdefault((role, pattern, exempt), {"params": [], "role": role, **own})
         group["params"].append((name, param))
     unmatched = [pattern for pattern in rules if pattern not in matched]
     if unmatched:

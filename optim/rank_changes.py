@@ -10,6 +10,7 @@ Q (r, d) are the directions of ``optim.welore_adamw``; dense is AdamW's state. N
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterable, Sequence
 
@@ -108,8 +109,11 @@ def _wide(slot: Slot) -> torch.dtype:
 
 
 def _low_rank_moments(slot: Slot) -> Moments:
-    exp_avg, exp_avg_sq = (read(slot.state, key, slice(None), _wide(slot)) for key in ("exp_avg", "exp_avg_sq"))
-    return Moments(exp_avg, exp_avg_sq, slot.state["column_age"])
+    age = slot.state["column_age"]
+    exp_avg, exp_avg_sq = (
+        read(slot.state, key, slice(None), age.numel(), _wide(slot)) for key in ("exp_avg", "exp_avg_sq")
+    )
+    return Moments(exp_avg, exp_avg_sq, age)
 
 
 def _store_low_rank(slot: Slot, moments: Moments, basis: Tensor) -> None:
@@ -154,4 +158,6 @@ def _from_dense(slot: Slot, basis: Tensor) -> None:
 
 def _dense_moment(slot: Slot, key: str) -> Tensor:
     """(m_local, d), in float32 or wider; a collective where ``tall`` is."""
-    return tall(slot.param, read(slot.state, key, slice(None), _wide(slot), first_column(slot.param) or 0))
+    width = math.prod(local(slot.param).shape[1:])
+    moment = read(slot.state, key, slice(None), width, _wide(slot), first_column(slot.param) or 0)
+    return tall(slot.param, moment)

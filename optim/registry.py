@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from optim.adamw import AdamW
-from optim.base import MatrixOptimizer
+from optim.base import SHARED_SETTINGS, MatrixOptimizer
 from optim.low_rank_adamw import APOLLO, FRUGAL, APOLLOMini, DCTAdamW, Fira, GaLoreAdamW, LDAdam, LowRankAdamW
 from optim.muon import Muon
 from optim.param_groups import param_groups
@@ -62,7 +62,7 @@ def describe(name: str) -> str:
 
 def check_arguments(name: str, arguments: Iterable[str]) -> None:
     """Raise ValueError, with the valid list, for an argument that the optimizer does not take."""
-    valid = list(_arguments(find(name)))
+    valid = [*_arguments(find(name)), *SHARED_SETTINGS]
     for argument in arguments:
         if argument not in valid:
             raise ValueError(f"optimizer {name!r} takes no argument {argument!r}; {_suggestion(argument, valid)}")
@@ -76,15 +76,18 @@ def create(
     Args:
         name: one of ``names()``.
         model: a module (its groups are made by ``param_groups``) or parameter groups.
-        arguments: the class's own, ``lr`` among them.
+        arguments: the class's own, ``lr`` among them; and, for all groups, those of ``optim.base.SHARED_SETTINGS``.
 
     Raises:
         ValueError: unknown name or argument, or one that does not fit the parameters.
     """
     check_arguments(name, arguments)
     cls = find(name)
-    if isinstance(model, nn.Module) and cls.layers is None:
-        return cls(param_groups(model), **arguments)
+    shared = {key: arguments.pop(key) for key in SHARED_SETTINGS if key in arguments}
+    if isinstance(model, nn.Module):
+        return cls(param_groups(model, **shared) if shared or cls.layers is None else model, **arguments)  # type: ignore[arg-type]
+    if shared:
+        model = [{**shared, **(group if isinstance(group, dict) else {"params": [group]})} for group in model]
     return cls(model, **arguments)  # type: ignore[arg-type]
 
 

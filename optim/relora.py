@@ -87,6 +87,8 @@ class ReLoRA(MatrixOptimizer):
     """
 
     source = "Lialin et al., arXiv 2307.05695"
+    offloads_state = False
+    converts_state = True
     layers = "adapter"
     refresh_setting = "restart_every"
     method_roles = frozenset({"lora_a", "lora_b"})

@@ -101,7 +101,7 @@ class SCALE(MatrixOptimizer):
             squares[i] = total
         for slot, direction, square in zip(slots, directions, squares, strict=True):
             slot.state["step"] += 1
-            if slot.param.grad is not None:
+            if slot.grad is not None:
                 _apply(slot, direction, square)
 
 
@@ -116,7 +116,7 @@ def _inputs_are_split(slot: Slot) -> bool:
 
 def _direction(slot: Slot) -> Tensor:
     """m, this rank's part of it; updates the head's."""
-    if slot.param.grad is None:
+    if slot.grad is None:
         return torch.zeros((), dtype=slot.param.dtype, device=slot.param.device).expand(local(slot.param).shape)
     gradient = local(dense_gradient(slot))
     if "momentum" not in slot.state:

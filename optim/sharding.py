@@ -26,12 +26,14 @@ __all__ = [
     "accumulator",
     "add_tall",
     "allocate",
+    "block_origin",
     "chunk_sizes",
     "commit",
     "copy_into",
     "decide_on_one_rank",
     "first_column",
     "is_sharded",
+    "laid_out_as",
     "local",
     "local_shape",
     "matrix_shape",
@@ -142,11 +144,18 @@ def local_shape(spec: StateTensor, shard_dim: int, index: int, parts: int) -> tu
     return tuple(shape)
 
 
-def allocate(spec: StateTensor, param: Tensor) -> Tensor:
+def allocate(spec: StateTensor, param: Tensor, *, on_host: bool = False) -> Tensor:
     """Zeros for one state tensor of ``param``; a DTensor with explicit global shape and stride where it is sharded.
 
     A plain local tensor would be taken for replicated by every checkpoint path and silently overwritten.
+
+    Args:
+        spec: what to allocate.
+        param: whose state it is.
+        on_host: in CPU memory whatever the parameter's device, pinned where that is a GPU; sharded all the same.
     """
+    if on_host and spec.layout != "host" and local(param).device.type != "cpu":
+        return _on_host(allocate(spec, param))
     info = _shard_info(param)
     if spec.layout == "host":
         return torch.zeros(spec.shape, dtype=spec.dtype)
@@ -169,6 +178,17 @@ def allocate(spec: StateTensor, param: Tensor) -> Tensor:
         shape=torch.Size(spec.shape),
         stride=_contiguous_stride(spec.shape),
     )
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    if local(tensor).is_meta:
+        return tensor
+    pinned = torch.zeros(local(tensor).shape, dtype=tensor.dtype, pin_memory=True)
+    if not isinstance(tensor, DTensor):
+        return pinned
+    there = tensor.cpu()  # keeps mesh and placements, which from_local would not: it moves to the mesh's device
+    there._local_tensor = pinned  # type: ignore[attr-defined]  # as FSDP2's own CPU offload does
+    return there
 
 
 @torch.no_grad()
@@ -212,6 +232,28 @@ def first_column(param: Tensor) -> int | None:
     if info is None or info.count == 1 or param.ndim != 2 or info.dim != 1:
         return None
     return sum(chunk_sizes(param.shape[1], info.count)[: info.index])
+
+
+def block_origin(tensor: Tensor) -> tuple[int, int]:
+    """Row and column of the whole matrix (the first dimension by all others) where this rank's part begins.
+
+    Of more than two dimensions, cut along another than the first, the columns are those of the cut part.
+    """
+    info = _shard_info(tensor)
+    if info is None or info.count == 1:
+        return 0, 0
+    start = sum(chunk_sizes(tensor.shape[info.dim], info.count)[: info.index])
+    return (start, 0) if info.dim == 0 else (0, start * math.prod(tensor.shape[info.dim + 1 :]))
+
+
+def laid_out_as(tensor: Tensor, block: Tensor) -> Tensor:
+    """A tensor that is sharded as another, with this local part: of the same shape, perhaps another dtype."""
+    if not isinstance(tensor, DTensor):
+        return block
+    stride = _contiguous_stride(tensor.shape)
+    return DTensor.from_local(
+        block, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=stride
+    )
 
 
 def row_range(param: Tensor) -> range:

@@ -101,6 +101,7 @@ class SST(MatrixOptimizer):
     """
 
     source = "Zhao et al., arXiv 2405.15481"
+    offloads_state = False
     layers = "spectral"
     method_roles = frozenset({"singular_vectors", "singular_values"})
     refresh_setting = "resample_every"
@@ -181,7 +182,7 @@ class SST(MatrixOptimizer):
         if self._began is None:
             self._began = time.perf_counter()
         for slot in slots:
-            if slot.param.grad is not None:
+            if slot.grad is not None:
                 update = _update_vectors if slot.group["role"] == "singular_vectors" else _update_values
                 update(slot)
 

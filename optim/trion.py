@@ -131,7 +131,7 @@ class Trion(MatrixOptimizer):
         """The update of the module's docstring; every rank goes through the same matrices, with or without gradient."""
         for slot in slots:
             slot.state["step"] += 1
-            if slot.param.grad is not None:
+            if slot.grad is not None:
                 local(slot.state["momentum"]).add_(local(dense_gradient(slot)))  # B, in the place of M
         self._choose_columns(slots)
         coordinates = [max(matrix_shape(slot.param.shape)) * slot.state["basis_index"].numel() for slot in slots]
@@ -140,7 +140,7 @@ class Trion(MatrixOptimizer):
             b = [_projected(slot, columns) for slot, columns in zip(chunk, directions, strict=True)]
             o = orthogonalized([slot.param for slot in chunk], b)
             for slot, columns, decaying, update in zip(chunk, directions, b, o, strict=True):
-                if slot.group["weight_decay"] and slot.param.grad is not None:
+                if slot.group["weight_decay"] and slot.grad is not None:
                     local(slot.param).mul_(1 - slot.group["lr"] * slot.group["weight_decay"])
                 rows, width = matrix_shape(slot.param.shape)
                 scale = max(1.0, math.sqrt(rows / width))
@@ -176,7 +176,7 @@ def _directions(slot: Slot) -> Directions:
 def _momentum(slot: Slot) -> Tensor:
     """B (m_local, d) as it is stored; zeros where a gradient is missing."""
     momentum = local(slot.state["momentum"])
-    return tall(slot.param, momentum if slot.param.grad is not None else torch.zeros_like(momentum))
+    return tall(slot.param, momentum if slot.grad is not None else torch.zeros_like(momentum))
 
 
 def _projected(slot: Slot, directions: Directions) -> Tensor:

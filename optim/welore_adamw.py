@@ -131,6 +131,7 @@ class WeLoreAdamW(LowRankOptimizer):
     """
 
     source = "Jaiswal et al., arXiv 2407.11239"
+    offloads_state = False
     resizes_state = True
     skipped_allocations = 0
     """Since the optimizer was made, for spectra that were not finite."""
@@ -446,13 +447,13 @@ def _is_watched(group: Mapping[str, Any], clock: int) -> bool:
 
 
 def _tall_gradient(slot: Slot) -> Tensor:
-    return tall(slot.param, torch.zeros_like(slot.param) if slot.param.grad is None else dense_gradient(slot))
+    return tall(slot.param, torch.zeros_like(slot.param) if slot.grad is None else dense_gradient(slot))
 
 
 def _magnitude(slot: Slot) -> Tensor:
     """Of this rank's gradient: 0 if there is none."""
     dtype = torch.promote_types(slot.param.dtype, torch.float32)
-    if slot.param.grad is None:
+    if slot.grad is None:
         return torch.zeros((), dtype=dtype, device=slot.param.device)
     return local(dense_gradient(slot)).to(dtype).abs().sum()
 

@@ -14,6 +14,7 @@ from optim.base import Slot, adamw_state
 from optim.low_rank import low_rank_state
 from optim.quantization import as_stored
 from optim.sharding import StateTensor, allocate, matrix_shape
+from optim.working_copies import counted
 
 __all__ = [
     "RankCosts",
@@ -60,7 +61,8 @@ def gram_layout(param: Tensor) -> StateTensor:
 
 def stored_layout(slot: Slot, rank: int | None, *, with_gram: bool) -> dict[str, StateTensor]:
     """As ``rank_layout``, in the types that moments are stored in."""
-    return as_stored(rank_layout(slot.param, slot.group, rank, with_gram=with_gram), slot.group["state_dtype"])
+    stored = as_stored(rank_layout(slot.param, slot.group, rank, with_gram=with_gram), slot.group["state_dtype"])
+    return counted(stored, slot.param, slot.group)
 
 
 class RankCosts:

@@ -120,7 +120,7 @@ def test_a_basis_that_does_not_exist_in_a_size_is_refused(name: str, d: int) -> 
         ({"residual_scale": "1"}, r"^residual_scale='1' for 'layer0\.weight'; expected a number >= 0$"),
         ({"seed": -1}, r"^seed=-1 for 'layer0\.weight'; expected a whole number >= 0$"),
         ({"seed": 1.0}, r"^seed=1\.0 for 'layer0\.weight'; expected a whole number >= 0$"),
-        ({"state_dtype": "4bit"}, r"^state_dtype='4bit'; expected None or one of float32, bfloat16, 8bit$"),
+        ({"state_dtype": "2bit"}, r"^state_dtype='2bit'; expected None or one of float32, bfloat16, 8bit, 4bit$"),
         ({"basis": "gaussian", "residual": "sign", "moments": "keep"}, r"^residual='sign' for .* orthonormal "),
         ({"basis": "gaussian", "residual": "drop", "moments": "rotate"}, r"^moments='rotate' for .* orthonormal "),
     ],

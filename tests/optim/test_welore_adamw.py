@@ -25,7 +25,7 @@ from lowrank_train.parallel import Ranks
 from optim import WeLoreAdamW
 from optim.basis import Moments
 from optim.basis.dense import rotate
-from optim.quantization import dequantize
+from optim.quantization import read
 from optim.rank_allocation import SCORES
 from tests.distributed import run_distributed
 from tests.optim.models import MixedModel, all_whole, assert_equal, build, laid_out_as, run_steps, states, weights
@@ -292,9 +292,8 @@ def test_moments_survive_the_way_to_adamw_and_back_in_few_bits(dtype: torch.dtyp
 
     def lifted() -> Tensor:
         state = optimizer.state[param]
-        exp_avg = state["exp_avg"]
-        if "exp_avg_scale" in state:
-            exp_avg = dequantize(exp_avg, state["exp_avg_scale"], torch.float32)
+        width = param.shape[1] if "age" in state else state["column_age"].numel()
+        exp_avg = read(state, "exp_avg", slice(None), width, torch.float32)
         if "age" in state:
             return exp_avg.float() / (1 - 0.9 ** float(state["age"]))
         return ((exp_avg.float() / (1 - 0.9 ** state["column_age"].clamp(min=1))) @ state["basis"].float()).mT

@@ -91,7 +91,7 @@ def test_what_cannot_be_asked(arguments: list[str], message: str) -> None:
         ([*ONE, "--budget", "200MiB", "--largest", "batch"], "too small: llama_60m with adamw .* needs .* GiB"),
         ([*ONE, "--optimizer", "galore_adamw", "--rank", "600"], "rank=600 exceeds"),
         ([*ONE, "--optimizer", "scale", "--largest", "rank"], "has no rank"),
-        ([*ONE, "--optimizer", "scale", "--state-dtype", "8bit"], "takes no state_dtype"),
+        ([*ONE, "--state-dtype", "2bit"], "state_dtype='2bit'; expected None or one of float32, bfloat16, 8bit, 4bit"),
     ],
 )
 def test_what_has_no_answer(arguments: list[str], message: str) -> None:

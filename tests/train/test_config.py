@@ -39,10 +39,10 @@ ALL_KEYS = flat(OmegaConf.to_container(OmegaConf.structured(Config)))
 
 def test_files_are_merged_left_to_right_and_overrides_come_last(tmp_path: Path) -> None:
     first = write(tmp_path / "first.yaml", "steps: 1\nseq_len: 11\nseed: 111\nmodel: {name: opt_125m}\n")
-    second = write(tmp_path / "second.yaml", "seq_len: 22\nseed: 222\nmodel: {gradient_checkpointing: true}\n")
+    second = write(tmp_path / "second.yaml", "seq_len: 22\nseed: 222\nmodel: {checkpointing: full}\n")
     config = load_config(["seed=333", first, second, "data.vocab_size=400"])
     assert (config.steps, config.seq_len, config.seed) == (1, 22, 333)
-    assert (config.model.name, config.model.gradient_checkpointing) == ("opt_125m", True)
+    assert (config.model.name, config.model.checkpointing) == ("opt_125m", "full")
     assert config.data.vocab_size == 400
     assert config.micro_batch == Config().micro_batch
     assert load_config([second, first]).seq_len == 11

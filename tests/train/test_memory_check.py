@@ -36,10 +36,10 @@ def test_the_largest_smaller_micro_batch_is_proposed() -> None:
 
 def test_checkpointing_is_proposed_where_no_micro_batch_is_small_enough() -> None:
     words = ("seq_len=2048", "tokens_per_step=65536", "micro_batch=32")
-    limit = predict(config(*words, "micro_batch=2", "model.gradient_checkpointing=true")).peak
+    limit = predict(config(*words, "micro_batch=2", "model.checkpointing=full")).peak
     assert limit < predict(config(*words, "micro_batch=1")).peak
     change = setting_that_fits(config(*words), limit, world_size=1)
-    assert change == "model.gradient_checkpointing=true micro_batch=2"
+    assert change == "model.checkpointing=full micro_batch=2"
     check_fits(config(*words, *change.split()), limit, world_size=1)  # what is proposed is what fits
 
 

@@ -73,7 +73,7 @@ def test_more_of_anything_needs_more() -> None:
     one = peaks("micro_batch=1", "tokens_per_step=16384")
     assert peaks("micro_batch=2", "tokens_per_step=16384").peak > one.peak
     assert peaks("micro_batch=1", "tokens_per_step=8192", world_size=8).peak < one.peak / 2
-    checkpointed = peaks("micro_batch=1", "tokens_per_step=16384", "model.gradient_checkpointing=true")
+    checkpointed = peaks("micro_batch=1", "tokens_per_step=16384", "model.checkpointing=full")
     assert checkpointed.forward.activations < one.forward.activations / 10
     small = peaks("micro_batch=1", "tokens_per_step=16384", "loss_chunk=128")
     assert small.forward.logits == pytest.approx(one.forward.logits / 8)
@@ -92,7 +92,7 @@ def test_gradients_wait_only_where_they_accumulate() -> None:
     [
         ("optimizer.name=adamw",),
         ("optimizer.name=dct_adamw", "precision=bfloat16"),
-        ("model.name=opt_125m", "model.overrides.num_hidden_layers=2", "model.gradient_checkpointing=true"),
+        ("model.name=opt_125m", "model.overrides.num_hidden_layers=2", "model.checkpointing=full"),
     ],
     ids=lambda settings: settings[0].split("=")[1],
 )

@@ -16,7 +16,7 @@ BOUND = 0.03
 PEAK_BOUND = 0.02
 
 SETTINGS = [
-    (1, "llama_60m seq_len=256 micro_batch=4 precision=bfloat16 model.gradient_checkpointing=true"),
+    (1, "llama_60m seq_len=256 micro_batch=4 precision=bfloat16 model.checkpointing=full"),
     (8, "llama_130m seq_len=512 micro_batch=2 optimizer.name=dct_adamw precision=bfloat16"),
     (1, "llama_130m seq_len=256 micro_batch=1 optimizer.name=scale"),
     (2, "opt_125m seq_len=256 micro_batch=2 precision=bfloat16"),
@@ -24,7 +24,7 @@ SETTINGS = [
     (8, "opt_350m seq_len=256 micro_batch=1 optimizer.name=galore_adamw"),
     (1, "llama_60m seq_len=256 micro_batch=1 optimizer.name=sst optimizer.rank=64"),
     (8, "llama_60m seq_len=256 micro_batch=1 optimizer.name=lora optimizer.rank=16"),
-    (8, "llama_7b seq_len=1024 micro_batch=1 precision=bfloat16 model.gradient_checkpointing=true"),
+    (8, "llama_7b seq_len=1024 micro_batch=1 precision=bfloat16 model.checkpointing=full"),
     (8, "opt_6.7b seq_len=1024 micro_batch=1"),
 ]
 """Of three layers (first, last, and one between): more only repeat them, in minutes where these take seconds."""

@@ -86,7 +86,7 @@ DOUBLE = {"precision": "float64", "optimizer": "dct_adamw"}
         (2, ["parallel.replicas=2"]),
         (4, ["parallel.replicas=2", "parallel.shards=2", "micro_batch=1"]),
         (4, []),
-        (2, ["model.gradient_checkpointing=true"]),
+        (2, ["model.checkpointing=full"]),
         (1, ["loss_chunk=7"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
@@ -111,12 +111,13 @@ def test_gradient_checkpointing_recomputes(text: Path, tmp_path: Path) -> None:
         torch.nn.functional.scaled_dot_product_attention = counted
 
     counts = []
-    for switch in ("false", "true"):
-        words = arguments(text, tmp_path / switch, "steps=1", f"model.gradient_checkpointing={switch}", "micro_batch=8")
+    for i, setting in enumerate([("none",), ("full",), ("full", "model.checkpointed_layers=1"), ("selective",)]):
+        more = [f"model.checkpointing={setting[0]}", *setting[1:]]
+        words = arguments(text, tmp_path / str(i), "steps=1", *more, "micro_batch=8")
         calls.write_text("")
         train_on(1, words, before=count_attention)
         counts.append(len(calls.read_text()))
-    assert counts == [2, 4]  # one per layer, and once more in backward
+    assert counts == [2, 4, 3, 4]  # one per layer, and once more in backward; of selective only the call
 
 
 @pytest.mark.parametrize(("model", "optimizer"), [("llama", "adamw"), ("opt", "dct_adamw")])

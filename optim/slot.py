@@ -1,0 +1,33 @@
+"""One parameter with all that belongs to it, as the steps of this package see it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+__all__ = ["Slot", "dense_gradient"]
+
+
+class Slot(NamedTuple):
+    """One parameter with all that belongs to it."""
+
+    name: str
+    param: Tensor  # sharded or not; shape is global
+    state: dict[str, Tensor]
+    group: dict[str, Any]
+    stands_for: Tensor | None = None  # the model's own parameter, where ``param`` is a copy to work on
+
+    @property
+    def grad(self) -> Tensor | None:
+        """Of the model's parameter; its dtype is that one's."""
+        return (self.param if self.stands_for is None else self.stands_for).grad
+
+
+def dense_gradient(slot: Slot) -> Tensor:
+    """The parameter's gradient, which must exist; raises ValueError if it is sparse."""
+    grad = slot.grad
+    assert grad is not None
+    if grad.is_sparse:
+        raise ValueError(f"the gradient of {slot.name!r} is sparse; expected a dense one: build it with sparse=False")
+    return grad

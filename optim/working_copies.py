@@ -1,0 +1,129 @@
+"""Parameters and their state as a step works on them, where they are kept as something else between steps.
+
+    kept                                                   worked on
+    weight, moments in bfloat16, rounded stochastically    float32
+    moments in fewer bits, of a method that knows of none  float32
+    state in host memory                                   the same on the parameter's device
+
+A copy has the shape, the shards and the gradient of what it stands for, so no method knows of it. Matrices are copied
+a few at a time; what a step holds beyond them does not grow with the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from optim.blocks import chunks
+from optim.quantization import MOMENTS, read, write
+from optim.rounding import seed_of, store
+from optim.sharding import StateTensor, first_column, laid_out_as, local, max_over_shards, shard_count
+from optim.slot import Slot
+
+__all__ = ["AT_ONCE", "COUNTER", "Handed", "chunked", "copied", "counted", "is_copied", "rounding_seed"]
+
+COUNTER = "times_rounded"
+"""State of what is rounded stochastically: () int32."""
+
+AT_ONCE = 2**26
+"""Of the matrices that are copied together: 256 MiB of float32, or one matrix that is larger."""
+
+
+def counted(layout: dict[str, StateTensor], param: Tensor, group: Mapping[str, Any]) -> dict[str, StateTensor]:
+    """A layout, and the counter of what is rounded stochastically."""
+    if layout and group["stochastic_rounding"] and param.dtype == torch.bfloat16:
+        layout[COUNTER] = StateTensor((), torch.int32, "replicated")
+    return layout
+
+
+def rounding_seed(slot: Slot, key: str) -> Tensor | None:
+    """For storing the weight or a state tensor of a slot, another each time; None if it is rounded to the nearest."""
+    if COUNTER not in slot.state:
+        return None
+    return seed_of(f"{slot.name}/{key}", slot.state[COUNTER])
+
+
+class Handed(NamedTuple):
+    """What an update wants to be handed in float32 or wider, instead of reading and storing it by itself."""
+
+    rounded: bool
+    """What is rounded stochastically: the weight and its moments."""
+    moments: bool
+    """Moments of another type than the weight's."""
+
+
+def is_copied(slot: Slot, handed: Handed) -> bool:
+    """Whether a step needs a copy of a parameter or of its state."""
+    converted = handed.moments and slot.group["state_dtype"] is not None and bool(slot.state)
+    return bool(slot.group["offload_state"]) or handed.rounded or converted
+
+
+def chunked(slots: Sequence[Slot]) -> Iterator[list[Slot]]:
+    """Those that are copied together; the same on every rank."""
+    sizes = [slot.param.numel() // shard_count(slot.param) for slot in slots]
+    yield from chunks(list(slots), sizes, AT_ONCE)
+
+
+@contextmanager
+def copied(
+    slots: Sequence[Slot], layouts: Sequence[Mapping[str, StateTensor]], handed: Sequence[Handed]
+) -> Iterator[list[Slot]]:
+    """Slots to work on; what they hold in the end is stored.
+
+    Args:
+        slots: as they are kept.
+        layouts: of the state of each.
+        handed: of each, what is converted.
+    """
+    copies = [_copy(*of_slot) for of_slot in zip(slots, layouts, handed, strict=True)]
+    yield copies
+    for slot, copy in zip(slots, copies, strict=True):
+        if copy is not slot:
+            _store(slot, copy)
+
+
+def _copy(slot: Slot, layout: Mapping[str, StateTensor], handed: Handed) -> Slot:
+    if not is_copied(slot, handed):
+        return slot
+    exact = torch.promote_types(slot.param.dtype, torch.float32)
+    state = {}
+    for key, value in slot.state.items():
+        if layout[key].layout == "host":
+            state[key] = value
+            continue
+        block = local(value)
+        if slot.group["offload_state"]:
+            block = block.to(local(slot.param).device, non_blocking=True, copy=True)
+        if key in MOMENTS and (handed.moments or (handed.rounded and block.dtype == torch.bfloat16)):
+            scale = {name: slot.state[name] for name in [f"{key}_scale"] if name in slot.state}
+            width, offset = math.prod(local(slot.param).shape[1:]), first_column(slot.param) or 0
+            block = read({key: block, **scale}, key, slice(None), width, exact, offset)
+        state[key] = laid_out_as(value if block.shape == local(value).shape else slot.param, block)  # 4 bits: unpacked
+    param = slot.param
+    if handed.rounded:
+        param = laid_out_as(slot.param, local(slot.param).to(exact))
+        state[COUNTER] = state[COUNTER] + 1
+    return Slot(slot.name, param, state, slot.group, slot.param)
+
+
+def _store(slot: Slot, copy: Slot) -> None:
+    if copy.param is not slot.param:
+        store(slot.param, local(copy.param), rounding_seed(copy, "weight"))
+    for key, value in copy.state.items():
+        kept = slot.state[key]
+        moment = key.removesuffix("_scale")
+        converted = copy.state[moment].dtype != slot.state[moment].dtype if moment in slot.state else False
+        if value is kept or (key != moment and converted):  # a scale is written with its moment
+            continue
+        if kept.dtype == value.dtype:
+            local(kept).copy_(local(value), non_blocking=True)
+        elif f"{key}_scale" in slot.state:
+            offset = first_column(slot.param) or 0
+            write(slot.state, key, slice(None), local(value), offset, lambda scale: max_over_shards(slot.param, scale))
+        else:
+            store(kept, local(value), rounding_seed(copy, key))
