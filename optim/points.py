@@ -118,16 +118,12 @@ def refresh_bytes(shape: Sequence[int], dtype: torch.dtype, group: Mapping[str, 
 
 
 def structural_objection(group: Mapping[str, Any], saved: Mapping[str, Any]) -> str | None:
-    """Why state saved with another group's settings means something else here; None if it does not."""
-    if not same_manifold(saved.get("manifold"), group["manifold"]):
-        key = "manifold"
-    elif saved.get("point_rank") != group["point_rank"]:
-        key = "point_rank"
-    else:
+    """Why state saved by another group means something else here; None if it does not."""
+    if same_manifold(saved.get("manifold"), group["manifold"]):
         return None
     return (
-        f"the checkpoint was written with {key}={saved.get(key)!r} and this optimizer has {key}={group[key]!r}, so its "
-        "points and their state mean something else; load it with the same"
+        f"the checkpoint was written with manifold={saved.get('manifold')!r} and this optimizer has "
+        f"manifold={group['manifold']!r}, so its points and their state mean something else; load it with the same"
     )
 
 

@@ -101,7 +101,7 @@ def test_fifty_steps_are_those_of_the_formulas(label: str, amsgrad: bool) -> Non
     torch.testing.assert_close(param.detach(), points, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(first_moment(optimizer, param), first, rtol=1e-8, atol=1e-9)
     torch.testing.assert_close(optimizer.state[param]["exp_avg_sq"][:, 0], second, rtol=1e-9, atol=1e-12)
-    assert (points - start).norm(dim=1).min() > 0.3, "they have gone somewhere"
+    assert (points - start).norm(dim=1).min() > 0.04, "they have gone somewhere"
 
 
 GEOOPT: dict[str, Callable[[], Any]] = {
@@ -162,10 +162,10 @@ def off_lorentz(points: Tensor) -> Tensor:
     return (x[:, 1:].square().sum(1) - x[:, 0].square() + 1).abs()
 
 
-def lorentz_loss(points: Tensor, targets: Tensor) -> Tensor:
-    """Mean of the squared Lorentzian distance, -2 - 2 <x, y>."""
-    product = (points * targets)[:, 1:].sum(1) - points[:, 0] * targets[:, 0]
-    return (-2 - 2 * product).mean()
+def squared_distance(points: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the points."""
+    product = points[:, 0] * targets[:, 0] - (points * targets)[:, 1:].sum(1)
+    return torch.acosh(product.clamp_min(1 + 1e-6)).square().mean()
 
 
 def at_radius(radius: float, n: int, d: int) -> Tensor:
@@ -181,10 +181,10 @@ def test_float32_points_stay_on_the_hyperboloid_far_out_and_back() -> None:
     param = nn.Parameter(at_radius(0.1, n, d))
     optimizer = optim.RiemannianAdamW(group_of(param, ("lorentz", 1.0)), lr=0.02)
     farthest = torch.zeros(())
-    for targets, steps in ((at_radius(6.0, n, d), 1200), (at_radius(3.0, n, d), 800)):
+    for targets, steps in ((at_radius(6.0, n, d), 900), (at_radius(3.0, n, d), 1100)):
         for _ in range(steps):
             optimizer.zero_grad()
-            loss = lorentz_loss(param, targets)
+            loss = squared_distance(param, targets)
             loss.backward()
             optimizer.step()
         farthest = torch.maximum(farthest, param.detach()[:, 0].max())
@@ -199,14 +199,15 @@ def test_float32_points_stay_on_the_hyperboloid_far_out_and_back() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_points_of_the_ball_stay_inside_whatever_pulls_them(dtype: torch.dtype) -> None:
     param = nn.Parameter(points_of(("poincare_ball", 2.0), 9, 5).to(dtype))
-    optimizer = optim.RiemannianAdamW(group_of(param, ("poincare_ball", 2.0)), lr=0.5)
+    optimizer = optim.RiemannianAdamW(group_of(param, ("poincare_ball", 2.0)), lr=0.5, betas=(0.0, 0.9))
     outwards = gradient("outwards", param.shape, 0)
     train(param, optimizer, [outwards] * 100)
     length = math.sqrt(2.0) * param.detach().norm(dim=1)
     margin = 4e-3 if dtype == torch.float32 else 1e-5
     torch.testing.assert_close(length, torch.full_like(length, 1 - margin), rtol=1e-6, atol=0)
+    assert ((param.detach() * outwards).sum(1) < 0).all()
     train(param, optimizer, [-outwards] * 100)
-    assert (math.sqrt(2.0) * param.detach().norm(dim=1) < 1 - 1.5 * margin).all(), "and can come back"
+    assert ((param.detach() * outwards).sum(1) > 0).all(), "and can come back: through all of the ball"
     assert param.isfinite().all()
 
 
@@ -240,13 +241,14 @@ def test_a_huge_gradient_is_a_step_of_bounded_length() -> None:
 def test_every_optimizer_moves_points_alike(name: str) -> None:
     """Its own method is for its own roles; bytes are predicted."""
     finals = []
+    settings: dict[str, Any] = {"lr": 0.03, "betas": (0.9, 0.98), "eps": 1e-8}
     for other in ("riemannian_adamw", name):
         torch.manual_seed(0)
         model = Embeddings()
-        optimizer = optim.create(other, model, lr=0.03)
+        optimizer = optim.create(other, model, **settings)
         (group,) = [group for group in optimizer.param_groups if group["role"] == "points"]
         assert (group["manifold"], group["weight_decay"]) == (("lorentz", 1.0), 0.0)
-        assert optim.state_bytes(optimizer) == optim.predicted_state_bytes(other, Embeddings(), lr=0.03)
+        assert optim.state_bytes(optimizer) == optim.predicted_state_bytes(other, Embeddings(), **settings)
         run_steps(model, optimizer, 0, 5)
         finals.append((weights(model)["points.weight"], optimizer.state[model.points.weight]))
     assert torch.equal(finals[0][0], finals[1][0])
@@ -268,7 +270,8 @@ def test_euclidean_parameters_get_adamw() -> None:
     ours, theirs = Embeddings(), Embeddings()
     theirs.load_state_dict(ours.state_dict())
     plain = [theirs.linear.weight, theirs.linear.bias]
-    groups = [{"params": [ours.linear.weight, ours.linear.bias]}, *group_of(ours.points.weight, geoopt.Lorentz())]
+    points = {"params": [ours.points.weight], "manifold": geoopt.Lorentz()}
+    groups = [{"params": [ours.linear.weight, ours.linear.bias]}, points]
     run_steps(ours, optim.RiemannianAdamW(groups, lr=0.01, weight_decay=0.1), 0, 5)
     run_steps(theirs, torch.optim.AdamW(plain, lr=0.01, weight_decay=0.1, fused=True), 0, 5)
     assert torch.equal(ours.linear.weight, theirs.linear.weight)
@@ -283,16 +286,18 @@ def test_first_moments_in_few_bits_end_nearly_where_whole_ones_do(state_dtype: s
         optimizer = optim.RiemannianAdamW(group_of(param, ("lorentz", 1.0)), lr=0.05, state_dtype=dtype)
         for _ in range(150):
             optimizer.zero_grad()
-            lorentz_loss(param, at_radius(2.0, 128, 33).roll(1, 0)).backward()
+            squared_distance(param, at_radius(2.0, 128, 33).roll(1, 0)).backward()
             optimizer.step()
-        finals.append((float(lorentz_loss(param, at_radius(2.0, 128, 33).roll(1, 0)).detach()), optimizer.state[param]))
+        finals.append(
+            (float(squared_distance(param, at_radius(2.0, 128, 33).roll(1, 0)).detach()), optimizer.state[param])
+        )
         assert off_lorentz(param).max() < 1e-4
     assert finals[1][1]["exp_avg"].dtype == optim.quantization.STATE_DTYPES[state_dtype]
     assert finals[1][1]["exp_avg_sq"].dtype == torch.float32
     assert finals[1][0] == pytest.approx(finals[0][0], abs=0.02)
 
 
-# ------------------------------------------------------------------------------------------------------ low-rank moments
+# ----------------------------------------------------------------------------------------------------- low-rank moments
 
 
 @every_manifold
@@ -524,13 +529,13 @@ def test_declared_manifolds_survive(path: Callable[[nn.Module], nn.Module]) -> N
 
 def test_a_lost_manifold_is_an_error_and_a_kept_one_is_not() -> None:
     """What geoopt's RiemannianAdam takes for a Euclidean parameter, silently."""
-    lost = GeooptModel(lorentz()).to_empty(device="cpu")
+    lost = GeooptModel(lorentz()).to("meta").to_empty(device="cpu")
     with pytest.raises(ValueError, match=r"no points of a manifold.*ManifoldParameter.*keep_manifolds\(model\) before"):
         optim.RiemannianAdamW(lost)
     kept = GeooptModel(lorentz())
     values = copy.deepcopy(kept.state_dict())
     optim.keep_manifolds(kept)
-    kept.to_empty(device="cpu")
+    kept.to("meta").to_empty(device="cpu")
     kept.load_state_dict(values)
     assert ("points", "points", ("lorentz", 1.0)) in roles_of(kept)
     assert "parameter_manifolds" not in vars(GeooptModel), "the instance's, not the class's"
@@ -571,21 +576,16 @@ def test_the_state_dict_holds_plain_values_and_resumes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "read", "settings", "message"),
+    ("written", "read", "message"),
     [
-        (("lorentz", 1.0), ("lorentz", 2.0), {}, r"written with manifold=\('lorentz', 1\.0\) and this .*2\.0\)"),
-        (("poincare_ball", 0.5), ("sphere",), {}, r"written with manifold=\('poincare_ball', 0\.5\)"),
-        (("sphere",), ("sphere",), {"point_rank": 2}, r"written with point_rank=None and .*point_rank=2"),
+        (("lorentz", 1.0), ("lorentz", 2.0), r"written with manifold=\('lorentz', 1\.0\) and this .*2\.0\)"),
+        (("poincare_ball", 0.5), ("sphere",), r"written with manifold=\('poincare_ball', 0\.5\)"),
     ],
 )
-def test_a_checkpoint_of_another_manifold_is_refused(
-    written: Any, read: Any, settings: dict[str, Any], message: str
-) -> None:
+def test_a_checkpoint_of_another_manifold_is_refused(written: Any, read: Any, message: str) -> None:
     for name in ("riemannian_adamw", "adamw"):
-        if name == "adamw" and settings:
-            continue
         saved = optim.create(name, Embeddings(written)).state_dict()
-        optimizer = optim.create(name, Embeddings(read), **settings)
+        optimizer = optim.create(name, Embeddings(read))
         with pytest.raises(ValueError, match=message):
             optimizer.load_state_dict(saved)
     same = optim.RiemannianAdamW(Embeddings(("lorentz", 0.7)))
