@@ -198,16 +198,17 @@ def test_float32_points_stay_on_the_hyperboloid_far_out_and_back() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_points_of_the_ball_stay_inside_whatever_pulls_them(dtype: torch.dtype) -> None:
+    """And come back: the boundary holds nothing fast."""
     param = nn.Parameter(points_of(("poincare_ball", 2.0), 9, 5).to(dtype))
-    optimizer = optim.RiemannianAdamW(group_of(param, ("poincare_ball", 2.0)), lr=0.5, betas=(0.0, 0.9))
-    outwards = gradient("outwards", param.shape, 0)
-    train(param, optimizer, [outwards] * 100)
-    length = math.sqrt(2.0) * param.detach().norm(dim=1)
+    optimizer = optim.RiemannianAdamW(group_of(param, ("poincare_ball", 2.0)), lr=0.5, betas=(0.9, 0.9))
     margin = 4e-3 if dtype == torch.float32 else 1e-5
-    torch.testing.assert_close(length, torch.full_like(length, 1 - margin), rtol=1e-6, atol=0)
-    assert ((param.detach() * outwards).sum(1) < 0).all()
-    train(param, optimizer, [-outwards] * 100)
-    assert ((param.detach() * outwards).sum(1) > 0).all(), "and can come back: through all of the ball"
+    for pull, steps in ((-1, 60), (1, 250)):
+        for _ in range(steps):
+            train(param, optimizer, [pull * param.detach()])
+        length = math.sqrt(2.0) * param.detach().norm(dim=1)
+        if pull < 0:
+            torch.testing.assert_close(length, torch.full_like(length, 1 - margin), rtol=1e-6, atol=0)
+    assert (length < 0.9).all()
     assert param.isfinite().all()
 
 
