@@ -195,7 +195,7 @@ def _update(
     y, moment = manifold.move(x, u, moment)
     moved = (u != 0).flatten(1).any(1)
     old = weight[rows]
-    old.copy_(torch.where(_like(moved, x), manifold.limited(y, weight.dtype), old.double()))
+    old.copy_(torch.where(_like(moved, x), manifold.storable(y, weight.dtype), old.double()))
     return moment
 
 

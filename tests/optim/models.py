@@ -59,7 +59,7 @@ def _rows_as_points(model: nn.Module, rank: int, *, layers: str) -> nn.Module:
         if isinstance(module, nn.Linear) and re.search(layers, name):
             declared = manifold_of(module.weight.shape)
             manifold = find_manifold(declared)
-            points = manifold.limited(manifold.completed(module.weight.double()), module.weight.dtype)
+            points = manifold.storable(manifold.completed(module.weight.double()), module.weight.dtype)
             module.weight.copy_(points)
             module.parameter_manifolds = {"weight": declared}
     return model

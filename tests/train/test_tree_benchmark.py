@@ -21,8 +21,8 @@ def test_a_tree_has_every_edge_in_both_directions() -> None:
 
 
 def test_precision_of_points_by_hand() -> None:
-    """On a line 0, 1, 2, 4: neighbours of 0 and 2, 1 and 3."""
-    at = torch.tensor([0.0, 1.0, 2.0, 4.0]).unsqueeze(1)
+    """On a line at 0, 1, 2, 5: neighbours are the first and third, the second and fourth."""
+    at = torch.tensor([0.0, 1.0, 2.0, 5.0]).unsqueeze(1)
     points = torch.cat([at.cosh(), at.sinh()], dim=1)
     edges = torch.tensor([[0, 2], [2, 0], [1, 3], [3, 1]])
     assert mean_average_precision(points, edges) == pytest.approx(100 * (1 / 2 + 1 / 2 + 1 / 3 + 1 / 2) / 4)
