@@ -52,7 +52,6 @@ METHODS: dict[str, Callable[[Tensor, float], tuple[Tensor, torch.optim.Optimizer
     "point_rank=8": _ours(8),
     "point_rank=4": _ours(4),
     "point_rank=2": _ours(2),
-    "point_rank=1": _ours(1),
     "geoopt": _geoopt,
 }
 """Parameter and optimizer from points and a learning rate."""
@@ -152,7 +151,8 @@ def measure_tree(arguments: Sequence[str]) -> str:
     for name, lr, seed in show_progress(jobs, "training", "runs", active=True):
         found = embed_tree(name, given.depth, lr=lr, steps=given.steps, seed=seed)
         runs.append({"method": name, "lr": lr, "seed": seed, **found})
-    figures = {"what": __doc__, "provenance": provenance(torch.device("cpu")), **vars(given), "runs": runs}
+    about = {"provenance": provenance(torch.device("cpu")), "geoopt": geoopt.__version__}
+    figures = {"what": __doc__, **about, **vars(given), "runs": runs}
     (folder / "tree.json").write_text(json.dumps(figures, indent=2) + "\n")
     table = _table(runs, given.lr)
     (folder / "tree.md").write_text(f"# A tree in hyperbolic space\n\n{table}\n")
