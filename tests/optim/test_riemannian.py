@@ -227,6 +227,16 @@ def test_without_a_gradient_or_a_rate_not_a_bit_changes(label: str) -> None:
     assert torch.equal(param, before)
 
 
+def test_weights_without_numbers_leave_the_state_alone() -> None:
+    """A model made by ``to_empty``, whose optimizer is asked for its state before both are loaded."""
+    param = nn.Parameter(torch.full((4, 6), torch.nan))
+    param.data[1] = torch.inf
+    for description, _ in MANIFOLDS.values():
+        optimizer = optim.RiemannianAdamW(group_of(param, description), amsgrad=True)
+        train(param, optimizer, [torch.zeros_like(param)])
+        assert not any(value.any() for key, value in optimizer.state[param].items() if key != "step")
+
+
 def test_a_huge_gradient_is_a_step_of_bounded_length() -> None:
     """No cosh of it overflows: eps alone bounds nothing at step 1."""
     param = nn.Parameter(at_radius(1.0, 4, 6))
