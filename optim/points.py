@@ -208,7 +208,8 @@ def _first_moment(manifold: Manifold, x: Tensor, state: Mapping[str, Tensor], ro
     moment = read(state, "exp_avg", rows, torch.float64)
     if "basis" in state:
         moment = moment @ state["basis"].double()
-    return manifold.tangent(x, moment)
+    present = (moment != 0).flatten(1).any(1)  # where it is not, the weights perhaps hold no numbers yet
+    return torch.where(_like(present, moment), manifold.tangent(x, moment), 0.0)
 
 
 def _keep(state: Mapping[str, Tensor], rows: slice, moment: Tensor) -> None:
