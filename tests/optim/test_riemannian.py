@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
+from transformers import PreTrainedConfig, PreTrainedModel
 
 import optim
 from optim.manifolds import Description, describe_manifold, find_manifold
@@ -536,6 +537,34 @@ def test_declared_manifolds_survive(path: Callable[[nn.Module], nn.Module]) -> N
     run_steps(plain, optim.RiemannianAdamW(plain, lr=0.03), 0, 3)
     assert_equal(weights(model), weights(plain))
     assert off_lorentz(model.points.weight).max() < 1e-12
+
+
+class PretrainedPoints(PreTrainedModel):
+    """As a user's model in transformers."""
+
+    config_class = PreTrainedConfig
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.points = nn.Parameter(torch.ones(6, 4, dtype=torch.float64))
+        self.parameter_manifolds = {"points": ("lorentz", 1.0)}
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        pass
+
+
+def test_a_declared_manifold_survives_from_pretrained(tmp_path: Any) -> None:
+    model = PretrainedPoints(PreTrainedConfig())
+    with torch.no_grad():
+        model.points.copy_(points_of(("lorentz", 1.0), 6, 4))
+    model.save_pretrained(tmp_path)
+    loaded = PretrainedPoints.from_pretrained(tmp_path, dtype=torch.float64)
+    assert torch.equal(loaded.points, model.points)
+    run_steps(loaded, optim.RiemannianAdamW(loaded, lr=0.03), 0, 3)
+    run_steps(model, optim.RiemannianAdamW(model, lr=0.03), 0, 3)
+    assert torch.equal(loaded.points, model.points)
+    assert off_lorentz(model.points).max() < 1e-12
 
 
 def test_a_lost_manifold_is_an_error_and_a_kept_one_is_not() -> None:
