@@ -20,6 +20,7 @@ from torch.distributed.tensor import Shard
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import optim
+from optim.communication import communicated_bytes
 from optim.manifolds import Description, describe_manifold, find_manifold
 from tests.distributed import run_distributed
 from tests.optim.models import assert_equal, gradient, laid_out_as, run_steps, states, weights
@@ -408,6 +409,15 @@ def test_low_rank_moments_sharded_are_those_of_one_process(world_size: int) -> N
     expected = trained_embeddings(RANKED, lambda model: None)
     for results in run_distributed(trained_embeddings, world_size, RANKED, shard):
         assert_equal(results, expected, 1e-11)
+
+
+@pytest.mark.parametrize("name", ["riemannian_adamw", "adamw"])
+def test_what_a_refresh_communicates_is_predicted_in_every_optimizer(name: str) -> None:
+    groups = optim.param_groups(Embeddings(), rules={"points": {"point_rank": 2, "point_refresh_interval": 5}})
+    sent = communicated_bytes(name, groups, world_size=4)
+    assert (sent.step_payload, sent.refresh_payload, sent.interval) == (0, 8 * (5 * 5 + 2 * 5), 5)
+    whole = communicated_bytes(name, Embeddings(), world_size=4)
+    assert (whole.refresh_payload, whole.interval) == (0, None)
 
 
 def save(folder: str) -> None:
