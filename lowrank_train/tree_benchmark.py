@@ -160,7 +160,8 @@ def measure_tree(arguments: Sequence[str]) -> str:
         found = embed_tree(name, given.depth, lr=lr, steps=given.steps, seed=seed)
         runs.append({"method": name, "lr": lr, "seed": seed, **found})
     about = {"provenance": provenance(torch.device("cpu")), "geoopt": geoopt.__version__}
-    figures = {"what": __doc__, **about, **vars(given), "runs": runs}
+    finite = [{key: None if value != value else value for key, value in run.items()} for run in runs]
+    figures = {"what": __doc__, **about, **vars(given), "runs": finite}  # JSON has no nan
     (folder / "tree.json").write_text(json.dumps(figures, indent=2) + "\n")
     table = _table(runs, given.lr)
     (folder / "tree.md").write_text(f"# A tree in hyperbolic space\n\n{table}\n")
