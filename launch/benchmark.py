@@ -10,6 +10,7 @@ try:
     from lowrank_train import compression_benchmark, quality, step_benchmark, training_benchmark
     from lowrank_train.digits import measure_digits
     from lowrank_train.errors import UserError
+    from lowrank_train.tree_benchmark import measure_tree
     from optim.__main__ import main as list_optimizers
 except ModuleNotFoundError as error:
     if error.name not in ("lowrank_train", "optim"):
@@ -50,6 +51,11 @@ def digits(arguments: list[str]) -> None:
     print(measure_digits(arguments))
 
 
+def tree(arguments: list[str]) -> None:
+    """Embed a tree in hyperbolic space: Riemannian AdamW with whole and low-rank moments, and geoopt's."""
+    print(measure_tree(arguments))
+
+
 def communication(arguments: list[str]) -> None:
     """Predict the bytes each optimizer sends per step when a model is sharded."""
     print(step_benchmark.communication(arguments))
@@ -61,6 +67,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "training-step": measure_training,
     "compression": measure_compression,
     "digits": digits,
+    "tree": tree,
     "communication": communication,
 }
 

@@ -192,7 +192,7 @@ def test_what_was_summed_can_be_discarded() -> None:
         optimizer = build("dct_adamw", model)
         handle = optim.attach_to_backward(model, optimizer, accumulation_steps=2)
         if spoilt:
-            (loss_of(model, next(iter(micro_batches(7, 1))), 1) * float("nan")).backward()
+            loss_of(model, next(iter(micro_batches(7, 1))), 1).backward()
             handle.discard()
         for batch in micro_batches(0, 2):
             loss_of(model, batch, 2).backward()

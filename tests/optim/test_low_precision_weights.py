@@ -122,7 +122,7 @@ def test_what_a_step_works_on_is_a_copy_and_what_is_kept_stays_where_it_is(name:
     assert not on_device.intersection(seen)
 
 
-@pytest.mark.parametrize("name", optim.names())
+@pytest.mark.parametrize("name", [name for name in optim.names() if optim.find(name).layers != "points"])
 def test_bfloat16_weights_follow_those_in_float32(name: str) -> None:
     """Step by step, from the same point: within a gap of bfloat16, and right on average."""
     model, optimizer = made(name, torch.bfloat16, stochastic_rounding=True)
