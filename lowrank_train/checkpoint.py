@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import optim
@@ -36,6 +37,8 @@ from lowrank_train.compressed_folder import save_model
 from lowrank_train.errors import UserError
 from lowrank_train.parallel import Ranks
 from lowrank_train.parametrization import Parametrization
+from optim.int8_weight import Int8Weight
+from optim.sharding import laid_out_as, local
 
 __all__ = ["Checkpoints", "checkpoints_of", "export_huggingface", "find_checkpoint", "last_good", "read_weights"]
 
@@ -80,7 +83,7 @@ class Checkpoints:
         scratch = self.folder / f"step-{step}.tmp"
         self.ranks.first(lambda: _write_about(scratch, {"step": step, **about}))
         model_state, optimizer_state = get_state_dict(model, optimizer)
-        state = {"model": model_state, "optimizer": optimizer_state, **extra}
+        state = {"model": _in_parts(model_state), "optimizer": optimizer_state, **extra}
         try:
             if self.asynchronous:
                 written = async_save(state, checkpoint_id=scratch, process_group=self.group)
@@ -143,7 +146,8 @@ class Checkpoints:
             raise self._damage(path, error) from None
         optimizer.prepare_to_load(_state_shapes(metadata))
         model_state, optimizer_state = get_state_dict(model, optimizer)
-        wanted: dict[str, Any] = {f"model.{key}": value for key, value in model_state.items()}
+        parts = _in_parts(model_state)  # of the same memory
+        wanted: dict[str, Any] = {f"model.{key}": value for key, value in parts.items()}
         optimizer_tensors: dict[str, Any] = optimizer_state["state"]  # type: ignore[assignment]
         for name, tensors in optimizer_tensors.items():
             wanted.update({f"optimizer.state.{name}.{key}": value for key, value in tensors.items()})
@@ -169,13 +173,13 @@ class Checkpoints:
                 if isinstance(entry, TensorStorageMetadata):
                     empty = torch.empty(entry.size, dtype=entry.properties.dtype)
                 extra.setdefault(section, {})[name] = empty
-        state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state, **extra}
+        state: dict[str, Any] = {"model": parts, "optimizer": optimizer_state, **extra}
         try:
             load(state, checkpoint_id=path)
         except (CheckpointException, OSError, RuntimeError) as error:
             raise self._damage(path, error) from None
         try:
-            set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+            set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=state["optimizer"])
         except ValueError as error:
             raise UserError(f"{path}: {error}, or resume=never with another run_dir") from None
         return {key: state[key] for key in extra}
@@ -225,6 +229,9 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         }
         with warnings.catch_warnings(action="ignore"):  # that it is one process, which is what was asked for
             load({"model": weights}, checkpoint_id=path, no_dist=True)
+        for name in [key.removesuffix(_CODES) for key in weights if key.endswith(_CODES)]:
+            whole = Int8Weight(weights.pop(name + _CODES), weights.pop(name + _SCALE))
+            weights[name] = whole.wide(torch.float32)
     except (CheckpointException, Exception) as error:  # a damaged file may raise anything
         raise UserError(f"{path} is damaged ({_cause(error)})") from None
     return weights
@@ -282,9 +289,7 @@ def export_huggingface(
 
     Raises UserError if it cannot be written.
     """
-    whole: dict[str, Any] = get_model_state_dict(
-        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
+    whole = _whole_state(model)
 
     def write() -> None:
         try:
@@ -294,6 +299,35 @@ def export_huggingface(
             raise UserError(f"cannot write the Hugging Face folder {folder}: {error}; free space and resume") from None
 
     ranks.first(write)
+
+
+def _whole_state(model: PreTrainedModel) -> dict[str, Any]:
+    """Of all ranks, on the CPU of the first; matrices kept in int8 as the bfloat16 they stand for."""
+    shards: dict[str, Any] = get_model_state_dict(model)
+    if not any(isinstance(local(value), Int8Weight) for value in shards.values()):
+        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    whole = {}
+    for name, value in shards.items():
+        part = local(value)
+        wide = laid_out_as(value, part.wide(torch.bfloat16)) if isinstance(part, Int8Weight) else value
+        whole[name] = (wide.full_tensor() if isinstance(wide, DTensor) else wide).cpu()
+    return whole
+
+
+_CODES, _SCALE = ".int8_codes", ".int8_scale"
+
+
+def _in_parts(model_state: Mapping[str, Any]) -> dict[str, Any]:
+    """Matrices kept in int8 as codes and scales, which any reader of checkpoints knows."""
+    parts: dict[str, Any] = {}
+    for name, value in model_state.items():
+        kept = local(value)
+        if isinstance(kept, Int8Weight):
+            parts[name + _CODES] = laid_out_as(value, kept.codes)
+            parts[name + _SCALE] = laid_out_as(value, kept.scale, (value.shape[0], kept.scale.shape[1]))
+        else:
+            parts[name] = value
+    return parts
 
 
 def _state_shapes(metadata: Mapping[str, Any]) -> dict[str, dict[str, tuple[int, ...]]]:

@@ -155,10 +155,11 @@ class Config:
     precision: Literal["float32", "bfloat16", "float64"] = setting(
         "float32", "of the arithmetic; bfloat16 keeps float32 weights and gradients between steps, see weights"
     )
-    weights: Literal["full", "bfloat16"] = setting(
+    weights: Literal["full", "bfloat16", "int8"] = setting(
         "full",
-        "in which they are kept between steps: full, float32 (float64 with that precision); or bfloat16, rounded "
-        "stochastically, their gradients too, for precision=bfloat16",
+        "in which they are kept between steps: full, float32 (float64 with that precision); or, with "
+        "precision=bfloat16 and rounded stochastically, bfloat16, or int8 for matrices and bfloat16 for the rest. "
+        "Gradients are in bfloat16 then too",
     )
     fused_backward: bool = setting(
         False,
@@ -361,10 +362,10 @@ def _check(config: Config) -> None:
             raise UserError(f"{key}={share}; expected a number from 0 to 1")
     if not 0 <= config.seed < 2**32:
         raise UserError(f"seed={config.seed}; expected a number from 0 to {2**32 - 1}")
-    if config.weights == "bfloat16" and config.precision != "bfloat16":
+    if config.weights != "full" and config.precision != "bfloat16":
         raise UserError(
-            f"weights=bfloat16 with precision={config.precision}: nothing would be computed more exactly than it is "
-            "kept; set precision=bfloat16, or weights=full"
+            f"weights={config.weights} with precision={config.precision}: nothing would be computed more exactly than "
+            "it is kept; set precision=bfloat16, or weights=full"
         )
     if config.model.checkpointed_layers is not None and config.model.checkpointing == "none":
         raise UserError(

@@ -12,6 +12,7 @@ from lowrank_train import methods
 from lowrank_train.config import Config
 from lowrank_train.parallel import shard_dims
 from lowrank_train.run import predicted_state_bytes
+from optim.int8_weight import held_bytes
 from optim.sharding import StateTensor, local, local_shape
 
 __all__ = ["StaticMemory", "measured", "predicted"]
@@ -45,9 +46,9 @@ def predicted(config: Config, model: nn.Module, *, world_size: int = 1, shard: i
     weights = gradients = 0
     for param in model.parameters():
         spec = StateTensor(tuple(param.shape), param.dtype, "parameter")
-        size = math.prod(local_shape(spec, dims.get(param, 0), shard, world_size)) * param.dtype.itemsize
-        weights += size
-        gradients += size if param.requires_grad else 0
+        shape = local_shape(spec, dims.get(param, 0), shard, world_size)
+        weights += held_bytes(param, shape)
+        gradients += math.prod(shape) * param.dtype.itemsize if param.requires_grad else 0
     return StaticMemory(weights, gradients, predicted_state_bytes(config, model, world_size=world_size, shard=shard))
 
 
@@ -56,7 +57,7 @@ def measured(model: nn.Module, optimizer: optim.MatrixOptimizer) -> StaticMemory
     weights = [local(param) for param in model.parameters()]
     gradients = [local(param.grad) for param in model.parameters() if param.grad is not None]
     return StaticMemory(
-        sum(weight.numel() * weight.element_size() for weight in weights),
+        sum(map(held_bytes, weights)),
         sum(grad.numel() * grad.element_size() for grad in gradients),
         optim.state_bytes(optimizer),
     )

@@ -34,6 +34,7 @@ from lowrank_train.parallel import shard_dims
 from lowrank_train.recompute import checkpointed_layers
 from lowrank_train.run import build_optimizer, micro_batches, unsharded
 from lowrank_train.spectral import SpectralLinear
+from optim.int8_weight import Int8Weight, held_bytes
 from optim.sharding import StateTensor, local_shape, matrix_shape
 
 __all__ = ["Fixed", "Phase", "StepMemory", "fixed", "predict"]
@@ -102,7 +103,11 @@ class _Group:
     """Bytes of an FSDP group."""
 
     gathered: int
-    """Whole parameters, in the type of the arithmetic."""
+    """Whole parameters, in the type of the arithmetic; beside them, with more than one rank, those kept in int8."""
+    travelling: int
+    """The buffer they are gathered in."""
+    widened: int
+    """For a single rank, the largest of those kept in int8, in the type of the arithmetic: it is copied then."""
     turned: int
     """Those of them that are sharded along dimension 1: they are put together in a second copy."""
     gradients: int
@@ -263,16 +268,24 @@ def _groups(config: Config, model: PreTrainedModel, world_size: int, *, alone: b
     rest = [param for param in model.parameters() if param not in inside]
     compute = sizes(config, model).compute
     narrowest = compute if alone else 4  # in which gradients are reduced, unless the weights are wider
-    return [_group(block, dims, compute, narrowest) for block in blocks], _group(rest, dims, compute, narrowest)
+    groups = [_group(params, dims, compute, narrowest, shared=world_size > 1) for params in (*blocks, rest)]
+    return groups[:-1], groups[-1]
 
 
-def _group(params: list[nn.Parameter], dims: dict[Tensor, int], itemsize: int, narrowest: int) -> _Group:
+def _group(
+    params: list[nn.Parameter], dims: dict[Tensor, int], itemsize: int, narrowest: int, *, shared: bool
+) -> _Group:
     def compute(param: Tensor) -> int:
         return param.numel() * (itemsize if param.is_floating_point() else param.element_size())
 
     trained = [param for param in params if param.requires_grad]
+    in_int8 = [param for param in params if isinstance(param, Int8Weight)]
+    held = sum(map(held_bytes, in_int8))
+    whole = sum(map(compute, params))
     return _Group(
-        gathered=sum(map(compute, params)),
+        gathered=whole + held * shared,
+        travelling=whole - sum(map(compute, in_int8)) + held,
+        widened=max(map(compute, in_int8), default=0) * (not shared),
         turned=sum(compute(param) for param in params if dims.get(param, 0) != 0),
         gradients=sum(map(compute, trained)),
         reduced=sum(param.numel() * max(param.element_size(), narrowest) for param in trained),
@@ -290,7 +303,7 @@ def _forward(run: _Run, gradients: int) -> Phase:
     loss, logits, _ = loss_bytes(size, vocabulary, width, trains_head=head.requires_grad)
     checkpoints = run.checkpointed == len(layers)
     waiting = sum(run.waiting)
-    travelled = layers[-1].gathered if world_size > 1 else 0
+    travelled = layers[-1].travelling if world_size > 1 else 0
     here = _add(kept, gradients=gradients, activations=waiting)
     # activations: hidden states for the loss, and their gradient, in loss already
     hidden = size.tokens * width * size.compute
@@ -301,7 +314,8 @@ def _forward(run: _Run, gradients: int) -> Phase:
         reductions=loss - logits,
         gathered=root.gathered + travelled,
     )
-    both = layers[-1].gathered * (2 if world_size > 1 else 1) + travelled  # this layer, what it came in, the next
+    # this layer, what it came in, the next
+    both = layers[-1].gathered + (layers[-1].travelling if world_size > 1 else 0) + travelled
     in_layer = _add(
         here,
         activations=saved.forward if checkpoints else saved.stream,
@@ -309,12 +323,12 @@ def _forward(run: _Run, gradients: int) -> Phase:
         temporaries=saved.products[-1],
     )
     # the buffer the root came in lives until the first layer is there
-    first = root.gathered + layers[0].gathered * (2 if world_size > 1 else 1)
+    first = root.gathered + layers[0].gathered + (layers[0].travelling if world_size > 1 else layers[0].widened)
     start = _add(
         kept,
         gradients=gradients,
         activations=saved.stream,
-        gathered=first + (root.gathered if world_size > 1 else 0),
+        gathered=first + (root.travelling if world_size > 1 else 0),
     )
     return max(start, at_loss, in_layer, key=lambda phase: phase.total)
 
@@ -327,7 +341,7 @@ def _backward(run: _Run, gradients: int, accumulates: bool) -> Phase:
     weight = model.get_output_embeddings().weight
     head = weight.numel() * size.compute if weight.requires_grad else 0
     hidden = size.tokens * weight.shape[1] * size.compute
-    travelled = layers[-1].gathered if world_size > 1 else 0
+    travelled = layers[-1].travelling if world_size > 1 else 0
     total = sum(waiting)
     of_layers = [group.stored // world_size for group in layers]
     moments = [
@@ -359,7 +373,7 @@ def _backward(run: _Run, gradients: int, accumulates: bool) -> Phase:
         arriving = _add(
             common,
             activations=here if not checkpoints else waiting[j],
-            gathered=2 * group.gathered + group.turned if world_size > 1 else group.gathered,
+            gathered=group.gathered + (group.travelling + group.turned if world_size > 1 else group.widened),
             reductions=head + reduced,
         )
         end = _add(

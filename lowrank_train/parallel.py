@@ -23,6 +23,7 @@ import optim
 from lowrank_train.config import ParallelConfig
 from lowrank_train.errors import UserError
 from lowrank_train.loss import token_loss
+from optim.int8_weight import Int8Weight
 
 __all__ = ["Ranks", "fake_ranks", "fill", "reduce_dtype", "reshard", "shard_dims", "shard_model", "start"]
 
@@ -209,7 +210,7 @@ def reduce_dtype(model: nn.Module, mesh: DeviceMesh) -> torch.dtype:
 def shard_dims(model: nn.Module, optimizer: type[optim.MatrixOptimizer], shards: int) -> dict[Tensor, int]:
     """Along which dimension each parameter that the optimizer knows is sharded; the others along the first."""
     return {
-        param: optimizer.shard_dim(group["role"], param.shape, shards)
+        param: 0 if isinstance(param, Int8Weight) else optimizer.shard_dim(group["role"], param.shape, shards)
         for group in optim.param_groups(model)
         for _, param in group["params"]
     }

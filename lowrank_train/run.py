@@ -20,7 +20,7 @@ from lowrank_train.errors import UserError
 from lowrank_train.layer_choice import freeze_vocabulary
 from lowrank_train.low_rank_linear import train_low_rank_only
 from lowrank_train.parallel import Ranks
-from lowrank_train.parametrization import Parametrization
+from lowrank_train.parametrization import Dense, Parametrization
 from lowrank_train.recompute import checkpoint_layers
 
 __all__ = [
@@ -242,7 +242,7 @@ def predicted_state_bytes(
 def _parameter_groups(config: Config, model: nn.Module) -> list[dict[str, Any]]:
     """Parameters by role; all but the matrices and their factors with what ``optimizer.other_...`` says."""
     groups = optim.param_groups(model)
-    if config.weights == "bfloat16":
+    if config.weights != "full":
         for group in groups:
             group["stochastic_rounding"] = True
     for key in ("lr", "state_dtype"):
@@ -260,10 +260,23 @@ def _shape(model: PreTrainedModel, config: Config, layers: Parametrization) -> N
     except ValueError as error:
         raise UserError(str(error)) from None
     layers.convert(model)
+    if config.weights == "int8":
+        _keep_matrices_in_int8(model, config)
+
+
+def _keep_matrices_in_int8(model: PreTrainedModel, config: Config) -> None:
+    names = [name for g in optim.param_groups(model) if g["role"] == "matrix" for name, _ in g["params"]]
+    if not names or methods.find(config.optimizer["name"]).layers is not Dense:
+        raise UserError(
+            f"weights=int8 is for matrices that are trained as they are, which optimizer.name="
+            f"{config.optimizer['name']} with train={config.train} does not: use weights=bfloat16 (optimizer sst has "
+            "frozen_dtype=8bit)"
+        )
+    optim.keep_in_int8(model, names)
 
 
 def _weight_dtype(config: Config) -> torch.dtype:
-    return torch.bfloat16 if config.weights == "bfloat16" else _DTYPES[config.precision]
+    return _DTYPES[config.precision] if config.weights == "full" else torch.bfloat16
 
 
 def _layers(config: Config) -> Parametrization:

@@ -7,6 +7,7 @@ optimizer = DCTAdamW(param_groups(model), lr=1e-3, rank=256, weight_decay=0.1)
 from optim.adamw import AdamW
 from optim.backward import BackwardUpdates, attach_to_backward
 from optim.base import SHARED_SETTINGS, MatrixOptimizer
+from optim.int8_weight import keep_in_int8
 from optim.low_rank_adamw import APOLLO, FRUGAL, APOLLOMini, DCTAdamW, Fira, GaLoreAdamW, LDAdam, LowRankAdamW
 from optim.memory import layout_bytes, predicted_state_bytes, state_bytes
 from optim.muon import Muon
@@ -45,6 +46,7 @@ __all__ = [
     "create",
     "describe",
     "find",
+    "keep_in_int8",
     "keep_manifolds",
     "layout_bytes",
     "names",

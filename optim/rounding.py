@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from optim.blocks import row_blocks
+from optim.int8_weight import Int8Weight
 from optim.sharding import block_origin, local
 
 __all__ = ["round_to_bfloat16", "seed_of", "store", "uniform_bits"]
@@ -40,6 +41,9 @@ def store(kept: Tensor, value: Tensor, seed: Tensor | None, rows: slice = slice(
     for part in row_blocks(height, width, value.device):
         origin = (row + (rows.start or 0) + part.start, column)
         bits = uniform_bits(part.stop - part.start, width, origin=origin, width=whole_width, seed=seed)
+        if isinstance(target, Int8Weight):
+            target[part].write(flat[part], bits)
+            continue
         rounded = round_to_bfloat16(flat[part].contiguous(), bits)
         (target[part] if target.ndim else target).copy_(rounded.view_as(target[part] if target.ndim else target))
 

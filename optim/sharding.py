@@ -246,14 +246,13 @@ def block_origin(tensor: Tensor) -> tuple[int, int]:
     return (start, 0) if info.dim == 0 else (0, start * math.prod(tensor.shape[info.dim + 1 :]))
 
 
-def laid_out_as(tensor: Tensor, block: Tensor) -> Tensor:
-    """A tensor that is sharded as another, with this local part: of the same shape, perhaps another dtype."""
+def laid_out_as(tensor: Tensor, block: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """A tensor that is sharded as another, with this local part: of the same shape unless told otherwise."""
     if not isinstance(tensor, DTensor):
         return block
-    stride = _contiguous_stride(tensor.shape)
-    return DTensor.from_local(
-        block, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=stride
-    )
+    whole = torch.Size(tensor.shape if shape is None else shape)
+    stride = _contiguous_stride(whole)
+    return DTensor.from_local(block, tensor.device_mesh, tensor.placements, run_check=False, shape=whole, stride=stride)
 
 
 def row_range(param: Tensor) -> range:
