@@ -30,13 +30,15 @@ _TERMS = {
 
 def table(outcome: Outcome) -> str:
     """Markdown, a row per setting; terms in GiB, at the worst moment of the step. What does not fit is named below."""
-    head = ["optimizer", "rank", "model", "micro-batch", "peak", "headroom", "phase", *_TERMS.values()]
+    times = ["s/step"] if any(fit.time for fit in outcome.fits) else []
+    head = ["optimizer", "rank", "model", "micro-batch", "peak", "headroom", *times, "phase", *_TERMS.values()]
     lines = [outcome.question, "", _line(head), _line(["---"] * len(head))]
     for fit in outcome.fits:
         terms = [f"{fit.memory.terms[term] / 2**30:.2f}" for term in _TERMS]
         left = show_bytes(fit.headroom) if fit.headroom >= 0 else f"-{show_bytes(-fit.headroom)}: does not fit"
         known = [fit.label, _rank(fit), fit.model, str(fit.micro_batch), show_bytes(fit.memory.peak), left]
-        lines.append(_line([*known, fit.memory.phase, *terms]))
+        seconds = [f"{fit.time.seconds:.3g} ({fit.time.device})" if fit.time else ""] if times else []
+        lines.append(_line([*known, *seconds, fit.memory.phase, *terms]))
     if outcome.missing:
         lines += ["", "nothing fits for:", *(f"  {name}" for name in outcome.missing)]
     return "\n".join(lines)
@@ -67,7 +69,9 @@ def _row(fit: Fit) -> dict[str, Any]:
     known = {"optimizer": fit.optimizer, "state_dtype": fit.state_dtype, "rank": fit.rank, "model": fit.model}
     sizes = {"peak": fit.memory.peak, "budget": fit.budget, "headroom": fit.headroom, **fit.memory.terms}
     in_bytes = {f"{name}_bytes": value for name, value in sizes.items()}
-    return {**known, "micro_batch": fit.micro_batch, "phase": fit.memory.phase, **in_bytes}
+    time = {"seconds_per_step": fit.time.seconds, "timed_on": fit.time.device} if fit.time else {}
+    unknown = {"seconds_per_step": None, "timed_on": None}
+    return {**known, "micro_batch": fit.micro_batch, "phase": fit.memory.phase, **in_bytes, **unknown, **time}
 
 
 def _rank(fit: Fit) -> str:

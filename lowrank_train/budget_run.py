@@ -16,7 +16,8 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from lowrank_train import methods, models
-from lowrank_train.config import Config, ModelConfig, flags_to_keys, key_help, load_schema, setting
+from lowrank_train.budget_records import StepTime, step_time
+from lowrank_train.config import Config, ModelConfig, flags_to_keys, key_help, load_config, load_schema, setting
 from lowrank_train.errors import UserError
 from lowrank_train.memory_measured import measure
 from lowrank_train.memory_terms import Fixed, StepMemory, fixed, predict
@@ -48,18 +49,33 @@ class BudgetConfig:
     optimizers: list[str] = setting([], "of the table; empty: ten, four of them in 8 bits too")  # noqa: RUF009
     optimizer: str = setting("adamw", "the optimizer of --model")
     rank: int | None = setting(None, "of low-rank methods; null: their own, a quarter of a matrix's smaller side")
-    state_dtype: str | None = setting(None, "of the moments of --model: null (float32), bfloat16 or 8bit")
+    recipe: str | None = setting(
+        None, "a YAML of launch/pretrain.py to explain, in place of --model: configs/budget/llama_7b_16gib.yaml"
+    )
+    state_dtype: str | None = setting(
+        None, "of the moments of --model: null (as the weights), float32, bfloat16, 8bit or 4bit"
+    )
+    other_state_dtype: str | None = setting(None, "likewise, of embeddings, head and norms only")
+    offload_state: bool = setting(False, "keep optimizer state in host memory, which is not counted then")
+    weights: Literal["full", "bfloat16", "int8"] = setting(
+        "full", "in which they are kept: full (float32); bfloat16 or int8, rounded stochastically"
+    )
+    fused_backward: bool = setting(False, "update parameters in backward, without clipping; no model of gradients")
     seq_len: int = setting(1024, "tokens per sequence")
     micro_batch: int | None = setting(None, "sequences per rank in one forward pass; null: 1, or what is solved for")
     accumulate: int = setting(2, "micro-batches in a step; from 2 on gradients are there in forward too")
     world_size: int = setting(1, "ranks the model is sharded over")
-    precision: Literal["float32", "bfloat16"] = setting("bfloat16", "of the arithmetic; weights are float32")
-    checkpointing: bool = setting(True, "recompute activations in backward")
+    replicas: int = setting(1, "sharded copies of it (HSDP)")
+    precision: Literal["float32", "bfloat16"] = setting("bfloat16", "of the arithmetic")
+    checkpointing: Literal["none", "selective", "full"] = setting(
+        "full", "activations that backward computes again: none, all but outputs of products and attention, all"
+    )
     loss_chunk: int = setting(1024, "tokens whose logits exist at one time")
     largest: Literal["model", "batch", "rank"] | None = setting(
         None, "solve for it: batch or rank of --model, or its family's largest model; null: explain --model"
     )
     device: Literal["cuda", "cpu"] = setting("cuda", "whose blocks an update works in")
+    records: str = setting("runs", "folder of runs whose record.json tell how long a step took")
     measure: bool = setting(False, "also make two real steps of --model, on --device, and compare phase by phase")
     out: str = setting("runs/memory_budget", "folder of the CSV, the JSON and the plot")
 
@@ -75,6 +91,8 @@ class Fit:
     micro_batch: int
     budget: int
     memory: StepMemory = field(repr=False)
+    time: StepTime | None = None
+    """Of its step, where a run like it has been recorded."""
 
     @property
     def headroom(self) -> int:
@@ -103,6 +121,8 @@ def help_text() -> str:
         "usage: launch/memory_budget.py --budget 24GiB --models llama opt --seq-len 1024 --world-size 1",
         "       launch/memory_budget.py --model llama_7b --optimizer dct_adamw --rank 512 --micro-batch 1",
         "       launch/memory_budget.py --model llama_1b --optimizer scale --largest batch",
+        "       launch/memory_budget.py --budget 12GiB --models llama --weights int8 --fused-backward",
+        "       launch/memory_budget.py --recipe configs/budget/llama_7b_16gib.yaml",
         "",
     ]
     return "\n".join([*usage, *key_help(BudgetConfig)])
@@ -117,11 +137,15 @@ def load_budget(arguments: Sequence[str]) -> BudgetConfig:
             methods.find(name)
         except ValueError as error:
             raise UserError(str(error)) from None
-    for key in ("seq_len", "accumulate", "world_size", "loss_chunk", "micro_batch", "rank"):
+    for key in ("seq_len", "accumulate", "world_size", "replicas", "loss_chunk", "micro_batch", "rank"):
         got = getattr(config, key)
         if got is not None and got < 1:
             raise UserError(f"{key}={got}; expected a number >= 1")
-    if config.model is not None:
+    if config.recipe is not None and (config.model is not None or config.largest is not None):
+        raise UserError(f"recipe={config.recipe} says which model; leave out --model and --largest")
+    if config.recipe is not None:
+        _recipe(config)
+    elif config.model is not None:
         _sizes([config.model])
     elif config.measure:
         raise UserError("measure=true of what? give --model: steps of it are made")
@@ -160,15 +184,22 @@ def solve(config: BudgetConfig) -> Outcome:
         UserError: nothing fits (says what the smallest model needs), rank too large for the model.
     """
     budget = _bytes(config.budget)
+    if config.recipe is not None:
+        return _of_recipe(config, budget)
     if config.model is not None:
-        return _solve_one(config, budget)
+        answer = _solve_one(config, budget)
+        return replace(answer, fits=[_timed(config, fit) for fit in answer.fits])
     fits, missing = [], []
     for name, state_dtype in _rows(config):
         for family in config.models:
             names = _sizes([family])
-            found = next((fit for fit in _largest_models(config, budget, name, state_dtype, names) if fit), None)
+            try:
+                found = next((fit for fit in _largest_models(config, budget, name, state_dtype, names) if fit), None)
+            except UserError as error:  # a technique that this optimizer has no use for
+                missing.append(f"{name}: {error}")
+                continue
             if found is not None:
-                fits.append(found)
+                fits.append(_timed(config, found))
             else:
                 missing.append(_why_none(config, budget, name, state_dtype, names[0]))
     if not fits:
@@ -187,8 +218,11 @@ def _why_none(config: BudgetConfig, budget: int, name: str, state_dtype: str | N
 
 def measured_against(config: BudgetConfig, fit: Fit) -> str:
     """A row per phase: predicted, measured, and the difference of the prediction. Raises UserError as ``measure``."""
-    replaced = replace(config, rank=fit.rank)
-    run, _ = _run(replaced, fit.optimizer, fit.state_dtype, fit.model, fit.micro_batch)
+    if config.recipe is not None:
+        run = _recipe(config)
+    else:
+        replaced = replace(config, rank=fit.rank)
+        run, _ = _run(replaced, fit.optimizer, fit.state_dtype, fit.model, fit.micro_batch)
     found = measure(run)
     memory = fit.memory
     # the first refresh is in the step that is measured
@@ -286,15 +320,40 @@ def _fit(config: BudgetConfig, budget: int, name: str, state_dtype: str | None, 
     run, skeleton = _run(config, name, state_dtype, model, micro_batch)
     arguments = run.optimizer
     try:
-        key = (model, config.seq_len, name, arguments.get("rank"), state_dtype, config.world_size, config.precision)
-        if (key, config.device) not in _known:
-            _known[key, config.device] = fixed(run, skeleton, world_size=config.world_size)
-        memory = predict(run, world_size=config.world_size, model=skeleton, known=_known[key, config.device])
+        key = repr((replace(run, micro_batch=1, tokens_per_step=1, loss_chunk=1), config.world_size, config.replicas))
+        ranks, copies = config.world_size, config.replicas
+        if key not in _known:
+            _known[key] = fixed(run, skeleton, world_size=ranks, replicas=copies)
+        memory = predict(run, world_size=ranks, replicas=copies, model=skeleton, known=_known[key])
     except UserError:
         raise
     except (ValueError, TypeError) as error:
         raise UserError(f"{model} with {name}: {error}") from None
     return Fit(name, state_dtype, arguments.get("rank"), model, micro_batch, budget, memory)
+
+
+def _timed(config: BudgetConfig, fit: Fit) -> Fit:
+    run, _ = _run(replace(config, rank=fit.rank), fit.optimizer, fit.state_dtype, fit.model, fit.micro_batch)
+    return replace(fit, time=step_time(run, config.world_size * config.replicas, Path(config.records)))
+
+
+def _of_recipe(config: BudgetConfig, budget: int) -> Outcome:
+    """What a whole configuration of a run needs."""
+    run = _recipe(config)
+    try:
+        memory = predict(run, world_size=config.world_size, replicas=config.replicas)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{config.recipe}: {error}") from None
+    arguments = run.optimizer
+    name, state_dtype = str(arguments["name"]), arguments.get("state_dtype")
+    time = step_time(run, config.world_size * config.replicas, Path(config.records))
+    fit = Fit(name, state_dtype, arguments.get("rank"), run.model.name, run.micro_batch, budget, memory, time)
+    return Outcome(f"{config.recipe} against {show_bytes(budget)} per rank", [fit], [])
+
+
+def _recipe(config: BudgetConfig) -> Config:
+    run = load_config([str(config.recipe)])
+    return replace(run, device=config.device)
 
 
 def _run(
@@ -314,19 +373,27 @@ def _run(
         if "state_dtype" not in takes:
             raise UserError(f"optimizer {name!r} takes no state_dtype; leave it out")
         arguments["state_dtype"] = state_dtype
+    if config.other_state_dtype is not None:
+        arguments["other_state_dtype"] = config.other_state_dtype
+    if config.offload_state:
+        arguments["offload_state"] = True
     run = Config(
-        model=ModelConfig(name=model, checkpointing="full" if config.checkpointing else "none"),
+        model=ModelConfig(name=model, checkpointing=config.checkpointing),
         optimizer=arguments,
+        weights=config.weights,
+        fused_backward=config.fused_backward,
+        clip=None if config.fused_backward else 1.0,
         seq_len=config.seq_len,
         micro_batch=micro_batch,
-        tokens_per_step=config.seq_len * micro_batch * config.accumulate * config.world_size,
+        tokens_per_step=config.seq_len * micro_batch * config.accumulate * config.world_size * config.replicas,
         precision=config.precision,
         loss_chunk=config.loss_chunk,
         device=config.device,
     )
     try:
         layers = tuple(sorted((key, arguments[key]) for key in ("rank",) if key in arguments))
-        return run, _skeleton(model, config.seq_len, name if name in _NEEDS_RANK else "adamw", layers)
+        layers_of = name if name in _NEEDS_RANK else "adamw"
+        return run, _skeleton(model, config.seq_len, layers_of, layers, config.weights, config.precision)
     except UserError:
         raise
     except (ValueError, TypeError) as error:
@@ -338,10 +405,13 @@ _known: dict[Any, Fixed] = {}
 
 
 @lru_cache(maxsize=64)
-def _skeleton(model: str, seq_len: int, layers_of: str, arguments: tuple[tuple[str, int], ...]) -> PreTrainedModel:
+def _skeleton(
+    model: str, seq_len: int, layers_of: str, arguments: tuple[tuple[str, int], ...], weights: Any, precision: Any
+) -> PreTrainedModel:
     """On meta, converted; one for all optimizers that train the same layers."""
     optimizer = {"name": layers_of, **(dict(arguments) if layers_of in _NEEDS_RANK else {})}
-    return unsharded(Config(model=ModelConfig(name=model), optimizer=optimizer, seq_len=seq_len))
+    kept: dict[str, Any] = {"weights": weights, "precision": precision}
+    return unsharded(Config(model=ModelConfig(name=model), optimizer=optimizer, seq_len=seq_len, **kept))
 
 
 def _rows(config: BudgetConfig) -> list[tuple[str, str | None]]:
@@ -390,7 +460,10 @@ def _too_small(config: BudgetConfig, fit: Fit) -> UserError:
 
 
 def _circumstances(config: BudgetConfig) -> str:
-    parts = [f"seq_len {config.seq_len}", f"{config.world_size} rank(s)", f"{config.precision} arithmetic"]
+    ranks = f"{config.world_size} rank(s)" + (f" x {config.replicas} replicas" if config.replicas > 1 else "")
+    weights = {"full": "float32"}.get(config.weights, config.weights)
+    parts = [f"seq_len {config.seq_len}", ranks, f"{config.precision} arithmetic, {weights} weights"]
     parts.append(f"{config.accumulate} micro-batches a step")
-    parts.append("activations recomputed" if config.checkpointing else "activations kept")
+    parts.append(f"checkpointing {config.checkpointing}")
+    parts += ["updates in backward"] * config.fused_backward + ["state in host memory"] * config.offload_state
     return ", ".join(parts)

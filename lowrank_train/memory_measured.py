@@ -72,15 +72,18 @@ def _train(config: Config, ranks: parallel.Ranks, steps: int, phase: Callable[[s
     optimizer = build_optimizer(config, model)
     shape = (config.micro_batch, config.seq_len)
     ids = torch.randint(model.config.vocab_size, shape, device=ranks.device)
+    passes = micro_batches(config, ranks.world_size)
+    if config.fused_backward:
+        optim.attach_to_backward(model, optimizer, accumulation_steps=passes, max_norm=config.clip, clip=config.clip_by)
     for _ in range(steps):
-        for _ in range(micro_batches(config, ranks.world_size)):
+        for _ in range(passes):
             with phase("forward"):
                 loss = model.token_loss(ids, ids, config.loss_chunk) / config.tokens_per_step
             with phase("backward"):
                 loss.backward()
             del loss
         with phase("step"):
-            if config.clip is not None:
+            if config.clip is not None and not config.fused_backward:
                 clip_grad_norm_(model.parameters(), config.clip)
             optimizer.step()
         optimizer.zero_grad()

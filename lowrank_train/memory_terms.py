@@ -125,6 +125,10 @@ class _Group:
         converted = self.stored // world_size if self.stored < self.reduced else 0
         return self.reduced + max(self.gradients, self.reduced // world_size + last + converted)
 
+    def summed(self, world_size: int) -> int:
+        """Of HSDP, the share of a rank in the type it was summed in, if it is stored in another: FSDP2 keeps it."""
+        return self.reduced // world_size if self.stored < self.reduced else 0
+
 
 @dataclass(frozen=True)
 class Fixed:
@@ -202,7 +206,7 @@ def predict(
         config: of the run; ``device=cpu`` asks for the CPU's smaller blocks.
         world_size: ranks the model is sharded over.
         shard: which of them.
-        replicas: sharded copies (HSDP); buffers of their all-reduce are not counted.
+        replicas: sharded copies (HSDP); with one shard each they are what DistributedDataParallel would be.
         model: what is trained, on meta, if there is one already: ``run.unsharded(config)``.
         known: what ``fixed`` gave for the same model, optimizer and ranks.
 
@@ -217,7 +221,7 @@ def predict(
     saved = activations(model, size)
     kept = Phase(weights=static.weights, optimizer_state=static.optimizer_state, temporaries=workspace.kept)
     accumulates = micro_batches(config, world_size * replicas) > 1
-    run = _Run(config, model, kept, saved, size, known.layers, known.root, world_size)
+    run = _Run(config, model, kept, saved, size, known.layers, known.root, world_size, replicas)
     if not config.fused_backward:
         return StepMemory(
             _forward(run, static.gradients * accumulates),
@@ -246,6 +250,7 @@ class _Run:
     layers: list[_Group]
     root: _Group
     world_size: int
+    replicas: int
 
     @property
     def checkpointed(self) -> int:
@@ -353,7 +358,7 @@ def _backward(run: _Run, gradients: int, accumulates: bool) -> Phase:
             gathered=root.gathered + travelled,
         )
     ]
-    reduced = 0  # the buffer of the layer before, in the order of backward
+    reduced = summed = 0  # the buffer of the layer before, in the order of backward; what all so far hold on to
     for j in reversed(range(len(layers))):
         group = layers[j]
         made = gradients if accumulates else sum(of_layers[j + 1 :])
@@ -385,16 +390,17 @@ def _backward(run: _Run, gradients: int, accumulates: bool) -> Phase:
         reducing = _add(
             common,
             gathered=ahead,
-            reductions=head + group.reducing(world_size),
+            reductions=head + summed + group.reducing(world_size),
         )
         moments += [middle, arriving, end, reducing]
-        reduced = group.reduced
+        summed += group.summed(world_size) if run.replicas > 1 else 0
+        reduced = group.reduced + summed
     made = gradients if accumulates else sum(of_layers)
     # a tied weight: its gradient as embedding is added to the one as head
     embedding = root.gradients + (head if model.config.tie_word_embeddings else 0)
     last = _add(kept, gradients=made, activations=saved.stream)
     moments.append(_add(last, gathered=root.gathered, reductions=embedding + reduced))
-    moments.append(_add(last, reductions=root.reducing(world_size)))
+    moments.append(_add(last, reductions=summed + root.reducing(world_size)))
     return max(moments, key=lambda phase: phase.total)
 
 

@@ -65,7 +65,7 @@ class TrackedStep:
         return max(self.phases.values())
 
 
-def track(config: Config, *, world_size: int = 1, updates: bool = True) -> TrackedStep:
+def track(config: Config, *, world_size: int = 1, replicas: int = 1, updates: bool = True) -> TrackedStep:
     """Run a step of a configuration on fake tensors, as the first of ``world_size`` fake ranks.
 
     Of its micro-batches two are run, if it has as many: in the second there are gradients to add to. With updates in
@@ -74,6 +74,7 @@ def track(config: Config, *, world_size: int = 1, updates: bool = True) -> Track
     Args:
         config: of the run; block sizes and the path of the DCT are those of a CUDA device.
         world_size: ranks the model is sharded over.
+        replicas: sharded copies.
         updates: False leaves out the optimizer's steps, which take longest for matrices; its state is there.
 
     Raises:
@@ -82,7 +83,7 @@ def track(config: Config, *, world_size: int = 1, updates: bool = True) -> Track
     method = methods.find(config.optimizer["name"])
     plain = unsharded(config)  # outside the fake mode, in which transformers cannot convert types
     with ExitStack() as stack:
-        mesh = stack.enter_context(parallel.fake_ranks(world_size))
+        mesh = stack.enter_context(parallel.fake_ranks(world_size, replicas))
         tracker_class = _tracker_class()
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(warnings.catch_warnings())
@@ -105,7 +106,7 @@ def track(config: Config, *, world_size: int = 1, updates: bool = True) -> Track
         _as_on_cuda(stack)
         with tracker:
             peaks: dict[str, dict[str, int]] = {}
-            passes = min(3 if config.fused_backward else 2, micro_batches(config, world_size))
+            passes = min(3 if config.fused_backward else 2, micro_batches(config, world_size * replicas))
 
             def gradients() -> None:
                 for _ in range(passes):

@@ -142,10 +142,7 @@ def start(config: ParallelConfig, device: str) -> Iterator[Ranks]:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
-        if config.replicas > 1:
-            mesh = init_device_mesh(place.type, (config.replicas, shards), mesh_dim_names=("replicate", "shard"))
-        else:
-            mesh = init_device_mesh(place.type, (shards,), mesh_dim_names=("shard",))
+        mesh = _mesh(place.type, shards, config.replicas)
         patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         assert patient is not None
         yield Ranks(dist.get_rank(), world_size, place, mesh, patient)
@@ -155,7 +152,7 @@ def start(config: ParallelConfig, device: str) -> Iterator[Ranks]:
 
 
 @contextmanager
-def fake_ranks(world_size: int) -> Iterator[DeviceMesh]:
+def fake_ranks(shards: int, replicas: int = 1) -> Iterator[DeviceMesh]:
     """The mesh of a group whose collectives move nothing, for counting memory: this process is its first rank.
 
     Raises UserError where torch has no such group, or this process is in a real one.
@@ -166,11 +163,17 @@ def fake_ranks(world_size: int) -> Iterator[DeviceMesh]:
         from torch.testing._internal.distributed.fake_pg import FakeStore  # private: absent in some builds
     except ImportError as error:
         raise UserError(f"this torch has no process group of fake ranks ({error}); memory cannot be tracked") from None
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)  # type: ignore[no-untyped-call]
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=shards * replicas)  # type: ignore[no-untyped-call]
     try:
-        yield init_device_mesh("cpu", (world_size,), mesh_dim_names=("shard",))
+        yield _mesh("cpu", shards, replicas)
     finally:
         dist.destroy_process_group()
+
+
+def _mesh(device: str, shards: int, replicas: int) -> DeviceMesh:
+    if replicas > 1:
+        return init_device_mesh(device, (replicas, shards), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(device, (shards,), mesh_dim_names=("shard",))
 
 
 def shard_model(
