@@ -125,9 +125,9 @@ class _Group:
         converted = self.stored // world_size if self.stored < self.reduced else 0
         return self.reduced + max(self.gradients, self.reduced // world_size + last + converted)
 
-    def summed(self, world_size: int) -> int:
-        """Of HSDP, the share of a rank in the type it was summed in, if it is stored in another: FSDP2 keeps it."""
-        return self.reduced // world_size if self.stored < self.reduced else 0
+    def summed(self, world_size: int, accumulates: bool) -> int:
+        """Of HSDP, the share of a rank as it was summed, where that is not the gradient itself: FSDP2 keeps both."""
+        return self.reduced // world_size if self.stored < self.reduced or accumulates else 0
 
 
 @dataclass(frozen=True)
@@ -393,7 +393,7 @@ def _backward(run: _Run, gradients: int, accumulates: bool) -> Phase:
             reductions=head + summed + group.reducing(world_size),
         )
         moments += [middle, arriving, end, reducing]
-        summed += group.summed(world_size) if run.replicas > 1 else 0
+        summed += group.summed(world_size, accumulates) if run.replicas > 1 else 0
         reduced = group.reduced + summed
     made = gradients if accumulates else sum(of_layers)
     # a tied weight: its gradient as embedding is added to the one as head

@@ -18,6 +18,7 @@ from torch import Tensor
 from optim.base import MatrixOptimizer
 from optim.basis import find_basis
 from optim.blocks import chunks, row_blocks
+from optim.int8_weight import Int8Weight
 from optim.low_rank import LowRankOptimizer, resolved_rank
 from optim.orthogonalize import CHUNK_NUMBERS
 from optim.quantization import MOMENTS
@@ -61,6 +62,8 @@ class _Matrix:
     turned: bool
     """Sharded along its projected dimension, so that it travels before and after."""
     name: str
+    narrow: bool
+    """Its gradient is in fewer bytes than the arithmetic, and converted."""
 
     @property
     def block(self) -> int:
@@ -134,12 +137,16 @@ def _workspace(optimizer: MatrixOptimizer, slots: list[Slot], world_size: int, s
 
 
 def _storing(optimizer: MatrixOptimizer, slot: Slot, world_size: int, on_cpu: bool) -> int:
-    """To round a block of a copy: noise, its magnitudes and what is finite, or what is chosen, and that in bfloat16."""
+    """To round a block of a copy: noise, its magnitudes and what is finite, or what is chosen, and that in bfloat16.
+
+    In int8 the numbers in units of their scale too, the nearest codes, which of them are exact; of half a block.
+    """
     if not optimizer.handed(slot).rounded:
         return 0
+    in_int8 = isinstance(slot.param, Int8Weight)
     width = math.prod(slot.param.shape[1:])
     rows = row_blocks(slot.param.shape[0] // world_size, width, torch.device("cpu" if on_cpu else "meta"))
-    return 11 * width * max((part.stop - part.start for part in rows), default=0)
+    return (11 if not in_int8 else 21 // 2) * width * max((part.stop - part.start for part in rows), default=0)
 
 
 def _copy_bytes(optimizer: MatrixOptimizer, slot: Slot, world_size: int, shard: int) -> int:
@@ -176,7 +183,8 @@ def _matrices(optimizer: MatrixOptimizer, slots: Sequence[Slot], world_size: int
         rows = local_shape(spec, 0, shard, world_size)[0]
         turned = world_size > 1 and dim != 1 - (1 if shape[0] >= math.prod(shape[1:]) else 0)
         exact = torch.promote_types(slot.param.dtype, torch.float32).itemsize
-        yield _Matrix(m, d, r, rows, exact, slot.group, turned, slot.name)
+        narrow = slot.param.dtype.itemsize < exact
+        yield _Matrix(m, d, r, rows, exact, slot.group, turned, slot.name, narrow)
 
 
 def _adamw(optimizer: MatrixOptimizer, slots: Sequence[Slot], world_size: int, shard: int, on_cpu: bool) -> int:
@@ -222,7 +230,8 @@ def _low_rank(matrices: Sequence[_Matrix], on_cpu: bool) -> Workspace:
     before = sum(e * (x.rows * x.r + x.r * x.d) for x in matrices) if residual.tracks_momentum else 0
     step += before
 
-    whole = max(x.e * x.rows * x.d * (2 if group["rho"] else 0) for x in matrices)  # target: mixed with the lifted mean
+    # target: mixed with the lifted mean; of a gradient that is converted
+    whole = max(x.e * x.rows * x.d * ((2 if group["rho"] else 0) + x.narrow) for x in matrices)
     if type(residual).__name__ == "ErrorFeedback":
         whole = max(whole, max(x.e * x.rows * x.d for x in matrices))  # G + E
     carried = 0
@@ -256,7 +265,7 @@ def _block_step(x: _Matrix, on_cpu: bool) -> int:
     b = max((part.stop - part.start for part in rows), default=0)
     wide, narrow = x.e * b * x.d, x.e * b * x.r
     directions = _vectors(x, on_cpu)
-    needed = 4 * narrow  # coordinates, roots, update, its scaled copy
+    needed = 4 * narrow + wide * x.narrow  # coordinates, roots, update, its scaled copy
     if _is_fourier(x, on_cpu):
         needed += 3 * wide  # permuted rows, spectrum; lifted rows, permuted back
     if x.group.get("state_dtype"):

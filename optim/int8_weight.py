@@ -81,21 +81,22 @@ class Int8Weight(Tensor):
         return result
 
     def write(self, value: Tensor, bits: Tensor | None = None) -> Int8Weight:
-        """Store numbers (m, n); rounded by random bits (m, n) int32, or to the nearest."""
+        """Store numbers (m, n); rounded by random bits (m, n) int32, which are used up, or to the nearest."""
         if value.device.type == "meta":
             return self
         value = value.to(torch.promote_types(value.dtype, torch.float32))
         rows, columns = value.shape
         blocks = self.scale.shape[1]
-        padded = torch.nn.functional.pad(value, (0, blocks * BLOCK - columns))
+        padded = torch.nn.functional.pad(value, (0, blocks * BLOCK - columns)) if columns % BLOCK else value
         largest = padded.view(rows, blocks, BLOCK).abs().amax(2).float()
         fits = (largest <= _LEVELS * self.scale) & (largest * _FEW_LEVELS >= _LEVELS * self.scale)
         self.scale.copy_(torch.where(fits, self.scale, largest * (_MARGIN / _LEVELS)))
         units = _times(value.clone(), self.scale.clamp_min(torch.finfo(torch.float32).tiny).reciprocal())
         nearest = units.round()
         if bits is not None:
-            unit_noise = (bits >> 8).bitwise_and_(0xFFFFFF).to(units.dtype).div_(2**24)
-            nearest = torch.where((units - nearest).abs() < _EXACT, nearest, unit_noise.add_(units).floor_())
+            is_code = (units - nearest).abs_() < _EXACT
+            noise = bits.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF).to(units.dtype).div_(2**24)
+            nearest = torch.where(is_code, nearest, noise.add_(units).floor_())
         self.codes.copy_(nearest.clamp_(-_LEVELS, _LEVELS))
         return self
 

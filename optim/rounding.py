@@ -38,7 +38,7 @@ def store(kept: Tensor, value: Tensor, seed: Tensor | None, rows: slice = slice(
     width, whole_width = math.prod(value.shape[1:]), math.prod(kept.shape[1:])
     row, column = block_origin(kept)
     flat = value.float().reshape(height, width)
-    for part in row_blocks(height, width, value.device):
+    for part in row_blocks(height, width * (2 if isinstance(target, Int8Weight) else 1), value.device):
         origin = (row + (rows.start or 0) + part.start, column)
         bits = uniform_bits(part.stop - part.start, width, origin=origin, width=whole_width, seed=seed)
         if isinstance(target, Int8Weight):

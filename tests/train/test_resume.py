@@ -46,6 +46,11 @@ CASES = {
         {"model": "opt", "optimizer": "dct_adamw", "precision": "bfloat16"},
         ["model.overrides.dropout=0.3"],
     ),
+    "int8 weights, updates in backward, 8-bit state, 2 ranks": (
+        2,
+        {"optimizer": "dct_adamw", "precision": "bfloat16"},
+        ["weights=int8", "fused_backward=true", "optimizer.state_dtype=8bit", "optimizer.offload_state=true"],
+    ),
     "streamed, dct_adamw, 2 ranks, hybrid": (
         2,
         {"optimizer": "dct_adamw"},
