@@ -35,7 +35,7 @@ _TRAINED: dict[str, Callable[[PreTrainedModel], object]] = {
 }
 """Value of ``train`` -> what takes the gradient from the other parameters."""
 
-_OTHER_ROLES = ("embedding", "head", "vector")
+_OTHER_ROLES = ("embedding", "head", "vector", "points")
 """Of parameters that are neither matrices nor what matrices are made of."""
 
 _NOT_ARCHITECTURE = {"dtype", "transformers_version", "_name_or_path", "architectures", "use_cache"}

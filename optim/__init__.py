@@ -10,9 +10,10 @@ from optim.base import MatrixOptimizer
 from optim.low_rank_adamw import APOLLO, FRUGAL, APOLLOMini, DCTAdamW, Fira, GaLoreAdamW, LDAdam, LowRankAdamW
 from optim.memory import layout_bytes, predicted_state_bytes, state_bytes
 from optim.muon import Muon
-from optim.param_groups import param_groups
+from optim.param_groups import keep_manifolds, param_groups
 from optim.registry import check_arguments, create, describe, find, names
 from optim.relora import ReLoRA
+from optim.riemannian import RiemannianAdamW
 from optim.scale import SCALE
 from optim.sharding import preferred_shard_dim
 from optim.sst import SST
@@ -34,6 +35,7 @@ __all__ = [
     "MatrixOptimizer",
     "Muon",
     "ReLoRA",
+    "RiemannianAdamW",
     "Trion",
     "WeLoreAdamW",
     "attach_to_backward",
@@ -41,6 +43,7 @@ __all__ = [
     "create",
     "describe",
     "find",
+    "keep_manifolds",
     "layout_bytes",
     "names",
     "param_groups",

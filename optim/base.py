@@ -1,8 +1,9 @@
 """The frame every optimizer of this package shares.
 
 One object holds all parameters of a model: those with role ``matrix`` are updated by the method, the others by AdamW
-inside the same ``step()``. A subclass supplies three things, in the terms of its paper: the state of a matrix, the
-check of its hyperparameters, and the update of a list of matrices. It never overrides ``step``.
+inside the same ``step()``, and rows that are points of a manifold by Riemannian Adam (``optim.points``). A subclass
+supplies three things, in the terms of its paper: the state of a matrix, the check of its hyperparameters, and the
+update of a list of matrices. It never overrides ``step``.
 
 State is allocated when a parameter group is added, not at the first step: checkpoint code that finds an optimizer
 without state calls ``step()`` on zero gradients to make some, and every rank must hold the same keys.
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optim import rules
+from optim import points, rules
 from optim.blocks import row_blocks
 from optim.quantization import as_stored, read, write
 from optim.sharding import StateTensor, allocate, copy_into, first_column, local, max_over_shards
@@ -38,6 +39,7 @@ ROLES = (
     "singular_values",
     "lora_a",  # (rank, in) and (out, rank): the factors beside a frozen matrix
     "lora_b",
+    "points",  # of a manifold, one per row
     "frozen",  # takes no gradient and has no state; a method may exchange it for what is trained
 )
 
@@ -143,7 +145,8 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         matrices = [slot for slot in slots if slot.group["role"] in self.method_roles]
         for group in self.param_groups:
             if group["role"] not in self.method_roles and group["role"] != "frozen":
-                self.step_adamw([slot for slot in slots if slot.group is group])
+                update = self.step_points if group["role"] == "points" else self.step_adamw
+                update([slot for slot in slots if slot.group is group])
         if matrices:
             self.step_matrices(matrices)
 
@@ -161,6 +164,12 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
     def step_coordinates(self, slot: Slot, coordinates: Tensor) -> None:
         """Update one parameter from (sums of) what ``project_gradient`` returned."""
         raise NotImplementedError
+
+    def step_points(self, slots: list[Slot]) -> None:
+        """Riemannian Adam on parameters whose rows are points, see ``optim.points``."""
+        for slot in slots:
+            gradient = dense_gradient(slot) if slot.param.grad is not None else None
+            points.step_points(slot.name, slot.param, gradient, slot.state, slot.group)
 
     def step_adamw(self, slots: list[Slot]) -> None:
         """AdamW on parameters of one group, shard by shard."""
@@ -226,7 +235,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Check a group and allocate its state; raises ValueError for hyperparameters that do not fit."""
-        super().add_param_group(param_group)
+        super().add_param_group(points.completed(param_group, self.defaults, len(self.param_groups)))
         group = self.param_groups[-1]
         try:
             _check_group(group, len(self.param_groups) - 1)
@@ -240,6 +249,8 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
 
     def state_layout(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
         """The state tensors of one parameter, by global shape."""
+        if group["role"] == "points":
+            return points.point_state(name, param, group)
         if group["role"] in self.method_roles:
             layout = self.matrix_state(name, param, group)
         else:
@@ -318,6 +329,8 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
 
     def _structural_objection(self, saved_groups: Sequence[Mapping[str, Any]]) -> str | None:
         for group, saved in zip(self.param_groups, saved_groups, strict=False):
+            if group["role"] == "points" and (objection := points.structural_objection(group, saved)) is not None:
+                return objection
             for key in self.structural_settings if group["role"] in self.method_roles else ():
                 if saved.get(key, group[key]) != group[key]:
                     return (

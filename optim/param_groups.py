@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from optim.base import ROLES
+from optim.manifolds import Description, describe_manifold, same_manifold
 
-__all__ = ["param_groups"]
+__all__ = ["keep_manifolds", "param_groups"]
 
 
 def param_groups(model: nn.Module, *, rules: Mapping[str, Mapping[str, Any]] | None = None) -> list[dict[str, Any]]:
@@ -25,18 +26,25 @@ def param_groups(model: nn.Module, *, rules: Mapping[str, Mapping[str, Any]] | N
     module -> role), as spectral layers and adapters do; what it calls ``frozen`` is listed although it takes no
     gradient, because a method may exchange it for what is trained.
 
+    Parameters whose rows are points of a manifold get role ``points``, key ``manifold`` (a plain description) and
+    ``weight_decay`` 0. Their module names them in ``parameter_manifolds`` (name relative to the module -> manifold of
+    geoopt, or a description as ``("lorentz", 1.0)``), which survives meta-device initialisation, loading, copies and
+    sharding; geoopt's ``ManifoldParameter`` are recognised as long as they are that.
+
     Args:
         model: before or after ``fully_shard``.
         rules: regular expression -> settings for the parameters whose name it matches (``re.search``; the first rule
             that matches wins), e.g. ``{"k_proj": {"rank": 32}, r"layers\\.0\\.": {"role": "vector"}}``.
 
     Raises:
-        ValueError: for a rule that matches nothing, an unknown role, or a model without trainable parameters.
+        ValueError: for a rule that matches nothing, an unknown role, a model without trainable parameters, a manifold
+            unknown to ``optim.manifolds`` or two of them for one parameter, or a rule that would lose one.
     """
     rules = dict(rules or {})
-    roles = _roles(model)
+    manifolds = _manifolds(model)
+    roles = {**_roles(model), **dict.fromkeys(manifolds, "points")}
     matched: set[str] = set()
-    groups: dict[tuple[str, str | None, bool], dict[str, Any]] = {}
+    groups: dict[tuple[str, str | None, bool, Description | None], dict[str, Any]] = {}
     for name, param in model.named_parameters():
         if not param.requires_grad and roles.get(param) != "frozen":
             continue
@@ -47,10 +55,18 @@ def param_groups(model: nn.Module, *, rules: Mapping[str, Mapping[str, Any]] | N
         role = settings.pop("role", roles.get(param, "vector"))
         if role not in ROLES:
             raise ValueError(f"rule {pattern!r} gives role {role!r}; expected one of {', '.join(ROLES)}")
-        exempt = role == "vector" and param.ndim < 2
+        manifold = manifolds.get(param)
+        if manifold is not None:
+            if role != "points" or "manifold" in settings:
+                raise ValueError(
+                    f"rule {pattern!r} gives {name!r} another role or manifold; its rows are points of {manifold!r} "
+                    "and would leave it: expected a rule without these keys, or a module without the manifold"
+                )
+            settings["manifold"] = manifold
+        exempt = (role == "vector" and param.ndim < 2) or role == "points"
         if exempt:
             settings.setdefault("weight_decay", 0.0)
-        group = groups.setdefault((role, pattern, exempt), {"params": [], "role": role, **settings})
+        group = groups.setdefault((role, pattern, exempt, manifold), {"params": [], "role": role, **settings})
         group["params"].append((name, param))
     unmatched = [pattern for pattern in rules if pattern not in matched]
     if unmatched:
@@ -59,6 +75,53 @@ def param_groups(model: nn.Module, *, rules: Mapping[str, Mapping[str, Any]] | N
     if all(group["role"] == "frozen" for group in groups.values()):
         raise ValueError("the model has no trainable parameter; set requires_grad before building the optimizer")
     return list(groups.values())
+
+
+def keep_manifolds(model: nn.Module) -> None:
+    """Write the manifold of every geoopt ``ManifoldParameter`` into its module's ``parameter_manifolds``.
+
+    To be called before what makes plain parameters of them: ``fully_shard``, ``to_empty``, ``from_pretrained``. Raises
+    ValueError for a manifold unknown to ``optim.manifolds``.
+    """
+    for module in model.modules():
+        for name, param in module.named_parameters(recurse=False):
+            manifold = _own_manifold(name, param)
+            if manifold is not None:
+                # a dict of its own: a class may hold one for all
+                declared: Any = {**getattr(module, "parameter_manifolds", {}), name: manifold}
+                module.parameter_manifolds = declared
+
+
+def _own_manifold(name: str, param: Tensor) -> Description | None:
+    """Of geoopt's subclass of parameters; those of Euclidean space have none."""
+    manifold = getattr(param, "manifold", None)
+    if manifold is None or type(manifold).__name__ == "Euclidean":
+        return None
+    try:
+        return describe_manifold(manifold)
+    except ValueError as error:
+        raise ValueError(f"{name!r}: {error}") from None
+
+
+def _manifolds(model: nn.Module) -> dict[Tensor, Description]:
+    """Of every parameter whose rows are points."""
+    found: dict[Tensor, Description] = {}
+    for name, param in model.named_parameters():
+        manifold = _own_manifold(name, param)
+        if manifold is not None:
+            found[param] = manifold
+    for prefix, module in model.named_modules():
+        for name, declared in getattr(module, "parameter_manifolds", {}).items():
+            full_name = f"{prefix}.{name}" if prefix else name
+            try:
+                param, manifold = module.get_parameter(name), describe_manifold(declared)
+            except (AttributeError, ValueError) as error:
+                raise ValueError(f"parameter_manifolds names {full_name!r}: {error}") from None
+            if not same_manifold(found.setdefault(param, manifold), manifold):
+                raise ValueError(
+                    f"{full_name!r} is said to hold points of {manifold!r} and of {found[param]!r}; expected one"
+                )
+    return found
 
 
 def _roles(model: nn.Module) -> dict[Tensor, str]:

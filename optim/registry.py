@@ -15,6 +15,7 @@ from optim.low_rank_adamw import APOLLO, FRUGAL, APOLLOMini, DCTAdamW, Fira, GaL
 from optim.muon import Muon
 from optim.param_groups import param_groups
 from optim.relora import ReLoRA
+from optim.riemannian import RiemannianAdamW
 from optim.scale import SCALE
 from optim.sst import SST
 from optim.trion import Trion
@@ -34,6 +35,7 @@ _TABLE: dict[str, type[MatrixOptimizer]] = {
     "low_rank_adamw": LowRankAdamW,
     "muon": Muon,
     "relora": ReLoRA,
+    "riemannian_adamw": RiemannianAdamW,
     "scale": SCALE,
     "sst": SST,
     "trion": Trion,
