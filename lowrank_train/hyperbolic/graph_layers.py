@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import geoopt
 import torch
 from torch import Tensor, nn
 
@@ -115,7 +114,7 @@ class LorentzClassifier(nn.Module):
         directions = nn.functional.normalize(torch.randn(classes, width - 1), dim=-1)
         self.centres = nn.Parameter(lift(directions, self.curvature))
         self.bias = nn.Parameter(torch.zeros(classes))
-        self.parameter_manifolds = {"centres": geoopt.Lorentz(k=self.curvature)}
+        self.parameter_manifolds = {"centres": ("lorentz", self.curvature)}
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, width) -> (n, classes)."""

@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import geoopt
 import torch
 from torch import Tensor, nn
 
@@ -198,7 +197,7 @@ class LorentzEmbedding(nn.Module):
         if points is None:
             points = lift(torch.randn(count, width - 1) * std, self.curvature)
         self.weight = nn.Parameter(check_points(points, self.curvature).clone())
-        self.parameter_manifolds = {"weight": geoopt.Lorentz(k=self.curvature)}
+        self.parameter_manifolds = {"weight": ("lorentz", self.curvature)}
 
     def forward(self, index: Tensor) -> Tensor:
         """(...) -> (..., width)."""
