@@ -16,7 +16,7 @@ from lowrank_train.errors import UserError
 from lowrank_train.hyperbolic.adjacency import Adjacency
 from lowrank_train.hyperbolic.geometry import GEOMETRIES
 from lowrank_train.hyperbolic.graph_config import GraphConfig
-from lowrank_train.hyperbolic.graph_network import ACTIVATIONS, LINEAR_MAPS, GraphNetwork, with_degrees
+from lowrank_train.hyperbolic.graph_network import ACTIVATIONS, LINEAR_MAPS, GraphNetwork, NodeFeatures, with_degrees
 from lowrank_train.hyperbolic.graph_splits import PROTOCOLS
 from lowrank_train.hyperbolic.graph_tasks import TASKS, GraphTask
 from lowrank_train.hyperbolic.graphs import Graph, components, load_graph, with_binned_labels
@@ -50,8 +50,7 @@ class GraphRun:
     folder: Path
     graph: Graph
     task: GraphTask
-    features: Tensor
-    """(n, f), as the network takes them."""
+    features: NodeFeatures
     adjacency: Adjacency
     network: GraphNetwork
     layers: Parametrization
@@ -130,7 +129,8 @@ def build_graph_run(config: GraphConfig, ranks: Ranks) -> GraphRun:
     checkpoints = Checkpoints(folder / "checkpoints", ranks, keep=2, asynchronous=False)
     torch.manual_seed(config.seed)  # dropout and negatives are the same for all methods
     adjacency = Adjacency(task.known_edges, graph.nodes, dtype)
-    return GraphRun(config, folder, graph, task, features.to(dtype), adjacency, network, layers, optimizer, checkpoints)
+    entered = NodeFeatures(network.geometry.enter(features.to(dtype)))
+    return GraphRun(config, folder, graph, task, entered, adjacency, network, layers, optimizer, checkpoints)
 
 
 def load_network(folder: Path) -> GraphNetwork:
@@ -152,9 +152,10 @@ def load_network(folder: Path) -> GraphNetwork:
     return network.eval()
 
 
-def network_arguments(config: GraphConfig, features: int, classes: int | None) -> dict[str, Any]:
+def network_arguments(run: GraphRun) -> dict[str, Any]:
     """What ``load_network`` builds it from, beside the weights."""
-    return {**asdict(config.model), "features": features, "classes": classes}
+    features = run.features.points.shape[1] - run.network.geometry.extra
+    return {**asdict(run.config.model), "features": features, "classes": run.task.classes}
 
 
 def _network(config: GraphConfig, features: int, classes: int | None) -> GraphNetwork:

@@ -144,9 +144,8 @@ def _finish(run: GraphRun, ranks: Ranks) -> GraphRecord:
     with torch.no_grad():
         points = run.points()
     if progress.finished:
-        arguments = network_arguments(config, run.features.shape[1], run.task.classes)
         state = run.layers.plain_state_dict(run.best)
-        saved = {"network": arguments, "precision": config.precision, "state": state}
+        saved = {"network": network_arguments(run), "precision": config.precision, "state": state}
         try:
             torch.save(saved, run.folder / "network.pt")
         except (OSError, RuntimeError) as error:
