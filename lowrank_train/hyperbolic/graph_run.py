@@ -19,7 +19,7 @@ from lowrank_train.hyperbolic.graph_config import GraphConfig
 from lowrank_train.hyperbolic.graph_network import ACTIVATIONS, LINEAR_MAPS, GraphNetwork, NodeFeatures, with_degrees
 from lowrank_train.hyperbolic.graph_splits import PROTOCOLS
 from lowrank_train.hyperbolic.graph_tasks import TASKS, GraphTask
-from lowrank_train.hyperbolic.graphs import Graph, components, load_graph, with_binned_labels
+from lowrank_train.hyperbolic.graphs import Graph, components, depths, load_graph, with_binned_labels
 from lowrank_train.parallel import Ranks
 from lowrank_train.parametrization import Parametrization
 
@@ -179,6 +179,8 @@ def _data(config: GraphConfig) -> tuple[Graph, GraphTask]:
     kind = TASKS[data.task]
     if data.label_column is not None and kind.needs_labels:
         graph = with_binned_labels(graph, data.label_column, data.label_bins)
+    if data.root is not None:
+        depths(graph, data.root)  # raises now rather than at the end
     pieces = components(graph)
     if data.connected and len(pieces) > 1:
         raise UserError(

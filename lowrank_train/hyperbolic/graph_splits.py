@@ -149,9 +149,10 @@ class Clean(Protocol):
         validation, test = (int(share * len(edges)) for share in (self.validation_share, self.test_share))
         held_out, train = edges[: validation + test], edges[validation + test :]
         taken = _codes(edges, n)
-        if 2 * (len(edges) + validation + test) > n * (n - 1) // 2:
+        if 2 * (validation + test) > n * (n - 1) // 2 - len(edges):
             raise UserError(
-                f"{graph.name} is too dense: more than half of all pairs of nodes would be edges or held out"
+                f"{graph.name} is too dense: {validation + test} held-out negatives are more than half of the pairs of "
+                f"its {n} nodes that {len(edges)} edges leave; expected a sparser graph, or smaller shares"
             )
         negatives = torch.empty(0, dtype=torch.long)
         while len(negatives) < validation + test:  # without replacement
