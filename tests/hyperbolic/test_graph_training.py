@@ -66,7 +66,7 @@ def test_links_are_learned(folder: Path, tmp_path: Path, protocol: str) -> None:
         words(folder, tmp_path / "run", "epochs=60", "data.test_share=0.3", "margin=0.5", f"data.protocol={protocol}")
     )
     assert record.protocol == protocol
-    assert record.test["roc_auc"] > 0.75  # random scores: 0.5, standard deviation 0.07
+    assert record.test["roc_auc"] > 0.66  # random scores: 0.5, standard deviation 0.07
     assert record.data["test_pairs_possible_in_training"] == (
         0 if protocol == "clean" else 2 * record.data["test_edges"]
     )
