@@ -59,6 +59,10 @@ class Geometry(ABC):
         """How far the farthest point is from where points are, see ``lorentz.manifold_error``."""
 
     @abstractmethod
+    def time_error(self, x: Tensor) -> float:
+        """The same relative to the times, see ``lorentz.time_error``."""
+
+    @abstractmethod
     def picture(self, x: Tensor) -> Tensor:
         """Places (n, 2) that show the two directions in which the points (n, width) spread most."""
 
@@ -100,6 +104,10 @@ class Lorentz(Geometry):
     def error(self, x: Tensor) -> float:
         """Largest |<x, x> / k + 1|."""
         return lorentz.manifold_error(x, self.curvature)
+
+    def time_error(self, x: Tensor) -> float:
+        """Largest relative error of a time."""
+        return lorentz.time_error(x, self.curvature)
 
     def picture(self, x: Tensor) -> Tensor:
         """In the Poincare disk, the centroid of all points in the middle.
@@ -150,6 +158,10 @@ class Euclidean(Geometry):
     def error(self, x: Tensor) -> float:
         """All of it is space: 0, infinite for points that are not finite."""
         return 0.0 if bool(torch.isfinite(x).all()) else float("inf")
+
+    def time_error(self, x: Tensor) -> float:
+        """There is none."""
+        return 0.0
 
     def picture(self, x: Tensor) -> Tensor:
         """Two principal components."""

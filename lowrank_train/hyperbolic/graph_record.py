@@ -48,6 +48,8 @@ class GraphRecord:
     provenance: dict[str, Any] = field(default_factory=dict)
     depth_correlation: float | None = None
     """Spearman's, of distance to the root's point and depth below the root."""
+    time_error: float | None = None
+    """Largest error of x_0 of these points, relative to what it should be."""
 
     def write(self, path: Path) -> None:
         """As JSON."""

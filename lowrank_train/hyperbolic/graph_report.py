@@ -95,7 +95,10 @@ def _summary(record: GraphRecord, run: GraphRun, root: int) -> list[tuple[str, s
         ("epochs", f"{record.epochs:,}, best on validation: {record.best_epoch:,}"),
         ("time", f"{record.seconds:.0f} s"),
         ("trainable parameters", f"{record.trainable_parameters:,} ({100 * share:.0f} % of {record.parameters:,})"),
-        ("farthest off the manifold", f"{record.manifold_error:.1e} (largest |<x, x> / k + 1|)"),
+        (
+            "farthest off the manifold",
+            f"{record.manifold_error:.1e} (largest |<x, x> / k + 1|); {record.time_error:.1e} of its x_0",
+        ),
         ("distance and depth", f"rank correlation {correlation}, root {root}"),
         ("optimizer state", f"{record.optimizer_state_bytes:,} bytes"),
         ("TensorBoard", f"tensorboard --logdir {folder / 'tensorboard'}"),
@@ -130,7 +133,8 @@ def _plot_points(run: GraphRun, places: Tensor, depth: Tensor, path: Any) -> Non
     colours = run.graph.labels if by_class else depth
     assert colours is not None
     shown = axes.scatter(at[:, 0], at[:, 1], c=colours.numpy(), s=4, cmap="tab10" if by_class else "viridis", zorder=2)
-    figure.colorbar(shown, ax=axes, shrink=0.7, label="class" if by_class else "depth below the root")
+    label = "class" if by_class else "depth below the root"
+    figure.colorbar(shown, ax=axes, shrink=0.7, label=label, ticks=colours.unique().tolist())
     if run.network.geometry.extra:  # the edge of the world
         axes.add_patch(pyplot.Circle((0, 0), 1, fill=False, color="black", linewidth=0.8))
         axes.set(xlim=(-1.02, 1.02), ylim=(-1.02, 1.02), title="Poincare disk, two principal directions")

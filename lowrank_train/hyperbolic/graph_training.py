@@ -166,6 +166,7 @@ def _finish(run: GraphRun, ranks: Ranks) -> GraphRecord:
         parameters=_plain_parameters(run),
         trainable_parameters=sum(p.numel() for p in network.parameters() if p.requires_grad),
         manifold_error=network.geometry.error(points),
+        time_error=network.geometry.time_error(points),
         optimizer_state_bytes=optim.state_bytes(run.optimizer),
         peak_memory_gib=peak_memory_gib(ranks.device),
         data={"nodes": run.graph.nodes, "edges": len(run.graph.edges), "sha1": run.graph.sha1, **run.task.facts()},

@@ -29,6 +29,7 @@ __all__ = [
     "on_manifold",
     "poincare",
     "squared_distance",
+    "time_error",
 ]
 
 MAX_RADIUS = 10.0
@@ -103,6 +104,16 @@ def manifold_error(x: Tensor, k: float = 1.0) -> float:
     if not bool(torch.isfinite(exact).all()) or bool((exact[..., 0] <= 0).any()):
         return math.inf
     return float((inner(exact, exact) / k + 1).abs().max()) if exact.numel() else 0.0
+
+
+def time_error(x: Tensor, k: float = 1.0) -> float:
+    """Largest |x_0 - t| / t, t = sqrt(k + |space|^2) the time that points (..., n + 1) should have, in float64.
+
+    Rounding is about the epsilon of the dtype here wherever a point is, while in ``manifold_error`` it grows as x_0^2.
+    """
+    exact = x.detach().double()
+    right = (k + exact[..., 1:].square().sum(-1)).sqrt()
+    return float(((exact[..., 0] - right).abs() / right).max()) if exact.numel() else 0.0
 
 
 def check_points(x: Tensor, k: float = 1.0, *, name: str = "points", tolerance: float | None = None) -> Tensor:

@@ -88,6 +88,9 @@ def test_manifold_error_is_what_is_missing() -> None:
     assert lorentz.manifold_error(x) < 1e-12
     x[1, 0] *= 2  # 3 x_0^2 too much
     assert lorentz.manifold_error(x) == pytest.approx(0.75 * float(x[1, 0]) ** 2, rel=1e-9)
+    assert lorentz.time_error(x) == pytest.approx(1)  # twice what it should be
+    assert lorentz.time_error(points(3)) < 1e-15
+    assert lorentz.time_error(points(0)) == 0
     assert lorentz.manifold_error(-points(1)) == math.inf
     assert lorentz.manifold_error(points(1) * math.nan) == math.inf
     assert lorentz.manifold_error(points(0)) == 0
