@@ -11,6 +11,7 @@ try:
     from lowrank_train.digits import measure_digits
     from lowrank_train.errors import UserError
     from lowrank_train.hyperbolic import graph_benchmark
+    from lowrank_train.tree_benchmark import measure_tree
     from optim.__main__ import main as list_optimizers
 except ModuleNotFoundError as error:
     if error.name not in ("lowrank_train", "optim"):
@@ -59,6 +60,11 @@ def digits(arguments: list[str]) -> None:
     print(measure_digits(arguments))
 
 
+def tree(arguments: list[str]) -> None:
+    """Embed a tree in hyperbolic space: Riemannian AdamW with whole and low-rank moments, and geoopt's."""
+    print(measure_tree(arguments))
+
+
 def communication(arguments: list[str]) -> None:
     """Predict the bytes each optimizer sends per step when a model is sharded."""
     print(step_benchmark.communication(arguments))
@@ -71,6 +77,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "compression": measure_compression,
     "hyperbolic": measure_hyperbolic,
     "digits": digits,
+    "tree": tree,
     "communication": communication,
 }
 

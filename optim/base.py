@@ -63,7 +63,7 @@ class Traffic(NamedTuple):
 
 
 class MatrixOptimizer(torch.optim.Optimizer, ABC):
-    """Abstract: updates matrices by a method and every other parameter by AdamW.
+    """Abstract: updates matrices by a method and every other parameter by AdamW, points by its Riemannian kind.
 
     Every parameter group carries a ``role`` (one of ``ROLES``), as ``optim.param_groups(model)`` makes them, and its
     own copy of each hyperparameter. Hyperparameters ``lr``, ``betas``, ``eps``, ``weight_decay`` mean the same in every

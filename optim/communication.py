@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from optim.base import Traffic
 from optim.param_groups import param_groups
+from optim.points import refresh_bytes
 from optim.registry import create
 from optim.sharding import matrix_shape
 
@@ -89,13 +91,20 @@ def communicated_bytes(
     step, refresh, mean = 0.0, 0.0, 0.0
     intervals = []
     for group in optimizer.param_groups:
-        if group["role"] not in optimizer.method_roles:
+        is_points = group["role"] == "points"  # in any optimizer
+        if group["role"] not in optimizer.method_roles and not is_points:
             continue
         interval = group.get(optimizer.refresh_setting)
+        if is_points:
+            interval = None if group["point_rank"] is None else group["point_refresh_interval"]
         if interval is not None:
             intervals.append(interval)
         for param in group["params"] if world_size > 1 else ():
-            traffic = optimizer.traffic(param.shape, param.dtype, group, world_size)
+            traffic = (
+                Traffic(refresh_bytes=refresh_bytes(param.shape, param.dtype, group))
+                if is_points
+                else optimizer.traffic(param.shape, param.dtype, group, world_size)
+            )
             step += traffic.step_bytes
             refresh += traffic.refresh_bytes
             mean += traffic.step_bytes + traffic.refresh_bytes / (interval or 1)

@@ -96,8 +96,8 @@ class Manifold(ABC):
     def move(self, x: Tensor, u: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
         """The points reached by steps u, and coordinates there of the moments m carried along."""
 
-    def limited(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Points moved to where ``dtype`` can tell them from points off the manifold."""
+    def storable(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """What to store of points in ``dtype``, so that they are on the manifold as nearly as it can say."""
         return x
 
 
@@ -140,6 +140,10 @@ class _Lorentz(Manifold):
         z = 0.5 * _ratio(torch.tanh(h / 2), h / 2) * u
         return self._with_time(space), _gyration(ball, z, m, 1 / self.k)
 
+    def storable(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Time for space as it will be when rounded."""
+        return self._with_time(x[:, 1:].to(dtype).to(x.dtype))
+
     def _with_time(self, space: Tensor) -> Tensor:
         return torch.cat([(self.k + _dot(space, space)).sqrt(), space], dim=1)
 
@@ -180,7 +184,7 @@ class _PoincareBall(Manifold):
         y = ((1 + xz + zz) * x + (1 - xx) * z) / (1 + xz + xx * zz)
         return y, _gyration(x, z, m, self.c)
 
-    def limited(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def storable(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """No nearer to the boundary than geoopt's own projection leaves them."""
         margin = 1e-5 if dtype == torch.float64 else 4e-3
         return _shortened(x, (1 - margin) / self.root)

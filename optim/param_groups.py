@@ -80,8 +80,9 @@ def param_groups(model: nn.Module, *, rules: Mapping[str, Mapping[str, Any]] | N
 def keep_manifolds(model: nn.Module) -> None:
     """Write the manifold of every geoopt ``ManifoldParameter`` into its module's ``parameter_manifolds``.
 
-    To be called before what makes plain parameters of them: ``fully_shard``, ``to_empty``, ``from_pretrained``. Raises
-    ValueError for a manifold unknown to ``optim.manifolds``.
+    To be called before what makes plain parameters of them: ``fully_shard``, ``to_empty``; on ``self`` at the end of
+    ``__init__`` for ``from_pretrained``, which builds its own. Raises ValueError for a manifold unknown to
+    ``optim.manifolds``.
     """
     for module in model.modules():
         for name, param in module.named_parameters(recurse=False):

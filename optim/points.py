@@ -47,6 +47,10 @@ _SETTINGS: dict[str, Any] = {"amsgrad": False, "point_rank": None, "point_refres
 _TOLERANCE, _TOLERANCE_16_BITS = 1e-3, 3e-2
 """Of ``Manifold.defect`` at the first step: far above rounding, far below a point that was never on the manifold."""
 
+_TEMPORARIES = 8
+"""Blocks are smaller by this than those of other updates, for what float64 and its temporaries take. Measured on 20,000
+Lorentz points in R^65, one core: 52 ms of processor time, 118 ms at 1, 67 ms at 16."""
+
 _DIRECTIONS = find_basis("svd")
 
 
@@ -118,16 +122,12 @@ def refresh_bytes(shape: Sequence[int], dtype: torch.dtype, group: Mapping[str, 
 
 
 def structural_objection(group: Mapping[str, Any], saved: Mapping[str, Any]) -> str | None:
-    """Why state saved with another group's settings means something else here; None if it does not."""
-    if not same_manifold(saved.get("manifold"), group["manifold"]):
-        key = "manifold"
-    elif saved.get("point_rank") != group["point_rank"]:
-        key = "point_rank"
-    else:
+    """Why state saved by another group means something else here; None if it does not."""
+    if same_manifold(saved.get("manifold"), group["manifold"]):
         return None
     return (
-        f"the checkpoint was written with {key}={saved.get(key)!r} and this optimizer has {key}={group[key]!r}, so its "
-        "points and their state mean something else; load it with the same"
+        f"the checkpoint was written with manifold={saved.get('manifold')!r} and this optimizer has "
+        f"manifold={group['manifold']!r}, so its points and their state mean something else; load it with the same"
     )
 
 
@@ -146,7 +146,8 @@ def step_points(
         _advance(state, "clock")
         return
     weight = local(param)
-    blocks = row_blocks(weight.shape[0], math.prod(weight.shape[1:]), weight.device) if weight.numel() else []
+    width = _TEMPORARIES * math.prod(weight.shape[1:])
+    blocks = row_blocks(weight.shape[0], width, weight.device) if weight.numel() else []
     if gradient is not None:
         gradient = local(gradient)
         if not state["step"]:
@@ -196,18 +197,19 @@ def _update(
     moment = beta1 * moment + (1 - beta1) * gradient
     rate = (square / (1 - beta2**steps)).sqrt() + group["eps"]
     u = moment * (-group["lr"] / (1 - beta1**steps)) / _like(rate[:, 0], moment)
-    y, moment = manifold.move(x, u, moment)
+    y, carried = manifold.move(x, u, moment)
     moved = (u != 0).flatten(1).any(1)
     old = weight[rows]
-    old.copy_(torch.where(_like(moved, x), manifold.limited(y, weight.dtype), old.double()))
-    return moment
+    old.copy_(torch.where(_like(moved, x), manifold.storable(y, weight.dtype), old.double()))
+    return torch.where(_like(moved, moment), carried, moment)
 
 
 def _first_moment(manifold: Manifold, x: Tensor, state: Mapping[str, Tensor], rows: slice) -> Tensor:
     moment = read(state, "exp_avg", rows, torch.float64)
     if "basis" in state:
         moment = moment @ state["basis"].double()
-    return manifold.tangent(x, moment)
+    present = (moment != 0).flatten(1).any(1)  # where it is not, the weights perhaps hold no numbers yet
+    return torch.where(_like(present, moment), manifold.tangent(x, moment), 0.0)
 
 
 def _keep(state: Mapping[str, Tensor], rows: slice, moment: Tensor) -> None:

@@ -84,9 +84,10 @@ class RiemannianAdamW(MatrixOptimizer):
         super().__init__(groups, {"lr": lr, **points, **adam})
         if not any(group["role"] == "points" for group in self.param_groups):
             raise ValueError(
-                "no parameter is a point of a manifold, so this would be AdamW; expected parameter_manifolds in a "
-                "module, or a group with a manifold: geoopt's ManifoldParameter becomes a plain one in fully_shard, "
-                "to_empty and from_pretrained, so call optim.keep_manifolds(model) before"
+                "the model has no points of a manifold in its layers, so this would be AdamW; expected "
+                "parameter_manifolds in a module, or a group with a manifold. geoopt's ManifoldParameter becomes a "
+                "plain one in fully_shard, to_empty and from_pretrained: call optim.keep_manifolds(model) before, or "
+                "on self in __init__"
             )
 
     def matrix_state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:

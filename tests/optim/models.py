@@ -6,7 +6,7 @@ import inspect
 import pickle
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 import optim
 from lowrank_train.spectral import merged_state_dict, to_spectral
+from optim.manifolds import Description, find_manifold
 from tests.distributed import dumps
 
 MATRIX_SHAPES = [(1, 8), (3, 12), (5, 4), (5, 1), (17, 6), (6, 17), (12, 24), (24, 12), (8, 8)]
@@ -43,7 +44,32 @@ def _add_adapters(model: nn.Module, rank: int, **settings: Any) -> nn.Module:
     return add_adapters(model, rank, **settings)
 
 
-CONVERSIONS: dict[str, Callable[..., Any]] = {"spectral": to_spectral, "adapter": _add_adapters}
+MANIFOLDS: list[Description] = [("lorentz", 1.0), ("poincare_ball", 0.5), ("sphere",), ("lorentz", 2.5)]
+
+
+def manifold_of(shape: Sequence[int]) -> Description:
+    """Of the points that a matrix of this shape is made into: all kinds occur."""
+    return MANIFOLDS[(shape[0] + 2 * shape[1]) % len(MANIFOLDS)]
+
+
+@torch.no_grad()
+def _rows_as_points(model: nn.Module, rank: int, *, layers: str) -> nn.Module:
+    """The same linear layers, the rows of their weights points of some manifold, as their modules declare."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and re.search(layers, name):
+            declared = manifold_of(module.weight.shape)
+            manifold = find_manifold(declared)
+            points = manifold.storable(manifold.completed(module.weight.double()), module.weight.dtype)
+            module.weight.copy_(points)
+            module.parameter_manifolds = {"weight": declared}
+    return model
+
+
+CONVERSIONS: dict[str, Callable[..., Any]] = {
+    "spectral": to_spectral,
+    "adapter": _add_adapters,
+    "points": _rows_as_points,
+}
 """By ``MatrixOptimizer.layers``: model, rank, ``layers=`` (a regular expression) -> the model converted in place."""
 TOLERANCES = {
     # Directions from an iteration: as exact as its products are well conditioned.

@@ -30,6 +30,7 @@ from tests.optim.models import (
 )
 from tests.optim.sharded import shard
 
+WITHOUT_DIRECTIONS = {"adamw", "muon", "relora", "riemannian_adamw", "scale", "sst"}
 LOW_RANK = [name for name in optim.names() if "skipped_refreshes" in dir(optim.find(name))]
 WITH_RANK = [name for name in optim.names() if "rank" in inspect.signature(optim.find(name)).parameters]
 
@@ -70,7 +71,7 @@ def refresh_interval(optimizer: optim.MatrixOptimizer) -> int:
 
 
 def test_the_lists_of_these_tests() -> None:
-    assert set(LOW_RANK) == set(optim.names()) - {"adamw", "muon", "relora", "scale", "sst", "trion"}
+    assert set(LOW_RANK) == set(optim.names()) - {*WITHOUT_DIRECTIONS, "trion"}
     assert set(WITH_RANK) == {*LOW_RANK, "trion"}
 
 

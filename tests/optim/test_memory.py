@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -19,7 +19,16 @@ import optim
 from optim.basis import BASES
 from optim.residual import RESIDUALS
 from tests.distributed import run_distributed
-from tests.optim.models import LAYER_RANK, MixedModel, build, prepare, run_steps, tiny_llama, tiny_opt
+from tests.optim.models import (
+    LAYER_RANK,
+    MixedModel,
+    build,
+    manifold_of,
+    prepare,
+    run_steps,
+    tiny_llama,
+    tiny_opt,
+)
 
 RANK = 2
 
@@ -129,9 +138,9 @@ HEAD: dict[str, Callable[[int, int], int]] = {"scale": lambda numbers, item: num
 """From this rank's numbers, where the method itself updates these."""
 
 
-def spectral_bytes(key: str, rows: int, columns: int, item: int) -> int | None:
+def spectral_bytes(key: str, shape: Sequence[int], rows: int, item: int, dtype: str | None) -> int | None:
     """Moments in float32 or wider, an age for each row, a clock: of all sigma, and of the vectors in training."""
-    factor = key.rpartition(".")[2]
+    factor, columns = key.rpartition(".")[2], math.prod(shape[1:])
     if factor in ("u_frozen", "v_frozen"):
         return 0
     if factor not in ("u_active", "sigma_active", "v_active", "sigma_frozen"):
@@ -139,15 +148,28 @@ def spectral_bytes(key: str, rows: int, columns: int, item: int) -> int | None:
     return 2 * rows * columns * max(4, item) + rows * AGE_BYTES + COUNTER_BYTES
 
 
-def adapter_bytes(key: str, rows: int, columns: int, item: int) -> int | None:
+def adapter_bytes(key: str, shape: Sequence[int], rows: int, item: int, dtype: str | None) -> int | None:
     """AdamW's state of A and B, and a clock."""
     if key.endswith("base_layer.weight"):
         return 0
-    return 2 * rows * columns * item + 2 * COUNTER_BYTES if ".lora_" in key else None
+    return 2 * rows * math.prod(shape[1:]) * item + 2 * COUNTER_BYTES if ".lora_" in key else None
 
 
-LAYERS: dict[str, Callable[[str, int, int, int], int | None]] = {"relora": adapter_bytes, "sst": spectral_bytes}
-"""Of a parameter of converted layers, by its name: bytes from this rank's rows of it; None for other parameters."""
+def point_bytes(key: str, shape: Sequence[int], rows: int, item: int, dtype: str | None) -> int | None:
+    """The first moment, in as many numbers as a tangent vector has; one more for a point; a step count."""
+    if "head" in key or "embed" in key or len(shape) < 2 or min(shape) < RANK:
+        return None
+    wide = max(4, item)
+    columns = shape[1] - (manifold_of(shape)[0] == "lorentz")
+    return moment_bytes(rows, shape[0] * columns, columns, wide, dtype) + rows * wide + COUNTER_BYTES
+
+
+LAYERS: dict[str, Callable[[str, Sequence[int], int, int, str | None], int | None]] = {
+    "relora": adapter_bytes,
+    "riemannian_adamw": point_bytes,
+    "sst": spectral_bytes,
+}
+"""Of a parameter of converted layers, by name and shape: bytes from this rank's rows of it; None for others."""
 
 
 def takes(name: str, argument: str) -> bool:
@@ -186,7 +208,7 @@ def expected_bytes(
     for key, param in model.named_parameters():
         item, kind = param.element_size(), role(key, param)
         columns = math.prod(param.shape[1:])
-        of_layer = LAYERS[name](key, share(param.shape[0]), columns, item) if name in LAYERS else None
+        of_layer = LAYERS[name](key, param.shape, share(param.shape[0]), item, state_dtype) if name in LAYERS else None
         if of_layer is not None:
             total += of_layer
             continue

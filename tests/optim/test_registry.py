@@ -17,7 +17,7 @@ def test_names_are_sorted_and_find_their_classes() -> None:
     assert optim.names() == sorted(optim.names())
     assert {"adamw", "dct_adamw"} <= set(optim.names())
     assert optim.names(of_matrices=True) == [name for name in optim.names() if optim.find(name).layers is None]
-    assert {"relora", "sst"} == set(optim.names()) - set(optim.names(of_matrices=True))
+    assert {"relora", "riemannian_adamw", "sst"} == set(optim.names()) - set(optim.names(of_matrices=True))
     assert optim.find("adamw") is optim.AdamW
     assert optim.find("dct_adamw") is optim.DCTAdamW
 
@@ -59,7 +59,9 @@ def test_every_optimizer_says_where_it_is_published(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in optim.names() if optim.find(name).layers is not None])
 def test_a_model_without_the_layers_of_a_method_is_refused_with_the_way_to_make_them(name: str) -> None:
     for model in (MixedModel(), tiny_llama(), optim.param_groups(MixedModel())):
-        with pytest.raises(ValueError, match=r"the model has no .*layers.*convert it first: .*lowrank_train\."):
+        with pytest.raises(
+            ValueError, match=r"the model has no .*layers.*(convert it first: .*lowrank_train\.|keep_manifolds)"
+        ):
             optim.create(name, model)
 
 
