@@ -160,7 +160,8 @@ class LorentzAttention(nn.Module):
         if mask is not None:
             logits = logits.masked_fill(~mask, -math.inf)
         weights = self.attention_dropout(torch.softmax(logits, dim=-1))
-        means = centroid(weights @ v, self.curvature)  # (batch, heads, n, width / heads)
+        # (batch, heads, n, width / heads); after dropout weights do not sum to one
+        means = centroid(weights @ v, self.curvature, weights.sum(-1, keepdim=True))
         joined: Tensor = self.output(means.transpose(-3, -2).flatten(-2), residual)
         return joined
 

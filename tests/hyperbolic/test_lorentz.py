@@ -75,6 +75,18 @@ def test_centroid_has_the_least_squared_distance(k: float) -> None:
     assert all(cost(other) > cost(centre) for other in nearby)
 
 
+def test_centroid_of_far_points_stays_on_the_manifold_in_float32() -> None:
+    """Of pairs of near points at radius 10, where float32 knows <s, s> = -1 to within 10 only."""
+    directions = torch.nn.functional.normalize(torch.randn(500, 4), dim=1)
+    first, second = (lorentz.lift(10 * directions + 1e-4 * torch.randn(500, 4)) for _ in range(2))
+    total = (first + second) / 2
+    assert (lorentz.inner(total, total) > -0.5).any()  # what a literal formula would divide by the root of
+    centres = lorentz.centroid(total)
+    assert lorentz.time_error(centres) < 1e-6
+    assert float((centres[:, 0] / total[:, 0]).max()) < 1.5
+    assert torch.equal(lorentz.centroid(torch.zeros(2, 5), weight=torch.zeros(2, 1)), torch.zeros(2, 5))
+
+
 def test_poincare_ball_keeps_distances_from_the_centre() -> None:
     x = points(9, k=2.0)
     origin = lorentz.on_manifold(torch.zeros(4, dtype=torch.float64), 2.0)
