@@ -9,6 +9,7 @@ try:
     from lowrank_train.errors import UserError
     from lowrank_train.hyperbolic.graph_config import GraphConfig, graph_help_text, load_graph_config
     from lowrank_train.hyperbolic.graph_training import train_graph
+    from lowrank_train.signals import resume_command
 except ModuleNotFoundError as error:
     if error.name not in ("lowrank_train", "optim"):
         raise
@@ -21,12 +22,14 @@ def main(arguments: list[str]) -> int:
         print(graph_help_text())
         return 0
     try:
-        train_graph(load_graph_config(flags_to_keys(arguments, GraphConfig)))
+        record = train_graph(load_graph_config(flags_to_keys(arguments, GraphConfig)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before the first epoch there is nothing to save
         return 130
+    if record.status != "finished":
+        print(f"stopped at epoch {record.epochs}; resume with: {resume_command()}", file=sys.stderr)
     return 0
 
 

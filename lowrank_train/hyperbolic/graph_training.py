@@ -23,7 +23,7 @@ from lowrank_train.metrics import Metrics
 from lowrank_train.parallel import Ranks
 from lowrank_train.record import peak_memory_gib, provenance
 from lowrank_train.run_folder import RunFolder, changed_settings
-from lowrank_train.signals import Stop, resume_command, stop_signals
+from lowrank_train.signals import Stop, stop_signals
 
 __all__ = ["train_graph"]
 
@@ -181,8 +181,6 @@ def _finish(run: GraphRun, ranks: Ranks) -> GraphRecord:
         where = f"{last_good(run.checkpoints.folder)}; free space and resume"
         raise UserError(f"cannot write the report to {run.folder}: {error}; {where}") from None
     print(f"\n{table}\n", file=sys.stderr)
-    if not progress.finished:
-        print(f"stopped at epoch {record.epochs}; resume with: {resume_command()}", file=sys.stderr)
     return record
 
 
