@@ -22,6 +22,7 @@ from lowrank_train.hyperbolic.graph_record import GraphRecord
 from lowrank_train.hyperbolic.graph_report import SCORE_NAMES
 from lowrank_train.hyperbolic.graph_splits import PROTOCOLS
 from lowrank_train.hyperbolic.graph_training import train_graph
+from lowrank_train.hyperbolic.graphs import load_graph
 from lowrank_train.record import provenance
 from lowrank_train.run_folder import changed_settings
 from lowrank_train.step_benchmark import output_folder
@@ -95,13 +96,13 @@ def measure_graphs(settings: GraphBenchmark) -> str:
     """
     folder = output_folder(settings.output)
     runs = [
-        _Run(protocol, recipe, row, seed, _config(settings, protocol, recipe, row, seed))
+        _Run(protocol, recipe, row, seed, _for_all_protocols(_config(settings, protocol, recipe, row, seed), settings))
         for protocol in settings.protocols  # all are read before the first is trained
         for recipe in settings.recipes
         for row in settings.rows
         for seed in settings.seeds
     ]
-    records = [(run, _earlier(run.config) or train_graph(run.config)) for run in runs]
+    records = [(run, _earlier(run.config) or train_graph(run.config)) for run in runs]  # each folder once
     unfinished = [record.config["run_dir"] for _, record in records if record.status != "finished"]
     if unfinished:
         raise UserError(f"{unfinished[0]} was stopped; start the benchmark again to go on")
@@ -126,6 +127,17 @@ def _config(settings: GraphBenchmark, protocol: str, recipe: str, row: str, seed
         return load_graph_config(words)
     except UserError as error:
         raise UserError(f"recipe {recipe!r}, row {row!r}: {error}") from None
+
+
+def _for_all_protocols(config: GraphConfig, settings: GraphBenchmark) -> GraphConfig:
+    """Where the graph has a split of its own, which all protocols use: the training of the first of them, for all."""
+    data: Any = config.data
+    first = settings.protocols[0]
+    own_split = data.task == "node_classification" and load_graph(data.folder, data.graph).split is not None
+    if own_split and data.protocol != first:
+        config.run_dir = str(config.run_dir).replace(f"-{data.protocol}-", f"-{first}-")
+        data.protocol = first
+    return config
 
 
 def _earlier(config: GraphConfig) -> GraphRecord | None:
@@ -154,6 +166,7 @@ def _kept(run: _Run, record: GraphRecord) -> dict[str, Any]:
         "recipe": run.recipe,
         "row": run.row,
         **figures,
+        "protocol": run.protocol,
         "epochs_at_most": kept.pop("epochs"),
         **kept,
         "model": config["model"],
