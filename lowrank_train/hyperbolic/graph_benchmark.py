@@ -102,10 +102,12 @@ def measure_graphs(settings: GraphBenchmark) -> str:
         for row in settings.rows
         for seed in settings.seeds
     ]
-    records = [(run, _earlier(run.config) or train_graph(run.config)) for run in runs]  # each folder once
-    unfinished = [record.config["run_dir"] for _, record in records if record.status != "finished"]
-    if unfinished:
-        raise UserError(f"{unfinished[0]} was stopped; start the benchmark again to go on")
+    records = []
+    for run in runs:
+        record = _earlier(run.config) or train_graph(run.config)  # each folder once
+        if record.status != "finished":
+            raise UserError(f"{run.config.run_dir} was stopped; start the benchmark again to go on")
+        records.append((run, record))
     figures = {
         "what": __doc__,
         "provenance": provenance(torch.device("cpu")),

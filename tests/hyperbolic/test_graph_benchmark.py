@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from lowrank_train.errors import UserError
 from lowrank_train.hyperbolic import graph_benchmark
 from lowrank_train.hyperbolic.graph_benchmark import PUBLISHED, load_benchmark, measure_graphs
 from tests.distributed import run_distributed
-from tests.hyperbolic.helpers import tree_arrays, tree_folder
+from tests.hyperbolic.helpers import at_call, tree_arrays, tree_folder
 from tests.train.helpers import ROOT
 
 ROWS = "rows: {full: [], sst: [optimizer.name=sst, optimizer.rank=2]}\nseeds: [1, 2]\n"
@@ -37,7 +38,9 @@ def measure(words: list[str], *, training: bool = True) -> str:
     return str(run_distributed(_measure, 1, words, training)[0])
 
 
-def _measure(words: list[str], training: bool) -> str:
+def _measure(words: list[str], training: bool, before: Callable[[], None] | None = None) -> str:
+    if before is not None:
+        before()
     os.environ.update(RANK="0", WORLD_SIZE="1")
     Figure.savefig = lambda *_, **__: None  # type: ignore[method-assign]
     if not training:
@@ -69,6 +72,18 @@ def test_the_table_has_every_training_once(folder: Path, tmp_path: Path) -> None
     assert measure(words, training=False) == table  # taken from the folder
     message = measure([*words, "overrides=[epochs=3]"], training=False)
     assert "holds a training with other settings: epochs was 2, is 3; give another output" in message
+
+
+def test_a_signal_stops_the_benchmark_and_it_goes_on(folder: Path, tmp_path: Path) -> None:
+    words = [str(folder / "benchmark.yaml"), f"output={tmp_path / 'out'}"]
+
+    def stop_in_the_second() -> None:
+        at_call(3, lambda: os.kill(os.getpid(), signal.SIGTERM))()  # two epochs a training
+
+    message = run_distributed(_measure, 1, words, True, stop_in_the_second)[0]
+    assert "-full-clean-2 was stopped; start the benchmark again to go on" in message
+    assert len(list((tmp_path / "out").iterdir())) == 2
+    assert "**inherited protocol**" in measure(words)
 
 
 def test_a_graph_with_a_split_of_its_own_is_trained_once_for_both_protocols(folder: Path, tmp_path: Path) -> None:
