@@ -10,6 +10,7 @@ try:
     from lowrank_train import compression_benchmark, quality, step_benchmark, training_benchmark
     from lowrank_train.digits import measure_digits
     from lowrank_train.errors import UserError
+    from lowrank_train.hyperbolic import graph_benchmark
     from lowrank_train.tree_benchmark import measure_tree
     from optim.__main__ import main as list_optimizers
 except ModuleNotFoundError as error:
@@ -46,6 +47,14 @@ def measure_compression(arguments: list[str]) -> None:
     print(compression_benchmark.measure_compression(compression_benchmark.load_settings(arguments)))
 
 
+def measure_hyperbolic(arguments: list[str]) -> None:
+    """Train graph networks in hyperbolic space by both protocols: full, SST, LoRA, ReLoRA*, and Euclidean twins."""
+    if {"-h", "--help"} & set(arguments):
+        print(graph_benchmark.help_text())
+        return
+    print(graph_benchmark.measure_graphs(graph_benchmark.load_benchmark(arguments)))
+
+
 def digits(arguments: list[str]) -> None:
     """Train a small perceptron on handwritten digits: full, LoRA, ReLoRA* and SST."""
     print(measure_digits(arguments))
@@ -66,6 +75,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "optimizer-step": measure_steps,
     "training-step": measure_training,
     "compression": measure_compression,
+    "hyperbolic": measure_hyperbolic,
     "digits": digits,
     "tree": tree,
     "communication": communication,
@@ -86,7 +96,10 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; 'quality' goes on from here when started again, the others begin anew", file=sys.stderr)
+        print(
+            "\nstopped; 'quality' and 'hyperbolic' go on from here when started again, the others begin anew",
+            file=sys.stderr,
+        )
         return 130
     return 0
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -62,7 +63,7 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        model: PreTrainedModel,
+        model: nn.Module,
         optimizer: torch.optim.Optimizer,
         extra: dict[str, Any],
         about: dict[str, Any],
@@ -119,7 +120,7 @@ class Checkpoints:
         self._publish(scratch)
 
     def load(
-        self, path: Path, model: PreTrainedModel, optimizer: optim.MatrixOptimizer, about: dict[str, Any]
+        self, path: Path, model: nn.Module, optimizer: optim.MatrixOptimizer, about: dict[str, Any]
     ) -> dict[str, Any]:
         """Restore model and optimizer in place from ``path``; returns the ``extra`` it was saved with.
 

@@ -252,13 +252,13 @@ def complete(config: Config) -> Config:
     return config
 
 
-def save_config(config: Config, path: Path) -> None:
-    """Write the resolved configuration; ``load_config([path])`` gives an equal object."""
+def save_config(config: Any, path: Path) -> None:
+    """Write a resolved configuration, of any schema; loading it gives an equal object."""
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
-def changed_keys(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ, with (before, after)."""
+def changed_keys(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ, with (before, after), of two configurations of one schema."""
     then, now = dict(_values(before)), dict(_values(after))
     names = [*now, *(name for name in then if name not in now)]
     return {name: (then.get(name), now.get(name)) for name in names if then.get(name) != now.get(name)}
@@ -286,7 +286,7 @@ def _keys(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
             yield f"{prefix}{f.name}", value, f.metadata["help"]
 
 
-def _values(config: Config) -> Iterator[tuple[str, Any]]:
+def _values(config: Any) -> Iterator[tuple[str, Any]]:
     for name, value, _ in _keys(config):
         if isinstance(value, dict):
             yield from ((f"{name}.{key}", entry) for key, entry in value.items())

@@ -66,11 +66,11 @@ class Metrics:
         except OSError as error:
             self.failure = error
 
-    def advance(self, loss: float, tokens_per_second: float, figures: dict[str, float]) -> None:
+    def advance(self, loss: float, speed: float, figures: dict[str, float], *, unit: str = "tokens/s") -> None:
         """Move the bar by one step; ``figures`` that are not finite yet are left out."""
         if self.active:
             shown = [f"{name.replace('_', ' ')} {value:.3g}" for name, value in figures.items() if math.isfinite(value)]
-            text = ", ".join([f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s", *shown])
+            text = ", ".join([f"loss {loss:.4f}, {speed:,.0f} {unit}", *shown])
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update()
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import fcntl
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
-from lowrank_train.config import Config, changed_keys, load_config, save_config
+from lowrank_train.config import changed_keys, save_config
 from lowrank_train.errors import UserError
 
 __all__ = ["RunFolder", "changed_settings"]
+
+C = TypeVar("C")
 
 _PLACES = ("run_dir", "resume", "data.folder")
 """Keys that say where things are, not what a run computes."""
@@ -36,7 +39,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"cannot write to run_dir={path}: {error}; set run_dir to another folder") from None
 
-    def write_config(self, config: Config) -> None:
+    def write_config(self, config: Any) -> None:
         """Keep the resolved settings of this session."""
         try:
             save_config(config, self.path / "config.yaml")
@@ -44,10 +47,13 @@ class RunFolder:
             raise UserError(f"cannot write to run_dir={self.path}: {error}; free space and resume") from None
 
 
-def changed_settings(folder: Path, config: Config) -> dict[str, tuple[Any, Any]]:
-    """Keys whose value differs from the settings of the last session in a run folder: (then, now)."""
+def changed_settings(folder: Path, config: C, load: Callable[[Sequence[str]], C]) -> dict[str, tuple[Any, Any]]:
+    """Keys whose value differs from the settings of the last session in a run folder: (then, now).
+
+    ``load`` reads a configuration such as ``config`` from files.
+    """
     file = folder / "config.yaml"
     if not file.exists():
         return {}
-    differing = changed_keys(load_config([str(file)]), config)
+    differing = changed_keys(load([str(file)]), config)
     return {key: values for key, values in differing.items() if key not in _PLACES}

@@ -18,7 +18,7 @@ import optim
 from lowrank_train import models, parallel
 from lowrank_train.checkpoint import export_huggingface, find_checkpoint, last_good
 from lowrank_train.clock import DeviceClock
-from lowrank_train.config import Config
+from lowrank_train.config import Config, load_config
 from lowrank_train.errors import Diverged, UserError
 from lowrank_train.evaluation import evaluate
 from lowrank_train.labels import count_labels, split
@@ -68,7 +68,7 @@ def train(config: Config) -> RunRecord:
 
 def _settle(folder: RunFolder, config: Config, progress: Progress) -> list[str]:
     """Write the settings of this session; returns what changed since the last. A finished run must not change."""
-    changes = changed_settings(folder.path, config) if progress.step > 0 else {}
+    changes = changed_settings(folder.path, config, load_config) if progress.step > 0 else {}
     if changes and progress.step >= config.steps:
         key, (then, now) = next(iter(changes.items()))
         raise UserError(

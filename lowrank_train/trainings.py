@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from lowrank_train.checkpoint import find_checkpoint
-from lowrank_train.config import Config
+from lowrank_train.config import Config, load_config
 from lowrank_train.errors import Diverged, UserError
 from lowrank_train.progress import bar_style
 from lowrank_train.run_folder import changed_settings
@@ -124,7 +124,7 @@ def _earlier(config: Config) -> Outcome | None:
     ended = [name for name in ("record.json", _DIVERGED) if (folder / name).exists()]
     if not ended and find_checkpoint("auto", folder / "checkpoints") is None:
         return None
-    for key, (then, now) in changed_settings(folder, config).items():
+    for key, (then, now) in changed_settings(folder, config, load_config).items():
         raise UserError(
             f"{folder} holds a training with other settings: {key} was {then}, is {now}; write to another folder, or "
             "delete this one to train it again"

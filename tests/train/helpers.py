@@ -167,9 +167,9 @@ def checkpoints(run_dir: Path) -> list[str]:
 class Launched:
     """``python launch/pretrain.py ...`` in a forked process: the real script and exit code, without its imports."""
 
-    def __init__(self, words: Sequence[str], log: Path) -> None:
+    def __init__(self, words: Sequence[str], log: Path, launcher: Path = LAUNCHER) -> None:
         self.log = log
-        self.process = multiprocessing.get_context("fork").Process(target=_launch, args=(list(words), log))
+        self.process = multiprocessing.get_context("fork").Process(target=_launch, args=(list(words), log, launcher))
         self.process.start()
 
     def finish(self, seconds: float = 60) -> int:
@@ -213,14 +213,14 @@ def _as_torchrun_does() -> None:
     os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()))
 
 
-def _launch(words: list[str], log: Path) -> None:
+def _launch(words: list[str], log: Path, launcher: Path) -> None:
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     # the buffers that the test runner captures would be written by both processes
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-    sys.argv = [str(LAUNCHER), *words]
-    runpy.run_path(str(LAUNCHER), run_name="__main__")
+    sys.argv = [str(launcher), *words]
+    runpy.run_path(str(launcher), run_name="__main__")
 
 
 def checkpoint_tensors(checkpoint: Path, section: str = "") -> dict[str, Tensor]:

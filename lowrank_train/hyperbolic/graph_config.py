@@ -1,0 +1,135 @@
+"""The configuration of a graph run: YAML files merged left to right, then ``key=value`` overrides, as everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lowrank_train import methods
+from lowrank_train.config import key_help, load_schema, setting
+from lowrank_train.errors import UserError
+from lowrank_train.hyperbolic.lorentz import check_curvature
+
+__all__ = ["GraphConfig", "GraphDataConfig", "GraphModelConfig", "graph_help_text", "load_graph_config"]
+
+
+@dataclass
+class GraphDataConfig:
+    """Which graph, which task, and how its parts are drawn."""
+
+    folder: str = setting("data/graphs", "folder of the .npz files of graphs")
+    graph: str = setting("disease_lp", "file in it, without .npz")
+    task: Literal["link_prediction", "node_classification"] = setting("link_prediction", "what is learned")
+    protocol: Literal["clean", "inherited"] = setting(
+        "clean",
+        "how parts are drawn; inherited: as HGCN's loader does, with its overlaps, to compare with published tables",
+    )
+    validation_share: float | None = setting(None, "of nodes or edges; null: 0.15 of nodes, 0.05 of edges")
+    test_share: float | None = setting(None, "likewise; null: 0.15 of nodes, 0.10 of edges")
+    split_seed: int = setting(1234, "of the draw of the parts")
+    connected: bool = setting(True, "refuse a graph in several pieces; false: they are as they should be")
+    normalize_features: bool = setting(True, "divide each row of features by its sum")
+    degree_features: bool = setting(False, "append one-hot degrees, 0 to 5 and more, and ones")
+    label_column: int | None = setting(
+        None, "feature that is cut into the classes of node classification, and is no feature then; null: labels"
+    )
+    label_bins: list[float] = setting([], "ascending numbers at which it is cut")
+    root: int | None = setting(None, "node that depths are counted from; null: one in the middle of the longest path")
+
+
+@dataclass
+class GraphModelConfig:
+    """The network."""
+
+    geometry: Literal["lorentz", "euclidean"] = setting("lorentz", "the space it computes in")
+    curvature: float = setting(1.0, "k > 0: points have <x, x> = -k, and space curvature -1/k")
+    width: int = setting(16, "coordinates of a point, of which one is a time in the Lorentz model")
+    convolutions: int = setting(2, "layers")
+    activation: Literal["none", "relu"] = setting("none", "between two of them")
+    dropout: float = setting(0.0, "of what enters a linear map")
+    attention: bool = setting(False, "weigh neighbours")
+
+
+@dataclass
+class GraphConfig:
+    """One graph run."""
+
+    data: GraphDataConfig = field(default_factory=GraphDataConfig)
+    model: GraphModelConfig = field(default_factory=GraphModelConfig)
+    optimizer: dict[str, Any] = setting(
+        {"name": "adamw", "lr": 0.01, "weight_decay": 0.0},
+        "name and arguments of a method: optimizer.name=sst optimizer.rank=2",
+    )
+    for_optimizer: dict[str, Any] = setting(
+        {}, "optimizer.name -> keys that hold with it unless given: for_optimizer.sst={optimizer.resample_every: 100}"
+    )
+    margin: float = setting(2.0, "of the loss, in units of squared distance")
+    clip: float | None = setting(None, "largest norm of the gradient of each parameter; null: no clipping")
+    epochs: int = setting(5000, "steps on the whole graph, at most")
+    patience: int = setting(500, "epochs without a better score on validation after which training ends")
+    min_epochs: int = setting(100, "epochs before which it does not")
+    precision: Literal["float32", "float64"] = setting("float32", "of weights and arithmetic")
+    seed: int = setting(1234, "of initial weights, dropout and negatives")
+    run_dir: str | None = setting(
+        None, "folder of everything the run writes; null: runs/<graph>-<task>-<protocol>-<geometry>-<optimizer>"
+    )
+    resume: str = setting(
+        "auto", "auto: continue the run in run_dir if it has a checkpoint; never; or a checkpoint's path"
+    )
+    checkpoint_every: int = setting(500, "epochs between two checkpoints; 0: only at the end")
+    log_every: int = setting(10, "epochs between two rows of metrics.jsonl and TensorBoard")
+
+
+def load_graph_config(arguments: Sequence[str]) -> GraphConfig:
+    """Build a configuration from YAML files and ``key=value`` overrides.
+
+    Raises:
+        UserError: unreadable file, unknown key (with the closest match), value of the wrong type or out of range.
+    """
+    config = load_schema(GraphConfig, arguments)
+    own = config.for_optimizer.get(str(config.optimizer.get("name"))) or {}
+    if own:
+        if not isinstance(own, dict):
+            raise UserError(f"for_optimizer.{config.optimizer['name']}={own!r}; expected keys and values")
+        config = load_schema(GraphConfig, [*(f"{key}={value}" for key, value in own.items()), *arguments])
+    config.for_optimizer = {}  # what there was to say is said: saved and read again, given keys must win
+    if config.run_dir is None:
+        data, name = config.data, config.optimizer.get("name")
+        config.run_dir = f"runs/{data.graph}-{data.task}-{data.protocol}-{config.model.geometry}-{name}"
+    _check(config)
+    return config
+
+
+def graph_help_text() -> str:
+    """Every key with its default and meaning."""
+    lines = ["usage: launch/hyperbolic.py [FILE.yaml ...] [key=value ...]", "", "optimizers:"]
+    lines += [f"  {methods.describe(name)}" for name in methods.names()]
+    return "\n".join([*lines, "", *key_help(GraphConfig)])
+
+
+def _check(config: GraphConfig) -> None:
+    at_least = {
+        "epochs": (config.epochs, 1),
+        "patience": (config.patience, 1),
+        "min_epochs": (config.min_epochs, 0),
+        "checkpoint_every": (config.checkpoint_every, 0),
+        "log_every": (config.log_every, 1),
+    }
+    for key, (got, low) in at_least.items():
+        if got < low:
+            raise UserError(f"{key}={got}; expected a number >= {low}")
+    for key, seed in (("seed", config.seed), ("data.split_seed", config.data.split_seed)):
+        if not 0 <= seed < 2**32:
+            raise UserError(f"{key}={seed}; expected a number from 0 to {2**32 - 1}")
+    for key, value in (("margin", config.margin), ("clip", config.clip)):
+        if value is not None and not value > 0:
+            raise UserError(f"{key}={value}; expected a number > 0" + (", or null" if key == "clip" else ""))
+    try:
+        check_curvature(config.model.curvature)
+    except UserError as error:
+        raise UserError(f"model.{error}") from None
+    try:
+        methods.find(str(config.optimizer.get("name")), [key for key in config.optimizer if key != "name"])
+    except ValueError as error:
+        raise UserError(f"in optimizer: {error}") from None
