@@ -7,6 +7,7 @@ optimizer = DCTAdamW(param_groups(model), lr=1e-3, rank=256, weight_decay=0.1)
 from optim.adamw import AdamW
 from optim.backward import attach_to_backward
 from optim.base import MatrixOptimizer
+from optim.hf import hf_factory
 from optim.low_rank_adamw import APOLLO, FRUGAL, APOLLOMini, DCTAdamW, Fira, GaLoreAdamW, LDAdam, LowRankAdamW
 from optim.memory import layout_bytes, predicted_state_bytes, state_bytes
 from optim.muon import Muon
@@ -16,6 +17,7 @@ from optim.relora import ReLoRA
 from optim.scale import SCALE
 from optim.sharding import preferred_shard_dim
 from optim.sst import SST
+from optim.titan import titan_config
 from optim.trion import Trion
 from optim.welore_adamw import WeLoreAdamW
 
@@ -41,10 +43,12 @@ __all__ = [
     "create",
     "describe",
     "find",
+    "hf_factory",
     "layout_bytes",
     "names",
     "param_groups",
     "predicted_state_bytes",
     "preferred_shard_dim",
     "state_bytes",
+    "titan_config",
 ]

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from optim.base import MatrixOptimizer, Slot, dense_gradient, is_number
 from optim.sharding import local, sum_over_shards
+from optim.wrapped import bare_model, bare_optimizer
 
 __all__ = ["BackwardUpdates", "attach_to_backward"]
 
@@ -43,7 +44,7 @@ def attach_to_backward(
 
     Args:
         model: after ``fully_shard``, if it is to be sharded.
-        optimizer: any of this package, built for this model.
+        optimizer: any of this package, built for this model; in the wrapper of Accelerate or Lightning, too.
         accumulation_steps: backward passes per ``step()``. A ``step()`` that comes earlier uses what there is.
         max_norm: clip gradients to this norm; None does not. ``clip_grad_norm_`` would come too late.
         clip: ``global``, the norm over all parameters; ``parameter``, each gradient by its own norm.
@@ -52,11 +53,11 @@ def attach_to_backward(
         A handle: ``handle.detach()`` ends it, ``handle.grad_norm`` is the global norm at the last ``step()``.
 
     Raises:
-        ValueError: for parameters that are not the model's (sharded later?), a model in DistributedDataParallel, which
-            keeps every gradient in its buckets, wrong numbers, or global clipping of a method that needs more of a
-            gradient than its coordinates.
+        ValueError: for an optimizer of another package, parameters that are not the model's (sharded later?), a model
+            in DistributedDataParallel, which keeps every gradient in its buckets, or in FSDP1 or DeepSpeed, wrong
+            numbers, or global clipping of a method that needs more of a gradient than its coordinates.
     """
-    return BackwardUpdates(model, optimizer, accumulation_steps, max_norm, clip)
+    return BackwardUpdates(model, bare_optimizer(optimizer), accumulation_steps, max_norm, clip)
 
 
 class BackwardUpdates:
@@ -66,6 +67,7 @@ class BackwardUpdates:
         self, model: nn.Module, optimizer: MatrixOptimizer, accumulation_steps: int, max_norm: float | None, clip: str
     ) -> None:
         _check(model, optimizer, accumulation_steps, max_norm, clip)
+        optimizer.ensure_state()
         self.grad_norm: Tensor | None = None
         self._optimizer = optimizer
         self._accumulation_steps = accumulation_steps
@@ -184,6 +186,12 @@ def _clip_one(slot: Slot, max_norm: float) -> None:
 
 
 def _check(model: nn.Module, optimizer: MatrixOptimizer, accumulation_steps: Any, max_norm: Any, clip: str) -> None:
+    if not isinstance(optimizer, MatrixOptimizer):
+        raise ValueError(
+            f"attach_to_backward got a {type(optimizer).__name__}; expected an optimizer of this package, "
+            "e.g. optim.create('dct_adamw', model, lr=...)"
+        )
+    bare_model(model)
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError(
             "the model is in DistributedDataParallel, which keeps all gradients in buckets until backward ends; "
