@@ -23,13 +23,18 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from optim.base import MatrixOptimizer, Slot, dense_gradient, is_number
 from optim.sharding import local, sum_over_shards
-from optim.wrapped import bare_model, bare_optimizer
+from optim.wrapped import bare_model, bare_optimizer, is_replicated
 
 __all__ = ["BackwardUpdates", "attach_to_backward"]
+
+_REPLICATED = (
+    "the model is in DistributedDataParallel, which keeps all gradients in buckets until backward ends, so that ranks "
+    "would use gradients of their own; expected a bare or fully_shard-ed model: with FSDP2 the update can be fused "
+    "into backward"
+)
 
 
 def attach_to_backward(
@@ -69,6 +74,7 @@ class BackwardUpdates:
         _check(model, optimizer, accumulation_steps, max_norm, clip)
         optimizer.ensure_state()
         self.grad_norm: Tensor | None = None
+        self._model, self._checked = model, False
         self._optimizer = optimizer
         self._accumulation_steps = accumulation_steps
         self._max_norm = max_norm
@@ -97,6 +103,9 @@ class BackwardUpdates:
 
     def finish(self) -> None:
         """Called by ``optimizer.step()``: the updates that could not be made in backward."""
+        if not self._checked and is_replicated(self._model):
+            raise ValueError(_REPLICATED)
+        self._checked = True
         waiting = [self._slots[param] for param in self._passes]
         if self._waits_for_norm:
             self._clip_all(waiting)
@@ -192,11 +201,8 @@ def _check(model: nn.Module, optimizer: MatrixOptimizer, accumulation_steps: Any
             "e.g. optim.create('dct_adamw', model, lr=...)"
         )
     bare_model(model)
-    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
-        raise ValueError(
-            "the model is in DistributedDataParallel, which keeps all gradients in buckets until backward ends; "
-            "expected a bare or fully_shard-ed model: with FSDP2 the update can be fused into backward"
-        )
+    if is_replicated(model):
+        raise ValueError(_REPLICATED)
     if not isinstance(accumulation_steps, int) or isinstance(accumulation_steps, bool) or accumulation_steps < 1:
         raise ValueError(f"accumulation_steps={accumulation_steps!r}; expected a whole number >= 1")
     if max_norm is not None and (not is_number(max_norm) or max_norm <= 0):

@@ -6,11 +6,13 @@ names get longer. FSDP1 and DeepSpeed replace them by flat buffers, in which a m
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["bare_model", "bare_optimizer", "plain_name"]
+__all__ = ["bare_model", "bare_optimizer", "is_replicated", "plain_name"]
 
 _SEGMENTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 """What torch.compile and activation checkpointing insert into a name."""
@@ -40,6 +42,20 @@ def bare_model(model: nn.Module) -> nn.Module:
     while type(model).__name__ in _HOLDERS:
         model = model._orig_mod if type(model).__name__ == "OptimizedModule" else model.module  # type: ignore[assignment]
     return model
+
+
+def is_replicated(model: nn.Module) -> bool:
+    """Whether DistributedDataParallel holds parameters of a model, also where it was put around the model handed in.
+
+    Nothing about a model says so, and Hugging Face's Trainer hands out the bare one: all living objects are looked
+    through, some 0.1 s.
+    """
+    own = set(model.parameters())
+    for candidate in gc.get_objects():
+        # by type: isinstance would ask proxies for their class, which may import what they stand for
+        if issubclass(type(candidate), DistributedDataParallel) and not own.isdisjoint(candidate.parameters()):
+            return True
+    return False
 
 
 def bare_optimizer(optimizer: Any) -> Any:
