@@ -17,7 +17,13 @@ import optim
 from tests.swap.documented import DIFFS, SCRIPTS, original, run_script
 from tests.swap.harness import difference, is_sharded, mean_over_ranks, run_ranks, sharded_share
 
-NEEDS = {"accelerated": "accelerate", "lit": "lightning", "recipe": "torchtitan"}
+NEEDS = {
+    "accelerated": "accelerate",
+    "finetune": "accelerate",
+    "fused_trainer": "accelerate",
+    "lit": "lightning",
+    "recipe": "torchtitan",
+}
 LOOPS = [("plain", 1), ("plain", 2), ("fused", 1), ("fsdp2", 2), ("accelerated", 2), ("lit", 2)]
 """Scripts that train on the same tokens, by the ranks they are run on; ``plain`` on 2 does the same on both."""
 
@@ -101,6 +107,7 @@ def finetuned(name: str, before: bool) -> dict[str, Any]:
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("before", [False, True])
 def test_fine_tuning_on_prompts_and_responses(ranks: int, before: bool, material: Path) -> None:
+    needs("finetune")
     for result in run_ranks(finetuned, ranks, material, "finetune", before):
         assert result["class"] == ("AdamW" if before else "DCTAdamW")
         assert result["losses"][-1] < 0.3 * result["losses"][0]
@@ -113,6 +120,7 @@ def test_fine_tuning_on_prompts_and_responses(ranks: int, before: bool, material
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_updates_in_backward_under_the_trainer(ranks: int, material: Path) -> None:
     """Nothing is left of the gradients when ``step`` is called; under FSDP2 too."""
+    needs("fused_trainer")
     for result in run_ranks(finetuned, ranks, material, "fused_trainer", False):
         assert result["class"] == "DCTAdamW"
         assert result["sharded"] == (ranks > 1)

@@ -36,6 +36,8 @@ from tests.swap.harness import (
     sharded_share,
 )
 
+pytest.importorskip("accelerate", reason="accelerate is not installed, and the Trainer needs it")
+
 OURS = {"rank": RANK, "refresh_interval": 2}
 
 
