@@ -44,7 +44,7 @@ WHEN = {
     "scale": "no state at all for matrices and embeddings",
     "apollo_mini": "no state to speak of, AdamW kept for embeddings and head",
     "trion": "Muon, sharded over many ranks with slow links",
-    "dct_adamw": "as little communication as there is, with Adam's steps; dropping the rest of the gradient costs perplexity",
+    "dct_adamw": "the least communication with Adam's steps; dropping the rest costs perplexity",
 }
 """Rows of the quality record."""
 

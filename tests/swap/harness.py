@@ -9,6 +9,7 @@ it take its own FSDP2 path here too, by the one line that does so on a GPU; test
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import warnings
@@ -72,6 +73,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, folder: Path, *args
 
     def on_rank() -> Any:
         rank = dist.get_rank()
+        gc.freeze()  # collections would touch, and so copy, every page the parent has
         if world_size > 1:
             os.environ.update(
                 RANK=str(rank),
