@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 import optim
-from tests.optim.models import assert_equal
+from lowrank_train.low_rank_linear import merged_state_dict, train_low_rank_only
+from lowrank_train.spectrum import spectra
+from lowrank_train.welore import compress, plan_ranks
+from tests.optim.models import all_whole, assert_equal
 from tests.swap.harness import (
     MAX_NORM,
     STEPS,
@@ -132,3 +136,32 @@ def test_updates_in_backward_take_the_prepared_pair(material: Path) -> None:
 
     for losses in run_ranks(fused, 2, material):
         assert difference(losses, plain(material)) < 1e-5
+
+
+def test_compressed_layers_train_as_in_one_process(material: Path) -> None:
+    """WeLore's conversion, before the optimizer and before ``prepare``; whole again at the end."""
+
+    def compressed(fsdp: bool) -> tuple[list[float], set[str]]:
+        model = load_model()
+        model = train_low_rank_only(compress(model, plan_ranks(model, spectra(model), rank_reduction=0.5)))
+        optimizer = optim.create("adamw", model, lr=1e-2)
+        plugin = accelerate.FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+        accelerator = accelerate.Accelerator(cpu=True, fsdp_plugin=plugin if fsdp else None)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        assert is_sharded(model) == fsdp
+        losses = []
+        for tokens in torch.load("my_tokens.pt")[:3]:
+            mine = tokens.chunk(accelerator.num_processes)[accelerator.process_index]
+            loss = model(input_ids=mine, labels=mine).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return mean_over_ranks(losses), set(merged_state_dict(all_whole(model.state_dict())))
+
+    ((losses, names),) = run_ranks(compressed, 1, material, False)
+    assert losses[-1] < losses[0]
+    assert names == set(LlamaForCausalLM.from_pretrained(material / "my_model").state_dict())
+    for sharded, merged in run_ranks(compressed, 2, material, True):
+        assert difference(sharded, losses) < 1e-5
+        assert merged == names
