@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
+import optim
 from tests.optim.models import assert_equal
 from tests.swap.harness import (
     LR,
@@ -68,7 +69,9 @@ class Lit(lightning.LightningModule):
         torch.nn.utils.clip_grad_norm_(self.parameters(), MAX_NORM)
 
 
-def train(accumulate: int = 1, checkpoint: str | None = None, save: bool = False) -> dict[str, Any]:
+def train(
+    accumulate: int = 1, checkpoint: str | None = None, save: bool = False, module: type[Lit] = Lit
+) -> dict[str, Any]:
     ranks = dist.get_world_size()
     batches = [tokens.chunk(ranks)[dist.get_rank()] for tokens in torch.load("my_tokens.pt")]
     batches = [part for batch in batches for part in batch.chunk(accumulate)]
@@ -76,7 +79,7 @@ def train(accumulate: int = 1, checkpoint: str | None = None, save: bool = False
         batches = batches[3:] + batches[:3]
     sharding = strategies.ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1)
     saving = callbacks.ModelCheckpoint(f"lit-{ranks}", filename="{step}", every_n_train_steps=3, save_top_k=-1)
-    lit = Lit()
+    lit = module()
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=ranks,
@@ -130,3 +133,20 @@ def test_losses_are_those_of_the_plain_loop_and_resume_is_exact(ranks: int, mate
         check(at_once, ranks, plain(material))
         assert in_two["losses"] == at_once["losses"][3:]
         assert_equal(in_two["values"], at_once["values"])
+
+
+class Fused(Lit):
+    """Updates in backward, attached when training begins; the optimizer arrives in Lightning's wrapper."""
+
+    def on_train_start(self) -> None:
+        optim.attach_to_backward(self, self.optimizers(), max_norm=MAX_NORM)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
+        assert all(slot.param.grad is None for slot in optimizer.slots() if slot.group["role"] == "matrix")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_updates_in_backward(ranks: int, material: Path) -> None:
+    for result in run_ranks(lambda: train(module=Fused), ranks, material):
+        check(result, ranks, plain(material))
