@@ -12,6 +12,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from optim.base import MatrixOptimizer
+
 __all__ = ["bare_model", "bare_optimizer", "is_replicated", "plain_name"]
 
 _SEGMENTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
@@ -48,21 +50,25 @@ def is_replicated(model: nn.Module) -> bool:
     """Whether DistributedDataParallel holds parameters of a model, also where it was put around the model handed in.
 
     Nothing about a model says so, and Hugging Face's Trainer hands out the bare one: all living objects are looked
-    through, some 0.1 s.
+    through, some 0.2 s.
     """
     own = set(model.parameters())
-    for candidate in gc.get_objects():
-        # by type: isinstance would ask proxies for their class, which may import what they stand for
-        if issubclass(type(candidate), DistributedDataParallel) and not own.isdisjoint(candidate.parameters()):
-            return True
-    return False
+    if not _has_wrapper_of(own):
+        return False
+    gc.collect()  # one that nobody uses any more is no objection
+    return _has_wrapper_of(own)
+
+
+def _has_wrapper_of(params: set[nn.Parameter]) -> bool:
+    # by type: isinstance would ask proxies for their class, which may import what they stand for
+    wrappers = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
+    return any(not params.isdisjoint(wrapper.parameters()) for wrapper in wrappers)
 
 
 def bare_optimizer(optimizer: Any) -> Any:
     """The optimizer inside the wrapper of Accelerate or Lightning, which have it as ``optimizer``."""
-    seen = 0
-    while hasattr(optimizer, "optimizer") and seen < 3:
-        optimizer, seen = optimizer.optimizer, seen + 1
+    while not isinstance(optimizer, MatrixOptimizer) and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
     return optimizer
 
 

@@ -65,7 +65,8 @@ def test_updates_in_backward_with_ddp(material: Path) -> None:
             with pytest.raises(ValueError, match="DistributedDataParallel") as caught:
                 optim.attach_to_backward(handed, create(model))
             messages.append(str(caught.value))
-        del wrapped
+        del wrapped, handed
+        optim.attach_to_backward(model, create(model))  # the wrapper is gone
         later = load_model()
         optimizer = create(later)
         optim.attach_to_backward(later, optimizer)
