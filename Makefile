@@ -1,12 +1,13 @@
 # make pretrain    train a small LLaMA on two CPU cores, minutes; nothing is downloaded but Python packages
 # make test        the whole test suite
+# make docs        the pages of docs/ that follow from docstrings and records
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 NPROC ?= 2
 ARGS ?=
 
-.PHONY: pretrain test lint types clean
+.PHONY: pretrain test lint types docs clean
 
 pretrain: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(RUN) torch.distributed.run --nproc-per-node $(NPROC) launch/pretrain.py configs/quickstart.yaml $(ARGS)
@@ -20,6 +21,9 @@ lint: $(VENV)/installed
 
 types: $(VENV)/installed
 	$(RUN) mypy
+
+docs: $(VENV)/installed
+	$(VENV)/bin/python docs/generate.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -23,12 +23,18 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from optim.base import MatrixOptimizer, Slot, dense_gradient, is_number
 from optim.sharding import laid_out_as, local, sum_over_shards
+from optim.wrapped import bare_model, bare_optimizer, is_replicated
 
 __all__ = ["BackwardUpdates", "attach_to_backward"]
+
+_REPLICATED = (
+    "the model is in DistributedDataParallel, which keeps all gradients in buckets until backward ends, so that ranks "
+    "would use gradients of their own; expected a bare or fully_shard-ed model: with FSDP2 the update can be fused "
+    "into backward"
+)
 
 
 def attach_to_backward(
@@ -43,7 +49,7 @@ def attach_to_backward(
 
     Args:
         model: after ``fully_shard``, if it is to be sharded.
-        optimizer: any of this package, built for this model.
+        optimizer: any of this package, built for this model; in the wrapper of Accelerate or Lightning, too.
         accumulation_steps: backward passes per ``step()``. A ``step()`` that comes earlier uses what there is.
         max_norm: clip gradients to this norm; None does not. ``clip_grad_norm_`` would come too late.
         clip: ``global``, the norm over all parameters; ``parameter``, each gradient by its own norm.
@@ -54,11 +60,11 @@ def attach_to_backward(
         backward passes have summed so far.
 
     Raises:
-        ValueError: for parameters that are not the model's (sharded later?), a model in DistributedDataParallel, which
-            keeps every gradient in its buckets, wrong numbers, or global clipping of a method that needs more of a
-            gradient than its coordinates.
+        ValueError: for an optimizer of another package, parameters that are not the model's (sharded later?), a model
+            in DistributedDataParallel, which keeps every gradient in its buckets, or in FSDP1 or DeepSpeed, wrong
+            numbers, or global clipping of a method that needs more of a gradient than its coordinates.
     """
-    return BackwardUpdates(model, optimizer, accumulation_steps, max_norm, clip)
+    return BackwardUpdates(model, bare_optimizer(optimizer), accumulation_steps, max_norm, clip)
 
 
 class BackwardUpdates:
@@ -68,7 +74,9 @@ class BackwardUpdates:
         self, model: nn.Module, optimizer: MatrixOptimizer, accumulation_steps: int, max_norm: float | None, clip: str
     ) -> None:
         _check(model, optimizer, accumulation_steps, max_norm, clip)
+        optimizer.ensure_state()
         self.grad_norm: Tensor | None = None
+        self._model, self._checked = model, False
         self._optimizer = optimizer
         self._accumulation_steps = accumulation_steps
         self._max_norm = max_norm
@@ -104,6 +112,9 @@ class BackwardUpdates:
 
     def finish(self) -> None:
         """Called by ``optimizer.step()``: the updates that could not be made in backward, and the norm."""
+        if not self._checked and is_replicated(self._model):
+            raise ValueError(_REPLICATED)
+        self._checked = True
         waiting = [self._slots[param] for param in self._passes]
         if self._waits_for_norm:
             self._clip_all(waiting)
@@ -211,11 +222,14 @@ def _factor(norm: Tensor, max_norm: float) -> Tensor:
 
 
 def _check(model: nn.Module, optimizer: MatrixOptimizer, accumulation_steps: Any, max_norm: Any, clip: str) -> None:
-    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+    if not isinstance(optimizer, MatrixOptimizer):
         raise ValueError(
-            "the model is in DistributedDataParallel, which keeps all gradients in buckets until backward ends; "
-            "expected a bare or fully_shard-ed model: with FSDP2 the update can be fused into backward"
+            f"attach_to_backward got a {type(optimizer).__name__}; expected an optimizer of this package, "
+            "e.g. optim.create('dct_adamw', model, lr=...)"
         )
+    bare_model(model)
+    if is_replicated(model):
+        raise ValueError(_REPLICATED)
     if not isinstance(accumulation_steps, int) or isinstance(accumulation_steps, bool) or accumulation_steps < 1:
         raise ValueError(f"accumulation_steps={accumulation_steps!r}; expected a whole number >= 1")
     if max_norm is not None and (not is_number(max_norm) or max_norm <= 0):

@@ -25,7 +25,7 @@ from optim import points, rules
 from optim.blocks import row_blocks
 from optim.quantization import as_stored, read, write
 from optim.rounding import store
-from optim.sharding import StateTensor, allocate, copy_into, first_column, local, max_over_shards
+from optim.sharding import StateTensor, allocate, copy_into, first_column, is_distributed, local, max_over_shards
 from optim.slot import Slot, dense_gradient
 from optim.working_copies import COUNTER, Handed, chunked, copied, counted, is_copied, rounding_seed
 
@@ -329,7 +329,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         """All parameters with their state, group by group."""
         for group in self.param_groups:
             for name, param in _named_parameters(group):
-                yield Slot(name, param, self.state[param], group)
+                yield Slot(name, param, self.state.get(param, {}), group)  # indexing would make an entry
 
     def _adopt_replaced_parameters(self) -> None:
         """Allocate anew if a framework sharded the model, and swapped the parameters, after building the optimizer."""
@@ -347,10 +347,25 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         for group in self.param_groups:
             for name, param in _named_parameters(group):
                 if param not in self.state:
+                    _check_not_flattened(name, param, group)
                     self._allocate(name, param, group)
+
+    def defer_state(self) -> None:
+        """Free the state, before any update, until ``step()`` needs it or the parameters are sharded.
+
+        For frameworks that build the optimizer first and shard the model then: every rank would hold the state whole
+        for that time, and Accelerate copies what it finds to the device. Until then ``state_dict()`` has none.
+        """
+        self.state.clear()
+
+    def ensure_state(self) -> None:
+        """Allocate what is missing, after ``defer_state`` or for parameters that were replaced (sharded)."""
+        self._adopt_replaced_parameters()
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; raises RuntimeError as ``step`` does."""
+        if not self.state and not any(is_distributed(slot.param) for slot in self.slots()):
+            return super().state_dict()
         self._adopt_replaced_parameters()  # torch looks every key of the state up among the parameters of the groups
         return super().state_dict()
 
@@ -360,6 +375,9 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         torch's own loading casts all state but ``step`` to the parameter's dtype: int32 index 4095 would come back
         as 4096 from a bf16 model. Raises ValueError for state of another rank, basis or parameter shape.
         """
+        if not self.state and not state_dict["state"]:
+            super().load_state_dict(state_dict)
+            return
         self._adopt_replaced_parameters()
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         slots = list(self.slots())
@@ -435,7 +453,8 @@ def _check_group(group: dict[str, Any], index: int) -> None:
     if role not in ROLES:
         raise ValueError(
             f"parameter group {index} has role {role!r}; expected one of {', '.join(ROLES)}: a parameter's shape does "
-            "not tell an embedding from a matrix, so pass optim.param_groups(model) instead of model.parameters()"
+            "not tell an embedding from a matrix, so pass optim.param_groups(model) instead of model.parameters(), and "
+            "optim.hf_factory(name) instead of a class to Hugging Face's Trainer"
         )
     for key in ("lr", "weight_decay", "eps"):
         value = group[key]
@@ -456,6 +475,15 @@ def _check_group(group: dict[str, Any], index: int) -> None:
                     "more (taken as the first by all others): give it role 'vector' with rules={...} in "
                     "optim.param_groups"
                 )
+
+
+def _check_not_flattened(name: str, param: Tensor, group: dict[str, Any]) -> None:
+    """Of a parameter that took the place of another."""
+    if group["role"] == "matrix" and param.ndim < 2:
+        raise ValueError(
+            f"{name!r} has role 'matrix', and what replaced it has shape {tuple(param.shape)}: the framework flattens "
+            "parameters, as DeepSpeed and FSDP1 do; shard with FSDP2 (fully_shard) instead"
+        )
 
 
 def is_number(value: Any) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from optim.base import ROLES
 from optim.manifolds import Description, describe_manifold, same_manifold
+from optim.wrapped import bare_model, plain_name
 
 __all__ = ["keep_manifolds", "param_groups"]
 
@@ -34,22 +35,24 @@ def param_groups(
     sharding; geoopt's ``ManifoldParameter`` are recognised as long as they are that.
 
     Args:
-        model: before or after ``fully_shard``.
+        model: before or after ``fully_shard``; in DistributedDataParallel or compiled, too.
         settings: of every group, where no rule says otherwise: ``stochastic_rounding=True``, ``offload_state=True``
             (``optim.base.SHARED_SETTINGS``), or any the optimizer has.
         rules: regular expression -> settings for the parameters whose name it matches (``re.search``; the first rule
             that matches wins), e.g. ``{"k_proj": {"rank": 32}, r"layers\\.0\\.": {"role": "vector"}}``.
 
     Raises:
-        ValueError: for a rule that matches nothing, an unknown role, a model without trainable parameters, a manifold
-            unknown to ``optim.manifolds`` or two of them for one parameter, or a rule that would lose one.
+        ValueError: for a rule that matches nothing, an unknown role, two roles of one parameter, a model without
+            trainable parameters, one in FSDP1 or DeepSpeed, which replace the parameters, a manifold unknown to
+            ``optim.manifolds`` or two of them for one parameter, or a rule that would lose one.
     """
-    rules = dict(rules or {})
+    rules, model = dict(rules or {}), bare_model(model)
     manifolds = _manifolds(model)
     roles = {**_roles(model), **dict.fromkeys(manifolds, "points")}
     matched: set[str] = set()
     groups: dict[tuple[str, str | None, bool, Description | None], dict[str, Any]] = {}
-    for name, param in model.named_parameters():
+    for wrapped_name, param in model.named_parameters():
+        name = plain_name(wrapped_name)
         if not param.requires_grad and roles.get(param) != "frozen":
             continue
         pattern = next((p for p in rules if re.search(p, name)), None)
@@ -135,15 +138,20 @@ def _roles(model: nn.Module) -> dict[Tensor, str]:
     modules = list(model.modules())
     for module in modules:
         for name, role in getattr(module, "parameter_roles", {}).items():
-            roles[module.get_parameter(name)] = role
+            param = module.get_parameter(name)
+            if roles.setdefault(param, role) != role:
+                raise ValueError(
+                    f"{name!r} of a {type(module).__name__} has role {role!r} in its parameter_roles, and as the same "
+                    f"tensor of another module role {roles[param]!r}; expected one role: untie it, or name it once"
+                )
     for module in modules:
         if isinstance(module, nn.Embedding):
             roles.setdefault(module.weight, "embedding")
     # the tallest embedding is the vocabulary; positions have one of their own
     vocabulary = max((m.num_embeddings for m in modules if isinstance(m, nn.Embedding)), default=0)
-    output = getattr(model, "get_output_embeddings", lambda: None)()
+    outputs = {getattr(module, "get_output_embeddings", lambda: None)() for module in modules} - {None}
     for module in modules:
         if isinstance(module, nn.Linear):
-            is_head = module is output if output is not None else module.out_features == vocabulary
+            is_head = module in outputs if outputs else module.out_features == vocabulary
             roles.setdefault(module.weight, "head" if is_head else "matrix")
     return roles

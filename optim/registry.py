@@ -21,7 +21,7 @@ from optim.sst import SST
 from optim.trion import Trion
 from optim.welore_adamw import WeLoreAdamW
 
-__all__ = ["check_arguments", "create", "describe", "find", "names"]
+__all__ = ["check_arguments", "create", "describe", "find", "names", "takes"]
 
 _TABLE: dict[str, type[MatrixOptimizer]] = {
     "adamw": AdamW,
@@ -68,6 +68,11 @@ def check_arguments(name: str, arguments: Iterable[str]) -> None:
     for argument in arguments:
         if argument not in valid:
             raise ValueError(f"optimizer {name!r} takes no argument {argument!r}; {_suggestion(argument, valid)}")
+
+
+def takes(name: str, argument: str) -> bool:
+    """Whether an optimizer has an argument of this name."""
+    return argument in _arguments(find(name))
 
 
 def create(

@@ -32,6 +32,7 @@ __all__ = [
     "copy_into",
     "decide_on_one_rank",
     "first_column",
+    "is_distributed",
     "is_sharded",
     "laid_out_as",
     "local",
@@ -119,6 +120,11 @@ def preferred_shard_dim(shape: Sequence[int], world_size: int) -> int:
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor; any other tensor as it is. No communication, shared storage."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def is_distributed(param: Tensor) -> bool:
+    """Whether a parameter is laid out on a mesh of ranks, sharded or not."""
+    return isinstance(param, DTensor)
 
 
 def is_sharded(model: nn.Module) -> bool:
