@@ -11,6 +11,7 @@ try:
     from lowrank_train.digits import measure_digits
     from lowrank_train.errors import UserError
     from lowrank_train.hyperbolic import graph_benchmark
+    from lowrank_train.memory_benchmark import measure_memory
     from lowrank_train.tree_benchmark import measure_tree
     from optim.__main__ import main as list_optimizers
 except ModuleNotFoundError as error:
@@ -55,6 +56,11 @@ def measure_hyperbolic(arguments: list[str]) -> None:
     print(graph_benchmark.measure_graphs(graph_benchmark.load_benchmark(arguments)))
 
 
+def memory(arguments: list[str]) -> None:
+    """Compare predicted, tracked and measured memory of a training step, from 60M to 7B."""
+    print(measure_memory(arguments))
+
+
 def digits(arguments: list[str]) -> None:
     """Train a small perceptron on handwritten digits: full, LoRA, ReLoRA* and SST."""
     print(measure_digits(arguments))
@@ -76,6 +82,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "training-step": measure_training,
     "compression": measure_compression,
     "hyperbolic": measure_hyperbolic,
+    "memory": memory,
     "digits": digits,
     "tree": tree,
     "communication": communication,

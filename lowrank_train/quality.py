@@ -34,6 +34,9 @@ _SET_BY_THE_BENCHMARK = {
 }
 """Keys of ``base`` that would be overwritten, and the key to use instead."""
 
+_CHOICES = ("train", "precision", "weights")
+"""Keys of a configuration, of a few values each, that a row may have its own of."""
+
 
 @dataclass
 class QualityConfig:
@@ -43,7 +46,7 @@ class QualityConfig:
     optimizers: dict[str, Any] = setting(
         {},
         "label -> name of an optimizer, lr: the rates to try (as many for every label), any other arguments of it, "
-        "and perhaps train or model, instead of those of base; null leaves a label out",
+        "and perhaps model, train, precision or weights, instead of those of base; null leaves a label out",
     )
     other_lr: float | None = setting(
         None, "learning rate of all but the matrices (embeddings, head, norms), in all rows; null: as lr"
@@ -114,7 +117,8 @@ def _run_config(quality: QualityConfig, label: str, lr: float, seed: int) -> Con
     config = copy.deepcopy(quality.base)
     output = Path(quality.output)
     row = dict(quality.optimizers[label])
-    config.train = row.pop("train", config.train)
+    for key in _CHOICES:
+        setattr(config, key, row.pop(key, getattr(config, key)))
     config.model.name = row.pop("model", config.model.name)
     optimizer = {**config.optimizer, **row, "lr": lr}
     if quality.other_lr is not None:
@@ -150,9 +154,10 @@ def _check_row(label: str, row: Any) -> None:
         raise UserError(f"{where}={row}; expected the keys name (one of {', '.join(methods.names())}) and lr")
     if "other_lr" in row:
         raise UserError(f"{where}.other_lr: it is the same for all rows; give other_lr at the top")
-    choices = get_args(get_type_hints(Config)["train"])
-    if "train" in row and row["train"] not in choices:
-        raise UserError(f"{where}.train={row['train']}; expected one of {', '.join(choices)}")
+    for key in _CHOICES:
+        choices = get_args(get_type_hints(Config)[key])
+        if key in row and row[key] not in choices:
+            raise UserError(f"{where}.{key}={row[key]}; expected one of {', '.join(choices)}")
     if not isinstance(row.get("model", ""), str):
         raise UserError(f"{where}.model={row['model']}; expected the name of a size, or a folder")
     lrs = row["lr"]
