@@ -367,7 +367,13 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         if not self.state and not any(is_distributed(slot.param) for slot in self.slots()):
             return super().state_dict()
         self._adopt_replaced_parameters()  # torch looks every key of the state up among the parameters of the groups
+        self._wait_for_offloaded()
         return super().state_dict()
+
+    def _wait_for_offloaded(self) -> None:
+        """State on its way to host memory arrives there; what reads it next may be no stream of the device."""
+        if torch.cuda.is_available() and any(group["offload_state"] for group in self.param_groups):
+            torch.cuda.synchronize()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a ``state_dict()``; every tensor keeps the dtype, shape and placement this optimizer allocated.
@@ -379,6 +385,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
             super().load_state_dict(state_dict)
             return
         self._adopt_replaced_parameters()
+        self._wait_for_offloaded()
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         slots = list(self.slots())
         objection = self._structural_objection(state_dict["param_groups"])

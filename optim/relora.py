@@ -225,8 +225,9 @@ def _restart(adapter: _Adapter, index: int) -> None:
     rows = row_range(a)
     local(a).copy_(drawn[rows.start : rows.stop])
     for slot in (adapter.a, adapter.b):
-        for key in ("exp_avg", "exp_avg_sq", "age"):
-            local(slot.state[key]).zero_()
+        for key, value in slot.state.items():
+            if key.startswith("exp_avg") or key == "age":  # in few bits their scales too: a code of 0 is not always 0
+                local(value).zero_()
 
 
 def _scale(alpha: float | None, rank: int) -> float:

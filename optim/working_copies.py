@@ -91,19 +91,19 @@ def _copy(slot: Slot, layout: Mapping[str, StateTensor], handed: Handed) -> Slot
     if not is_copied(slot, handed):
         return slot
     exact = torch.promote_types(slot.param.dtype, torch.float32)
-    state = {}
-    for key, value in slot.state.items():
-        if layout[key].layout == "host":
-            state[key] = value
-            continue
-        block = local(value)
-        if slot.group["offload_state"]:
-            block = block.to(local(slot.param).device, non_blocking=True, copy=True)
+    blocks = {key: local(value) for key, value in slot.state.items() if layout[key].layout != "host"}
+    if slot.group["offload_state"]:
+        device = local(slot.param).device
+        blocks = {key: block.to(device, non_blocking=True, copy=True) for key, block in blocks.items()}
+    width, offset = math.prod(local(slot.param).shape[1:]), first_column(slot.param) or 0
+    state = dict(slot.state)
+    for key, block in blocks.items():
         if key in MOMENTS and (handed.moments or (handed.rounded and block.dtype == torch.bfloat16)):
-            scale = {name: slot.state[name] for name in [f"{key}_scale"] if name in slot.state}
-            width, offset = math.prod(local(slot.param).shape[1:]), first_column(slot.param) or 0
-            block = read({key: block, **scale}, key, slice(None), width, exact, offset)
-        state[key] = laid_out_as(value if block.shape == local(value).shape else slot.param, block)  # 4 bits: unpacked
+            moment = read(blocks, key, slice(None), width, exact, offset)
+            like = slot.state[key] if moment.shape == block.shape else slot.param  # 4 bits are unpacked
+            state[key] = laid_out_as(like, moment)
+        elif block is not local(slot.state[key]):
+            state[key] = laid_out_as(slot.state[key], block)
     param = slot.param
     if handed.rounded:
         param = laid_out_as(slot.param, local(slot.param).to(exact))
@@ -123,7 +123,16 @@ def _store(slot: Slot, copy: Slot) -> None:
         if kept.dtype == value.dtype:
             local(kept).copy_(local(value), non_blocking=True)
         elif f"{key}_scale" in slot.state:
-            offset = first_column(slot.param) or 0
-            write(slot.state, key, slice(None), local(value), offset, lambda scale: max_over_shards(slot.param, scale))
+            _store_in_codes(slot, key, local(value))
         else:
             store(kept, local(value), rounding_seed(copy, key))
+
+
+def _store_in_codes(slot: Slot, key: str, value: Tensor) -> None:
+    kept = {name: local(slot.state[name]) for name in (key, f"{key}_scale")}
+    made = {name: codes.to(value.device) for name, codes in kept.items()}
+    offset = first_column(slot.param) or 0
+    write(made, key, slice(None), value, offset, lambda scale: max_over_shards(slot.param, scale))
+    for name, codes in made.items():
+        if codes is not kept[name]:
+            kept[name].copy_(codes, non_blocking=True)

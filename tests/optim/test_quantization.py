@@ -20,10 +20,10 @@ from torch.distributed.tensor import DTensor, Shard
 import optim
 import optim.blocks
 from optim.base import adamw_state
-from optim.quantization import BLOCK, as_stored, dequantize, quantize
+from optim.quantization import BLOCK, as_stored, dequantize, quantize, read
 from optim.sharding import StateTensor
 from tests.distributed import run_distributed
-from tests.optim.models import assert_equal, gradient, run_steps, states, weights
+from tests.optim.models import assert_equal, gradient, prepare, run_steps, states, weights
 
 
 class Code(NamedTuple):
@@ -545,3 +545,14 @@ def test_two_columns_of_a_byte_are_not_torn_apart() -> None:
         return optim.create("adamw", model, state_dtype="8bit").state[model.weight]["exp_avg"].dtype
 
     assert run_distributed(worker, 2) == [torch.int8] * 2
+
+
+@pytest.mark.parametrize("state_dtype", ["8bit", "4bit"])
+def test_a_restart_of_relora_leaves_no_moment(state_dtype: str) -> None:
+    model = prepare("relora", nn.Sequential(nn.Linear(160, 128, bias=False)), rank=32)
+    optimizer = optim.create("relora", model, restart_every=2, warmup_steps=1, state_dtype=state_dtype)
+    run_steps(model, optimizer, 0, 2)
+    for slot in optimizer.slots():
+        for key in {"exp_avg", "exp_avg_sq"} & slot.state.keys():
+            assert f"{key}_scale" in slot.state
+            assert not read(slot.state, key, slice(None), slot.param.shape[1], torch.float32).any()
