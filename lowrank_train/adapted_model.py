@@ -139,7 +139,7 @@ def changes_frozen_weights(config: Any) -> bool:
 def _built_in_float32(config: Any) -> bool:
     """Whether peft's code refuses to build it in float64."""
     start = str(getattr(config, "init_lora_weights", "")).lower()
-    return start.startswith(("pissa", "olora", "mica")) or hasattr(config, "psoft_svd")
+    return start.startswith(("pissa", "olora", "mica", "corda")) or hasattr(config, "psoft_svd")
 
 
 def _write_initial(wrapper: Any, folder: Path) -> None:
