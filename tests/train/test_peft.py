@@ -196,49 +196,66 @@ def load_adapter(base: Path, folder: Path, dtype: torch.dtype | None) -> Any:
 KINDS = ["adalora", "boft", "dora", "eva", "kasa", "lily", "pissa", "vera"]
 """Of what matters to shards: budgets, three dimensions, norms of weights, data, penalties, shared parameters, changed
 weights, buffers."""
+if os.environ.get("ALL_ADAPTERS"):  # how the table of docs/peft.md was made; takes minutes
+    KINDS = TRAINABLE
+DRAWS = {"monteclora", "pvera"}
+"""They draw in every forward pass, each rank its own numbers."""
+
+Ranks = tuple[Path, dict[str, list[dict[str, Any]]]]
+
+
+def on_two_ranks(folders: Path, root: Path) -> Ranks:
+    """A few at a time; name -> facts of each rank."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for first in range(0, len(KINDS), 8):
+        names = KINDS[first : first + 8]
+        cases = {name: words(folders, root / name, name, "checkpoint.every=2") for name in names}
+        ranks = run_distributed(follow, 2, cases)
+        found.update({name: [rank[name] for rank in ranks] for name in names})
+    return root, found
 
 
 @pytest.fixture(scope="module")
-def two_ranks(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, dict[str, Any]]]]:
-    """Some names, trained on two ranks, with a checkpoint before the last step."""
-    root = tmp_path_factory.mktemp("two")
-    return root, run_distributed(
-        follow, 2, {name: words(folders, root / name, name, "checkpoint.every=2") for name in KINDS}
-    )
+def two_ranks(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    """Trained on two ranks, with a checkpoint before the last step."""
+    return on_two_ranks(folders, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def resumed(folders: Path, two_ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    """The same again from step 2 of 3, in other processes."""
+    root = tmp_path_factory.mktemp("resumed")
+    for name in KINDS:
+        shutil.copytree(two_ranks[0] / name, root / name)
+        shutil.rmtree(root / name / "checkpoints" / f"step-{STEPS}")
+        shutil.rmtree(root / name / "adapter")
+    return on_two_ranks(folders, root)
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_two_ranks_train_as_one(
-    everyone: dict[str, dict[str, Any]], two_ranks: tuple[Path, list[dict[str, dict[str, Any]]]], name: str
-) -> None:
-    root, ranks = two_ranks
-    for facts in (rank[name] for rank in ranks):
+def test_two_ranks_train_as_one(everyone: dict[str, dict[str, Any]], two_ranks: Ranks, name: str) -> None:
+    root, found = two_ranks
+    for facts in found[name]:
         assert "error" not in facts, facts.get("error")
         assert facts["record"].world_size == 2
-        torch.testing.assert_close(facts["logits"], everyone[name]["logits"], rtol=0, atol=1e-6)
-    assert losses(root / name) == pytest.approx(losses(everyone[name]["folder"]), abs=1e-6)
+        if name not in DRAWS:
+            torch.testing.assert_close(facts["logits"], everyone[name]["logits"], rtol=0, atol=1e-6)
+    alike = 1e-2 if name in DRAWS else 1e-6
+    assert losses(root / name) == pytest.approx(losses(everyone[name]["folder"]), abs=alike)
     if name not in UNMERGED:
-        torch.testing.assert_close(
-            plain(root / name / "huggingface")(probe()).logits, facts["logits"], rtol=0, atol=1e-6
-        )
+        merged = plain(root / name / "huggingface")(probe()).logits
+        torch.testing.assert_close(merged, found[name][0]["logits"], rtol=0, atol=1e-6)
 
 
-def test_resume_is_bit_exact(
-    folders: Path, two_ranks: tuple[Path, list[dict[str, dict[str, Any]]]], tmp_path: Path
-) -> None:
-    """From step 2 of 3, in other processes."""
-    root, whole = two_ranks
-    for name in KINDS:
-        shutil.copytree(root / name, tmp_path / name)
-        shutil.rmtree(tmp_path / name / "checkpoints" / f"step-{STEPS}")
-    cases = {name: words(folders, tmp_path / name, name, "checkpoint.every=2") for name in KINDS}
-    resumed = run_distributed(follow, 2, cases)
-    for name in KINDS:
-        assert "error" not in resumed[0][name], resumed[0][name].get("error")
-        assert torch.equal(resumed[0][name]["logits"], whole[0][name]["logits"]), name
-        assert exact_history(tmp_path / name) == exact_history(root / name)
-        ends = [folder / name / "checkpoints" / f"step-{STEPS}" for folder in (tmp_path, root)]
-        assert_equal_tensors(*(checkpoint_tensors(end) for end in ends))
+@pytest.mark.parametrize("name", KINDS)
+def test_resume_is_bit_exact(two_ranks: Ranks, resumed: Ranks, name: str) -> None:
+    (root, whole), (again, found) = two_ranks, resumed
+    assert "error" not in found[name][0], found[name][0].get("error")
+    assert torch.equal(found[name][0]["logits"], whole[name][0]["logits"])
+    assert exact_history(again / name) == exact_history(root / name)
+    ends = [folder / name / "checkpoints" / f"step-{STEPS}" for folder in (again, root)]
+    assert_equal_tensors(*(checkpoint_tensors(end) for end in ends))
+    assert (again / name / "adapter").exists()
 
 
 # -------------------------------------------------------------------------------------------------- any optimizer
