@@ -43,6 +43,8 @@ class AdaptedModel:
     """What AdaLoRA does after every step."""
     one_group: bool
     """Whether all parameters must be gathered together: some are used by several layers, or by a penalty."""
+    buffers: frozenset[str]
+    """Names of the adapter's own floating-point buffers, such as VeRA's projections."""
 
     @property
     def has_penalty(self) -> bool:
@@ -60,12 +62,17 @@ class AdaptedModel:
         for name, param in inside.named_parameters(remove_duplicate=False):
             if name in values:
                 value = values[name]
-                wide = value.to(torch.promote_types(value.dtype, torch.float32))
-                memo[id(param)] = nn.Parameter(wide, requires_grad=param.requires_grad)
+                value = value.to(torch.promote_types(value.dtype, torch.float32))
+                memo[id(param)] = nn.Parameter(value, requires_grad=param.requires_grad)
         for name, buffer in inside.named_buffers(remove_duplicate=False):
             if name in values:
                 memo[id(buffer)] = values[name].to(buffer.dtype)
-        return copy.deepcopy(self.blueprint, memo)
+        made = copy.deepcopy(self.blueprint, memo)
+        inside = made.get_base_model()
+        wide = next(inside.parameters()).dtype
+        for name in self.buffers:
+            inside.get_buffer(name).data = inside.get_buffer(name).data.to(wide)
+        return made
 
 
 def adapt(
@@ -77,6 +84,7 @@ def adapt(
     seed: int,
     steps: int,
     dtype: torch.dtype,
+    compute_dtype: torch.dtype,
     initial: Path | None = None,
 ) -> AdaptedModel:
     """Put an adapter into a model, in place; only what peft trains of it takes a gradient afterwards.
@@ -91,6 +99,7 @@ def adapt(
         seed: of what is drawn.
         steps: of the run.
         dtype: in which parameters are kept.
+        compute_dtype: of the arithmetic.
         initial: folder for the adapter as it begins, written by the first rank where the initialisation changes the
             frozen weights too and the adapter could not be given away without it.
 
@@ -114,9 +123,9 @@ def adapt(
             raise UserError(f"adapter.name={settings.name}: {_first_line(error)}") from None
     for param in model.parameters():
         param.data = param.data.to(dtype)
-    for name, buffer in model.named_buffers():
-        if name not in present and dtype == torch.float64 and buffer.is_floating_point():
-            buffer.data = buffer.data.to(dtype)
+    buffers = {name: b for name, b in model.named_buffers() if name not in present and b.is_floating_point()}
+    for buffer in buffers.values():  # FSDP2 casts parameters only
+        buffer.data = buffer.data.to(compute_dtype)
     _check_shardable(model, wrapper, str(settings.name))
     _take_from_first(model, ranks)
     if initial is not None and changes_frozen_weights(config):
@@ -127,7 +136,7 @@ def adapt(
     blueprint = _on_meta(wrapper)
     if penalty is not None:
         model.adapter_penalty = MethodType(lambda self: penalty(), model)
-    return AdaptedModel(model, wrapper, blueprint, budget, _shares(model) or penalty is not None)
+    return AdaptedModel(model, wrapper, blueprint, budget, _shares(model) or penalty is not None, frozenset(buffers))
 
 
 def changes_frozen_weights(config: Any) -> bool:

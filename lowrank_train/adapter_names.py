@@ -184,12 +184,11 @@ def _ranked(name: str, settings: AdapterConfig, known: Mapping[str, Any]) -> dic
 
 
 def _block_matrices(model: nn.Module) -> list[str]:
-    """The last parts of their names, such as q_proj, or q_proj.left for a compressed matrix."""
-    found = set()
-    for name in linear_layers(model):
-        parts = name.split(".")
-        found.add(".".join(parts[-2:]) if parts[-1] in ("left", "right") else parts[-1])
-    return sorted(found)
+    """The last parts of their names, such as q_proj; whole names if some are compressed, to q_proj.left and right."""
+    names = list(linear_layers(model))
+    if any(name.endswith((".left", ".right")) for name in names):
+        return names
+    return sorted({name.rpartition(".")[2] for name in names})
 
 
 def _made(cls: Any, arguments: Mapping[str, Any], where: str) -> Any:

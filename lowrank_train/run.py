@@ -236,6 +236,7 @@ def _build_adapted(config: Config, ranks: Ranks, folder: Path, data: Data, archi
         seed=config.seed,
         steps=config.steps,
         dtype=_weight_dtype(config),
+        compute_dtype=getattr(torch, config.precision),
         initial=folder / "adapter_initial",
     )
     optimizer = methods.find(config.optimizer["name"]).optimizer

@@ -127,6 +127,10 @@ def follow(cases: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def failed(found: dict[str, dict[str, Any]]) -> str:
+    return "\n".join(f"{name}: {facts['error']}" for name, facts in found.items() if "error" in facts)
+
+
 def probe() -> Tensor:
     return torch.arange(24).view(2, 12) % 50 + 3
 
@@ -262,7 +266,8 @@ def test_resume_is_bit_exact(two_ranks: Ranks, resumed: Ranks, name: str) -> Non
 
 
 def test_every_optimizer_trains_an_adapter(folders: Path, tmp_path: Path) -> None:
-    names = [name for name in optim.names() if methods.find(name).layers is methods.Dense and name != "relora"]
+    names = [name for name in optim.names() if methods.find(name).layers is methods.Dense]
+    names = [name for name in names if name not in ("relora", "sst", "riemannian_adamw")]  # for layers of their own
     cases = {}
     for name in names:
         rank = ["optimizer.rank=2"] if "rank" in methods.find(name).arguments() else []
@@ -270,7 +275,7 @@ def test_every_optimizer_trains_an_adapter(folders: Path, tmp_path: Path) -> Non
         typed = [word for word in typed if not word.startswith("optimizer.")]
         cases[name] = [*typed, f"optimizer={{name: {name}, lr: 1.0e-3}}", *rank]
     found = run_distributed(follow, 1, cases)[0]
-    assert {name: facts["error"] for name, facts in found.items() if "error" in facts} == {}
+    assert not failed(found)
     base = plain(folders / "llama")(probe()).logits
     for name in names:
         assert not torch.equal(found[name]["logits"], base), name
@@ -295,7 +300,7 @@ def test_other_models_and_precisions(folders: Path, tmp_path: Path) -> None:
         "small dora": words(folders, tmp_path / "small", "dora", kind="small"),
     }
     found = run_distributed(follow, 1, cases)[0]
-    assert {name: facts["error"] for name, facts in found.items() if "error" in facts} == {}
+    assert not failed(found)
     for case, folder in (("opt beft", "beft"), ("opt pissa", "pissa"), ("small dora", "small")):
         merged = load_model(tmp_path / folder / "huggingface").requires_grad_(False)
         torch.testing.assert_close(merged(probe()).logits.double(), found[case]["logits"], rtol=0, atol=1e-5)
@@ -322,6 +327,7 @@ def begun(folders: Path, name: str, blocks: Tensor) -> AdaptedModel:
             seed=0,
             steps=1,
             dtype=torch.float32,
+            compute_dtype=torch.float32,
         )
 
 
