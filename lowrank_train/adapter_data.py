@@ -44,7 +44,11 @@ def prepare_adapter(wrapper: Any, config: Any, batches: Iterable[Tensor]) -> Non
     device = wrapper.get_base_model().device
     # its minibatches must be of one size: the directions are compared between them
     seen = [
-        {"input_ids": inputs.to(device), "attention_mask": torch.ones_like(inputs).to(device), "labels": labels}
+        {
+            "input_ids": inputs.to(device),
+            "attention_mask": torch.ones_like(inputs).to(device),
+            "labels": labels.to(device),
+        }
         for inputs, labels in map(split, batches)
     ]
     importlib.import_module("peft").initialize_lora_eva_weights(

@@ -122,6 +122,8 @@ def adapter_config(settings: AdapterConfig, model: nn.Module | None = None, step
     for key in settings.arguments:
         if key not in known:
             raise UserError(f"adapter {name!r} takes no argument {key!r}; {_suggestion(key, list(known))}")
+    if settings.arguments.get("use_asa"):
+        raise UserError("adapter.arguments.use_asa=true: a run does not update that budget of subspaces; leave it out")
     arguments = {**_fixed(name), **_ranked(name, settings, known), **settings.arguments}
     if "target_modules" in known and "target_modules" not in arguments and name not in _OWN_TARGETS and model:
         arguments["target_modules"] = _block_matrices(model)
