@@ -1,4 +1,4 @@
-"""Fine-tune: ``torchrun --nproc-per-node N launch/finetune.py [FILE.yaml ...] model=FOLDER data.path=TEXT``."""
+"""Fine-tune: ``torchrun --nproc-per-node N launch/finetune.py model=FOLDER data.path=TEXT [adapter.name=pissa]``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import os
 import sys
 
 try:
-    from lowrank_train.config import help_text
     from lowrank_train.errors import UserError
-    from lowrank_train.finetuning import load_finetuning
+    from lowrank_train.finetuning import finetuning_help, load_finetuning
     from lowrank_train.trainer import train
 except ModuleNotFoundError as error:
     if error.name not in ("lowrank_train", "optim"):
@@ -19,7 +18,7 @@ except ModuleNotFoundError as error:
 def main(arguments: list[str]) -> int:
     """Exit code: 0 done or stopped by a signal with a checkpoint, 2 for anything the user must mend."""
     if {"-h", "--help"} & set(arguments):
-        print(help_text("launch/finetune.py"))
+        print(finetuning_help())
         return 0
     try:
         train(load_finetuning(arguments))

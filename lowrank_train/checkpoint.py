@@ -41,7 +41,15 @@ from lowrank_train.parametrization import Parametrization
 from optim.int8_weight import Int8Weight
 from optim.sharding import laid_out_as, local
 
-__all__ = ["Checkpoints", "checkpoints_of", "export_huggingface", "find_checkpoint", "last_good", "read_weights"]
+__all__ = [
+    "Checkpoints",
+    "checkpoints_of",
+    "export_huggingface",
+    "find_checkpoint",
+    "last_good",
+    "read_weights",
+    "whole_state",
+]
 
 
 class Checkpoints:
@@ -290,7 +298,7 @@ def export_huggingface(
 
     Raises UserError if it cannot be written.
     """
-    whole = _whole_state(model)
+    whole = whole_state(model)
 
     def write() -> None:
         try:
@@ -302,7 +310,7 @@ def export_huggingface(
     ranks.first(write)
 
 
-def _whole_state(model: PreTrainedModel) -> dict[str, Any]:
+def whole_state(model: PreTrainedModel) -> dict[str, Any]:
     """Of all ranks, on the CPU of the first; matrices kept in int8 as the bfloat16 they stand for."""
     shards: dict[str, Any] = get_model_state_dict(model)
     if not any(isinstance(local(value), Int8Weight) for value in shards.values()):

@@ -18,6 +18,7 @@ from lowrank_train import methods
 from lowrank_train.errors import UserError
 
 __all__ = [
+    "AdapterConfig",
     "Config",
     "changed_keys",
     "complete",
@@ -128,6 +129,22 @@ class CheckpointConfig:
 
 
 @dataclass
+class AdapterConfig:
+    """What peft puts into a trained model (launch/finetune.py); everything else is frozen then."""
+
+    name: str | None = setting(
+        None, "pissa, dora, boft, ...: an initialisation or tuner of peft, see the list above; null: no adapter"
+    )
+    rank: int | None = setting(
+        None, "of the adapter, whose factors are not scaled then unless adapter.arguments says so; null: peft's default"
+    )
+    arguments: dict[str, Any] = setting(
+        {}, "arguments of peft's configuration class, e.g. adapter.arguments.boft_block_size=4"
+    )
+    sequences: int = setting(64, "training sequences that EVA, CorDA and LoRA-GA look at before training")
+
+
+@dataclass
 class Config:
     """One pretraining run."""
 
@@ -139,6 +156,7 @@ class Config:
         "rate of all but the matrices or their factors (embeddings, head, norms), where that is not optimizer.lr; "
         "optimizer.other_state_dtype likewise; state_dtype, offload_state and stochastic_rounding for any optimizer",
     )
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
@@ -337,6 +355,8 @@ def _check(config: Config) -> None:
         "tokens_per_step": (config.tokens_per_step, 1),
         "micro_batch": (config.micro_batch, 1),
         "loss_chunk": (config.loss_chunk, 1),
+        "adapter.rank": (1 if config.adapter.rank is None else config.adapter.rank, 1),
+        "adapter.sequences": (config.adapter.sequences, 1),
         "log_every": (config.log_every, 1),
         "max_bad_steps": (config.max_bad_steps, 1),
         "parallel.replicas": (config.parallel.replicas, 1),
@@ -375,6 +395,8 @@ def _check(config: Config) -> None:
     if config.clip is not None and not config.clip > 0:
         raise UserError(f"clip={config.clip}; expected a number > 0, or null for no clipping")
     _check_examples(config)
+    if config.adapter.name is None and (config.adapter.rank is not None or config.adapter.arguments):
+        raise UserError("adapter.rank or adapter.arguments without adapter.name; give that, e.g. adapter.name=lora")
     other_lr = config.optimizer.get("other_lr")
     is_number = isinstance(other_lr, int | float) and not isinstance(other_lr, bool)
     if other_lr is not None and not (is_number and other_lr >= 0):

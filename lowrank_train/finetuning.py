@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lowrank_train.config import Config, complete, load_schema
+from lowrank_train.adapter_names import describe_adapters
+from lowrank_train.config import Config, complete, help_text, load_schema
 from lowrank_train.errors import UserError
 from lowrank_train.model_folder import model_folder
 from lowrank_train.models import SIZES
 
-__all__ = ["load_finetuning"]
+__all__ = ["finetuning_help", "load_finetuning"]
+
+
+def finetuning_help() -> str:
+    """Adapters, optimizers, and every key."""
+    adapters = [f"  {line}" for line in describe_adapters()]
+    usage, _, rest = help_text("launch/finetune.py").partition("\n")
+    return "\n".join([usage, "", "adapters of peft (adapter.name) and their adapter.arguments:", *adapters, rest])
 
 
 def load_finetuning(arguments: Sequence[str]) -> Config:
@@ -30,6 +38,7 @@ def load_finetuning(arguments: Sequence[str]) -> Config:
         )
     if config.run_dir is None:
         name = config.model.name.rstrip("/").rpartition("/")[2]
-        config.run_dir = f"runs/{name}-{config.optimizer.get('name')}-finetuned"
+        adapter = "" if config.adapter.name is None else f"-{config.adapter.name}"
+        config.run_dir = f"runs/{name}{adapter}-{config.optimizer.get('name')}-finetuned"
     config.model.name = str(model_folder(config.model.name, "model.name="))
     return complete(config)

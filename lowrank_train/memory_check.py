@@ -26,7 +26,7 @@ def check_fits(config: Config, limit: int | None, *, world_size: int, replicas: 
 
     The vocabulary is that of the original model, unless ``data.vocab_size`` says less.
     """
-    if limit is None:
+    if limit is None or config.adapter.name is not None:  # whose memory is not predicted
         return
     memory = predict(config, world_size=world_size, replicas=replicas)
     if memory.peak <= limit:

@@ -25,7 +25,7 @@ from lowrank_train.errors import UserError
 from lowrank_train.loss import token_loss
 from optim.int8_weight import Int8Weight
 
-__all__ = ["Ranks", "fake_ranks", "fill", "reduce_dtype", "reshard", "shard_dims", "shard_model", "start"]
+__all__ = ["Ranks", "fake_ranks", "fill", "gathered", "reduce_dtype", "reshard", "shard_dims", "shard_model", "start"]
 
 T = TypeVar("T")
 
@@ -106,6 +106,15 @@ class Ranks:
                     result[key] = value
                 yield i, result
 
+    def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite each tensor, of equal shape on all ranks, with the first rank's."""
+        if self.world_size == 1:
+            return
+        for tensor in tensors:
+            value = tensor.detach().contiguous()
+            dist.broadcast(value, src=0)
+            tensor.detach().copy_(value)
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank, so that all act together. No device sync: the answer travels by CPU."""
         answer = torch.tensor(int(flag))
@@ -177,16 +186,23 @@ def _mesh(device: str, shards: int, replicas: int) -> DeviceMesh:
 
 
 def shard_model(
-    model: PreTrainedModel, mesh: DeviceMesh, optimizer: type[optim.MatrixOptimizer], precision: str
+    model: PreTrainedModel,
+    mesh: DeviceMesh,
+    optimizer: type[optim.MatrixOptimizer],
+    precision: str,
+    *,
+    one_group: bool = False,
 ) -> None:
     """FSDP2 in place: one group per decoder layer, one for the rest; matrices along the dimension the optimizer likes.
 
     Args:
-        model: a LLaMA or OPT, on meta; ``token_loss`` becomes a forward method of it.
+        model: a LLaMA or OPT, on meta or with its weights; ``token_loss`` becomes a forward method of it, as is
+            ``adapter_penalty`` if it has that.
         mesh: 1-D (shard) or 2-D (replicate, shard).
         optimizer: class that will train it.
         precision: bfloat16 computes in it, whatever the weights are kept in, and reduces in float32; others compute as
             the weights.
+        one_group: one group in all: layers that use a parameter of each other cannot be gathered one by one.
     """
     dims = shard_dims(model, optimizer, mesh.size(mesh.ndim - 1))
     policy = MixedPrecisionPolicy()
@@ -198,11 +214,13 @@ def shard_model(
 
     # OPT's layers end in a view; transformers never writes into it in place, which is what the warning is about.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .FSDPOPTDecoderLayer. returned a view tensor")
-    for layer in _decoder_layers(model):
+    for layer in [] if one_group else _decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
     fully_shard(model, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
     model.token_loss = MethodType(token_loss, model)
     register_fsdp_forward_method(model, "token_loss")  # gathers the parameters as forward does
+    if hasattr(model, "adapter_penalty"):
+        register_fsdp_forward_method(model, "adapter_penalty")
 
 
 def reduce_dtype(model: nn.Module, mesh: DeviceMesh) -> torch.dtype:
@@ -227,6 +245,11 @@ def fill(destination: Tensor, whole: Tensor) -> None:
         destination.to_local().copy_(shards.to_local())
     else:
         destination.copy_(whole)
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a (sharded) tensor; all ranks must call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def reshard(model: nn.Module) -> None:

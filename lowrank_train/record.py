@@ -20,7 +20,7 @@ from lowrank_train.signals import typed_command
 
 __all__ = ["RunRecord", "peak_memory_gib", "perplexity", "provenance"]
 
-_PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy")
+_PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "peft")
 
 
 @dataclass
@@ -47,8 +47,9 @@ class RunRecord:
     """When the validation loss was taken."""
     validation_tokens: int
     skipped_steps: int
-    predicted_peak_gib: float
-    """Of a training step on the first rank, weights and state included; the process itself is not."""
+    predicted_peak_gib: float | None
+    """Of a training step on the first rank, weights and state included; the process itself is not. None
+    with an adapter."""
     peak_memory_gib: float
     """Over all sessions. CUDA: largest allocation on the first rank's device; CPU: its process's resident set."""
     optimizer_state_bytes: int
@@ -61,6 +62,8 @@ class RunRecord:
     config: dict[str, Any]
     """All settings, resolved."""
     provenance: dict[str, Any] = field(default_factory=dict)
+    trained_parameters: int | None = None
+    """Elements that take a gradient; None in records from before there was this."""
 
     @property
     def perplexity(self) -> float | None:

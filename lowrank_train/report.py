@@ -34,7 +34,7 @@ def summary(record: RunRecord, folder: Path, checkpoint: Path | None) -> list[tu
         ("validation loss", f"{_number(record.validation_loss)} nats/token over {record.validation_tokens:,} tokens"),
         (
             "peak memory",
-            f"{record.peak_memory_gib:.2f} GiB on rank 0 (a step alone, predicted: {record.predicted_peak_gib:.2f})",
+            f"{record.peak_memory_gib:.2f} GiB on rank 0" + _predicted(record.predicted_peak_gib),
         ),
         (
             "optimizer state",
@@ -45,6 +45,13 @@ def summary(record: RunRecord, folder: Path, checkpoint: Path | None) -> list[tu
         ("plot", str(folder / "loss.png")),
         ("report", str(folder / "report.md")),
     ]
+    adapter = record.config.get("adapter", {}).get("name")
+    if adapter is not None:
+        trained = record.trained_parameters or 0
+        share = 100 * trained / record.parameters
+        rows.insert(2, ("adapter", f"{adapter}, {trained:,} parameters trained ({share:.3g} %)"))
+    if (folder / "adapter").exists():
+        rows.append(("peft folder", str(folder / "adapter")))
     if (folder / "huggingface").exists():
         rows.append(("Hugging Face folder", str(folder / "huggingface")))
     return rows
@@ -66,6 +73,10 @@ def write_report(record: RunRecord, folder: Path, checkpoint: Path | None) -> st
     (folder / "report.md").write_text("\n".join(lines) + "\n")
     width = max(len(what) for what, _ in rows)
     return "\n".join(f"  {what:<{width}}  {value}" for what, value in rows)
+
+
+def _predicted(gib: float | None) -> str:
+    return "" if gib is None else f" (a step alone, predicted: {gib:.2f})"
 
 
 def _plot(rows: list[dict[str, Any]], path: Path) -> None:

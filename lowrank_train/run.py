@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 import optim
 from lowrank_train import methods, models, parallel
+from lowrank_train.adapted_model import AdaptedModel, adapt
+from lowrank_train.adapter_data import needs_data
+from lowrank_train.adapter_names import adapter_config
 from lowrank_train.checkpoint import Checkpoints
-from lowrank_train.config import Config
+from lowrank_train.config import AdapterConfig, Config
 from lowrank_train.data import Data, prepare_data
 from lowrank_train.errors import UserError
 from lowrank_train.layer_choice import freeze_vocabulary
@@ -89,6 +92,8 @@ class Run:
     """Hyperparameters of each parameter group as configured."""
     checkpoints: Checkpoints
     progress: Progress
+    adapted: AdaptedModel | None = None
+    """The adapter, if there is one."""
 
     def save(self) -> None:
         """Write a checkpoint of all that a resumed run needs."""
@@ -97,6 +102,8 @@ class Run:
             "data": self.data.train.state_dict(),
             "random": _random_state(self.ranks),
         }
+        if self.adapted is not None and self.adapted.budget is not None:
+            extra["budget"] = self.adapted.budget.state_dict()
         self.checkpoints.save(self.progress.step, self.model, self.optimizer, extra, self.about)
 
     def restore(self, checkpoint: Path) -> None:
@@ -105,6 +112,8 @@ class Run:
         self.progress = Progress(**extra["progress"])
         self.data.train.load_state_dict(extra["data"])
         _set_random_state(extra["random"], self.ranks)
+        if self.adapted is not None and self.adapted.budget is not None:
+            self.adapted.budget.load_state_dict(extra.get("budget", {}))
         self.set_learning_rate(1.0)
 
     @property
@@ -117,7 +126,8 @@ class Run:
         layers = {f"optimizer.{key}": value for key, value in methods.find(name).layer_settings(self.config.optimizer)}
         trained = {} if self.config.train == "all" else {"train": self.config.train}
         kept = {} if self.config.weights == "full" else {"weights": self.config.weights}
-        return {"optimizer.name": name, **layers, **trained, **kept, "model": model, **self.data.description}
+        adapter = {} if self.config.adapter.name is None else {"adapter": asdict(self.config.adapter)}
+        return {"optimizer.name": name, **layers, **adapter, **trained, **kept, "model": model, **self.data.description}
 
     def set_learning_rate(self, factor: float) -> None:
         """Give every group its configured hyperparameters, the learning rate times ``factor``."""
@@ -128,19 +138,57 @@ class Run:
 def check_settings(config: Config, world_size: int) -> None:
     """Raise UserError for what can be known wrong before any text is read: names, shapes, ranks, batch."""
     micro_batches(config, world_size)
+    if config.adapter.name is not None:
+        _check_adapter(config)
     try:
-        predicted_state_bytes(config, unsharded(config))
+        predicted_state_bytes(config, unsharded(replace(config, adapter=AdapterConfig())))
     except UserError:  # says itself which key it is about
         raise
     except (ValueError, TypeError) as error:
         raise UserError(f"in optimizer: {error}") from None
 
 
+def _check_adapter(config: Config) -> None:
+    """What can be known before there is a model."""
+    name, optimizer = config.adapter.name, config.optimizer["name"]
+    adapter_config(config.adapter)
+    if config.model.name in models.SIZES:
+        raise UserError(
+            f"adapter.name={name} with model.name={config.model.name}, a size to pretrain; an adapter needs a trained "
+            "model: python launch/finetune.py model=FOLDER"
+        )
+    if methods.find(optimizer).layers is not Dense:
+        raise UserError(
+            f"adapter.name={name} with optimizer.name={optimizer}, which replaces the same layers itself; use another "
+            "optimizer, such as adamw or dct_adamw"
+        )
+    if config.train != "all":
+        raise UserError(
+            f"adapter.name={name} with train={config.train}: the adapter says what is trained; leave it out"
+        )
+    if config.weights == "int8":
+        raise UserError(
+            f"weights=int8 is for matrices that are trained as they are; with adapter.name={name} use bfloat16"
+        )
+    penalised = name in ("adalora", "kasa", "monteclora")
+    if config.fused_backward and penalised:
+        raise UserError(
+            f"fused_backward=true with adapter.name={name}, which adds to the loss of a whole step or reads its "
+            "gradients; set it to false"
+        )
+
+
 def unsharded(config: Config) -> PreTrainedModel:
     """The shapes of what is trained, on meta, with the vocabulary of the original; no text is needed for it.
 
-    Raises ValueError for settings of the layers that do not fit.
+    Raises ValueError for settings of the layers that do not fit, UserError for an adapter: peft's shapes may depend on
+    weights and data, and are known only when it is built (``Run.blueprint``).
     """
+    if config.adapter.name is not None:
+        raise UserError(
+            f"the memory of a run with adapter.name={config.adapter.name} is not predicted before it is built; leave "
+            "the adapter out for that of training everything"
+        )
     model = models.skeleton(models.architecture(config.model, seq_len=config.seq_len), _weight_dtype(config))
     _shape(model, config, _layers(config))
     return model
@@ -154,6 +202,8 @@ def build_run(config: Config, ranks: Ranks) -> Run:
     architecture = models.architecture(config.model, vocab_size=len(data.tokenizer), seq_len=config.seq_len, **ids)
 
     # shapes, then shards, then weights
+    if config.adapter.name is not None:
+        return _build_adapted(config, ranks, folder, data, architecture)
     name, layers = methods.find(config.optimizer["name"]).optimizer, _layers(config)
     plain = models.skeleton(architecture, _DTYPES[config.precision])  # drawn or read in full, and then rounded
     blueprint, model = (models.skeleton(architecture, _weight_dtype(config)) for _ in range(2))
@@ -164,9 +214,53 @@ def build_run(config: Config, ranks: Ranks) -> Run:
         models.initialize(model, plain, layers, ranks, config.seed)
     else:
         models.load_weights(model, plain, config.model.name, layers, ranks)
+    return _complete(config, ranks, folder, data, model, blueprint, layers)
+
+
+def _build_adapted(config: Config, ranks: Ranks, folder: Path, data: Data, architecture: PretrainedConfig) -> Run:
+    """Weights, adapter, shards: peft needs the weights before it can build anything."""
+    plain, model = (models.skeleton(architecture, _DTYPES[config.precision]) for _ in range(2))
+    models.load_weights(model, plain, config.model.name, Dense(), ranks)
+    model.config._name_or_path = config.model.name  # for those the adapter is given to
+    position = data.train.state_dict()
+    batches: list[Tensor] = []
+    if needs_data(adapter_config(config.adapter)):
+        blocks = data.train.take(config.adapter.sequences, 0, 1)  # the same on every rank
+        data.train.load_state_dict(position)
+        batches = list(blocks.split(min(config.micro_batch, len(blocks))))
+    adapted = adapt(
+        model,
+        config.adapter,
+        batches=batches,
+        ranks=ranks,
+        seed=config.seed,
+        steps=config.steps,
+        dtype=_weight_dtype(config),
+        compute_dtype=getattr(torch, config.precision),
+        initial=folder / "adapter_initial",
+    )
+    optimizer = methods.find(config.optimizer["name"]).optimizer
+    parallel.shard_model(model, ranks.mesh, optim.find(optimizer), config.precision, one_group=adapted.one_group)
+    try:
+        run = _complete(config, ranks, folder, data, model, adapted.blueprint.get_base_model(), Dense())
+    except (ValueError, TypeError) as error:
+        raise UserError(f"in optimizer, with adapter.name={config.adapter.name}: {error}") from None
+    run.adapted = adapted
+    return run
+
+
+def _complete(
+    config: Config,
+    ranks: Ranks,
+    folder: Path,
+    data: Data,
+    model: PreTrainedModel,
+    blueprint: PreTrainedModel,
+    layers: Parametrization,
+) -> Run:
+    """What a run has beside a sharded model with its weights."""
     checkpoint_layers(model, config.model)
     model.train()
-
     optimizer = build_optimizer(config, model)
     in_backward = _attached(config, model, optimizer, ranks.world_size) if config.fused_backward else None
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]

@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 import optim
 from lowrank_train import models, parallel
+from lowrank_train.adapter_export import export_adapter
 from lowrank_train.checkpoint import export_huggingface, find_checkpoint, last_good
 from lowrank_train.clock import DeviceClock
 from lowrank_train.config import Config, load_config
@@ -55,8 +56,9 @@ def train(config: Config) -> RunRecord:
             run.restore(checkpoint)
         notes = ranks.first(lambda: _settle(_only(folder), config, run.progress))
         metrics = Metrics(run.folder, start=run.progress.step, steps=config.steps, active=ranks.is_first)
-        peak = f"a step will need {in_words(_predicted_memory(run))} on rank 0"
-        for note in [_greeting(run, checkpoint), peak, *notes, *_cuts(run)]:
+        predicted = _predicted_memory(run)
+        peak = [f"a step will need {in_words(predicted)} on rank 0"] if predicted else []
+        for note in [_greeting(run, checkpoint), *_adapter(run), *peak, *notes, *_cuts(run)]:
             metrics.say(note)
         with stop_signals() as stop:
             try:
@@ -85,7 +87,25 @@ def _cuts(run: Run) -> list[str]:
     return [f"{cut} examples are longer than seq_len={run.config.seq_len} tokens and were cut"] if cut else []
 
 
-def _predicted_memory(run: Run) -> StepMemory:
+def _adapter(run: Run) -> list[str]:
+    """What is trained of an adapted model."""
+    if run.adapted is None:
+        return []
+    trained, whole = _trained_parameters(run), models.parameter_count(run.model)
+    return [
+        f"adapter {run.config.adapter.name}: {trained:,} of {whole:,} parameters are trained "
+        f"({100 * trained / whole:.3g} %); the memory of a step is not predicted"
+    ]
+
+
+def _trained_parameters(run: Run) -> int:
+    return sum(param.numel() for param in run.model.parameters() if param.requires_grad)
+
+
+def _predicted_memory(run: Run) -> StepMemory | None:
+    """None with an adapter, whose activations are peft's affair."""
+    if run.adapted is not None:
+        return None
     ranks = run.ranks
     shards = ranks.mesh.size(ranks.mesh.ndim - 1)
     return predict(
@@ -106,7 +126,7 @@ def _loop(run: Run, metrics: Metrics, stop: Stop) -> None:
     config, ranks, progress = run.config, run.ranks, run.progress
     rate_factor = learning_rate_factor(config.schedule, config.steps)
     optimizer_clock = DeviceClock(ranks.device)
-    predicted_gib = _predicted_memory(run).peak / 2**30
+    predicted = _predicted_gib(run)
     stopping = False
     if progress.step == 0 or (progress.step >= config.steps and progress.validation_step != progress.step):
         _evaluate_and_log(run, metrics)
@@ -140,7 +160,7 @@ def _loop(run: Run, metrics: Metrics, stop: Stop) -> None:
                 "train/skipped_steps": progress.skipped_steps,
                 "throughput/tokens_per_second": config.tokens_per_step / took,
                 "memory/peak_gib": progress.peak_memory_gib,
-                "memory/predicted_gib": predicted_gib,
+                **({} if predicted is None else {"memory/predicted_gib": predicted}),
                 **{f"optimizer/{name}": value for name, value in figures.items()},
             }
             metrics.log(progress.step, scalars)
@@ -179,6 +199,8 @@ def _update(run: Run, optimizer_clock: DeviceClock) -> tuple[float, float]:
     if all(map(math.isfinite, figures)):
         with optimizer_clock:
             run.optimizer.step()
+        if run.adapted is not None and run.adapted.budget is not None:
+            run.adapted.budget.update(run.model, run.progress.step + 1)
     return figures[0], figures[1]
 
 
@@ -223,8 +245,12 @@ def _losses(run: Run) -> Iterator[Tensor]:
     blocks = ranks.each(lambda: run.data.train.take(sequences, ranks.rank, ranks.world_size))
     counted = int(ranks.sum(torch.tensor(count_labels(blocks))))  # on the CPU: no wait for the device
     share = counted / ranks.world_size if counted else 1.0
-    for part in blocks.to(ranks.device).chunk(micro_batches(config, ranks.world_size)):
-        yield run.model.token_loss(*split(part), config.loss_chunk) / share
+    parts = blocks.to(ranks.device).chunk(micro_batches(config, ranks.world_size))
+    for part in parts:
+        loss = run.model.token_loss(*split(part), config.loss_chunk) / share
+        if run.adapted is not None and run.adapted.has_penalty:  # some are of what forward has just drawn
+            loss = loss + run.model.adapter_penalty() / len(parts)
+        yield loss
 
 
 def _evaluate_and_log(run: Run, metrics: Metrics) -> None:
@@ -240,7 +266,7 @@ def _finish(run: Run) -> RunRecord:
     config, ranks, progress = run.config, run.ranks, run.progress
     finished = progress.step >= config.steps
     if finished:
-        export_huggingface(run.model, run.layers, run.data.tokenizer, run.folder / "huggingface", ranks)
+        _export(run)
     shards = ranks.mesh.size(ranks.mesh.ndim - 1)
     shard = ranks.rank % shards
     if run.optimizer.resizes_state:
@@ -263,7 +289,7 @@ def _finish(run: Run) -> RunRecord:
         validation_step=progress.validation_step,
         validation_tokens=count_labels(run.data.validation),
         skipped_steps=progress.skipped_steps,
-        predicted_peak_gib=_predicted_memory(run).peak / 2**30,
+        predicted_peak_gib=_predicted_gib(run),
         peak_memory_gib=max(progress.peak_memory_gib, peak_memory_gib(ranks.device)),
         optimizer_state_bytes=optim.state_bytes(run.optimizer),
         predicted_optimizer_state_bytes=predicted,
@@ -273,9 +299,28 @@ def _finish(run: Run) -> RunRecord:
         data=run.data.description,
         config=asdict(config),
         provenance=provenance(ranks.device),
+        trained_parameters=_trained_parameters(run),
     )
     ranks.first(lambda: _tell(record, run))
     return record
+
+
+def _export(run: Run) -> None:
+    if run.adapted is None:
+        export_huggingface(run.model, run.layers, run.data.tokenizer, run.folder / "huggingface", run.ranks)
+        return
+    reason = export_adapter(run.adapted, run.data.tokenizer, run.folder, run.ranks)
+    if reason is not None and run.ranks.is_first:
+        print(
+            f"adapter.name={run.config.adapter.name} cannot be merged into the model ({reason}); "
+            f"{run.folder / 'adapter'} holds it in peft's format, to be used with the model",
+            file=sys.stderr,
+        )
+
+
+def _predicted_gib(run: Run) -> float | None:
+    memory = _predicted_memory(run)
+    return None if memory is None else memory.peak / 2**30
 
 
 def _tell(record: RunRecord, run: Run) -> None:
