@@ -9,6 +9,7 @@ penalties, merging, and its own file format.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,8 @@ def adapt(
     present = {name for name, _ in model.named_buffers()}
     if _built_in_float32(config):
         model.to(torch.float32)
-    with torch.random.fork_rng(devices=devices):
+    # peft and transformers warn each other of names that change
+    with torch.random.fork_rng(devices=devices), warnings.catch_warnings(action="ignore", category=FutureWarning):
         torch.manual_seed(seed)
         try:
             prepare(model, config, batches)
