@@ -45,14 +45,15 @@ class LorentzWords(nn.Module):
     def __init__(self, words: int, places: int, width: int, *, curvature: float) -> None:
         super().__init__()
         self.words = LorentzEmbedding(words, width, curvature=curvature, std=1 / math.sqrt(width))
-        self.places = nn.Embedding(places, width)
+        # as long, at first, as what the map makes of a word; an nn.Embedding would pass for the vocabulary
+        self.places = nn.Parameter(0.1 * torch.randn(places, width))
         self.map = LorentzLinear(width, width, curvature=curvature)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(b, n) -> points (b, n, d)."""
         # looked up as an embedding: its backward sums into rows, that of indexing sorts them first
         points = nn.functional.embedding(tokens, self.words.weight)
-        mapped: Tensor = self.map(points, self.places.weight[: tokens.shape[1]])
+        mapped: Tensor = self.map(points, self.places[: tokens.shape[1]])
         return mapped
 
 
@@ -88,12 +89,13 @@ class EuclideanWords(nn.Module):
 
     def __init__(self, words: int, places: int, width: int) -> None:
         super().__init__()
-        self.words, self.places = nn.Embedding(words, width), nn.Embedding(places, width)
+        self.words = nn.Embedding(words, width)
+        self.places = nn.Parameter(torch.randn(places, width))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(b, n) -> (b, n, d)."""
-        normed: Tensor = self.norm(self.words(tokens) + self.places.weight[: tokens.shape[1]])
+        normed: Tensor = self.norm(self.words(tokens) + self.places[: tokens.shape[1]])
         return normed
 
 

@@ -181,7 +181,7 @@ class Translator(nn.Module):
         return x, seen
 
     def decode(self, target: Tensor, memory: Tensor, seen: Tensor) -> Tensor:
-        """Tokens read so far (b, n), and what ``encode`` gave -> (b, n, width); a place sees itself and earlier ones."""
+        """Tokens read so far (b, n), and what ``encode`` gave -> (b, n, width); a place sees none after it."""
         n = target.shape[1]
         earlier = torch.ones(n, n, dtype=torch.bool, device=target.device).tril()
         x: Tensor = self.target(target)
