@@ -90,7 +90,8 @@ class EuclideanWords(nn.Module):
     def __init__(self, words: int, places: int, width: int) -> None:
         super().__init__()
         self.words = nn.Embedding(words, width)
-        self.places = nn.Parameter(torch.randn(places, width))
+        nn.init.normal_(self.words.weight, std=1 / math.sqrt(width))  # both as in hyperbolic space
+        self.places = nn.Parameter(0.1 * torch.randn(places, width))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens: Tensor) -> Tensor:
