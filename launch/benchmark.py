@@ -10,7 +10,7 @@ try:
     from lowrank_train import compression_benchmark, quality, step_benchmark, training_benchmark
     from lowrank_train.digits import measure_digits
     from lowrank_train.errors import UserError
-    from lowrank_train.hyperbolic import graph_benchmark
+    from lowrank_train.hyperbolic import graph_benchmark, translation_benchmark
     from lowrank_train.memory_benchmark import measure_memory
     from lowrank_train.tree_benchmark import measure_tree
     from optim.__main__ import main as list_optimizers
@@ -61,6 +61,14 @@ def memory(arguments: list[str]) -> None:
     print(measure_memory(arguments))
 
 
+def measure_translation(arguments: list[str]) -> None:
+    """Train a small translator in hyperbolic and in Euclidean space: full, LoRA, ReLoRA* and SST."""
+    if {"-h", "--help"} & set(arguments):
+        print(translation_benchmark.help_text())
+        return
+    print(translation_benchmark.measure_translation(translation_benchmark.load_benchmark(arguments)))
+
+
 def digits(arguments: list[str]) -> None:
     """Train a small perceptron on handwritten digits: full, LoRA, ReLoRA* and SST."""
     print(measure_digits(arguments))
@@ -83,6 +91,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "compression": measure_compression,
     "hyperbolic": measure_hyperbolic,
     "memory": memory,
+    "translation": measure_translation,
     "digits": digits,
     "tree": tree,
     "communication": communication,
@@ -104,7 +113,8 @@ def main(arguments: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            "\nstopped; 'quality' and 'hyperbolic' go on from here when started again, the others begin anew",
+            "\nstopped; 'quality', 'hyperbolic' and 'translation' go on from here when started again, the others begin "
+            "anew",
             file=sys.stderr,
         )
         return 130

@@ -23,6 +23,7 @@ __all__ = [
     "changed_keys",
     "complete",
     "flags_to_keys",
+    "given_value",
     "help_text",
     "key_help",
     "load_config",
@@ -234,6 +235,23 @@ def load_schema(schema: type[T], arguments: Sequence[str]) -> T:
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(f"wrong value for {error.full_key!r}: {str(error).splitlines()[0]}") from None
+
+
+def given_value(arguments: Sequence[str], key: str) -> Any:
+    """What files and overrides say of one dotted key, the last word counts; None if nothing. Nothing is checked.
+
+    Raises UserError for a file that cannot be read.
+    """
+    value = None
+    for word in arguments:
+        name, equals, text = word.partition("=")
+        is_file = not equals or (word.endswith((".yaml", ".yml")) and Path(word).is_file())
+        if is_file and not word.startswith("-"):
+            found = OmegaConf.select(_read_yaml(word), key)
+            value = value if found is None else found
+        elif name == key:
+            value = text
+    return value
 
 
 def flags_to_keys(arguments: Sequence[str], schema: type[Any]) -> list[str]:

@@ -14,7 +14,7 @@ __all__ = ["RunFolder", "changed_settings"]
 
 C = TypeVar("C")
 
-_PLACES = ("run_dir", "resume", "data.folder")
+_PLACES = ("run_dir", "resume", "data.folder", "data.tokenizer_folder")
 """Keys that say where things are, not what a run computes."""
 
 

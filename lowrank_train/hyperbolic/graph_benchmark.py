@@ -17,6 +17,7 @@ import torch
 
 from lowrank_train.config import key_help, load_schema, setting
 from lowrank_train.errors import UserError
+from lowrank_train.hyperbolic.earlier import earlier_record
 from lowrank_train.hyperbolic.graph_config import GraphConfig, load_graph_config
 from lowrank_train.hyperbolic.graph_record import GraphRecord
 from lowrank_train.hyperbolic.graph_report import SCORE_NAMES
@@ -24,7 +25,6 @@ from lowrank_train.hyperbolic.graph_splits import PROTOCOLS
 from lowrank_train.hyperbolic.graph_training import train_graph
 from lowrank_train.hyperbolic.graphs import load_graph
 from lowrank_train.record import provenance
-from lowrank_train.run_folder import changed_settings
 from lowrank_train.step_benchmark import output_folder
 
 __all__ = ["PUBLISHED", "GraphBenchmark", "help_text", "load_benchmark", "measure_graphs"]
@@ -104,7 +104,8 @@ def measure_graphs(settings: GraphBenchmark) -> str:
     ]
     records = []
     for run in runs:
-        record = _earlier(run.config) or train_graph(run.config)  # each folder once
+        earlier = earlier_record(run.config, load_graph_config)
+        record = GraphRecord(**earlier) if earlier else train_graph(run.config)  # each folder once
         if record.status != "finished":
             raise UserError(f"{run.config.run_dir} was stopped; start the benchmark again to go on")
         records.append((run, record))
@@ -140,22 +141,6 @@ def _for_all_protocols(config: GraphConfig, settings: GraphBenchmark) -> GraphCo
         config.run_dir = str(config.run_dir).replace(f"-{data.protocol}-", f"-{first}-")
         data.protocol = first
     return config
-
-
-def _earlier(config: GraphConfig) -> GraphRecord | None:
-    """Of a training that finished in an earlier session; None if there is none. Raises UserError if it was another."""
-    folder = Path(str(config.run_dir))
-    try:
-        saved = json.loads((folder / "record.json").read_text())
-    except (OSError, ValueError):  # none, or cut short by a kill
-        return None
-    for key, (then, now) in changed_settings(folder, config, load_graph_config).items():
-        raise UserError(
-            f"{folder} holds a training with other settings: {key} was {then}, is {now}; give another output, or "
-            "delete that folder"
-        )
-    record = GraphRecord(**saved)
-    return record if record.status == "finished" else None
 
 
 def _kept(run: _Run, record: GraphRecord) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lowrank_train import methods
-from lowrank_train.config import key_help, load_schema, setting
+from lowrank_train.config import key_help, setting
 from lowrank_train.errors import UserError
-from lowrank_train.hyperbolic.lorentz import check_curvature
+from lowrank_train.hyperbolic.recipes import check_numbers, load_recipe
 
 __all__ = ["GraphConfig", "GraphDataConfig", "GraphModelConfig", "graph_help_text", "load_graph_config"]
 
@@ -87,13 +87,7 @@ def load_graph_config(arguments: Sequence[str]) -> GraphConfig:
     Raises:
         UserError: unreadable file, unknown key (with the closest match), value of the wrong type or out of range.
     """
-    config = load_schema(GraphConfig, arguments)
-    own = config.for_optimizer.get(str(config.optimizer.get("name"))) or {}
-    if own:
-        if not isinstance(own, dict):
-            raise UserError(f"for_optimizer.{config.optimizer['name']}={own!r}; expected keys and values")
-        config = load_schema(GraphConfig, [*(f"{key}={value}" for key, value in own.items()), *arguments])
-    config.for_optimizer = {}  # what there was to say is said: saved and read again, given keys must win
+    config = load_recipe(GraphConfig, arguments)
     if config.run_dir is None:
         data, name = config.data, config.optimizer.get("name")
         config.run_dir = f"runs/{data.graph}-{data.task}-{data.protocol}-{config.model.geometry}-{name}"
@@ -109,26 +103,17 @@ def graph_help_text() -> str:
 
 
 def _check(config: GraphConfig) -> None:
-    at_least = {
+    at_least: dict[str, tuple[float, float]] = {
         "epochs": (config.epochs, 1),
         "patience": (config.patience, 1),
         "min_epochs": (config.min_epochs, 0),
         "checkpoint_every": (config.checkpoint_every, 0),
         "log_every": (config.log_every, 1),
     }
-    for key, (got, low) in at_least.items():
-        if got < low:
-            raise UserError(f"{key}={got}; expected a number >= {low}")
-    for key, seed in (("seed", config.seed), ("data.split_seed", config.data.split_seed)):
-        if not 0 <= seed < 2**32:
-            raise UserError(f"{key}={seed}; expected a number from 0 to {2**32 - 1}")
-    for key, value in (("margin", config.margin), ("clip", config.clip)):
-        if value is not None and not value > 0:
-            raise UserError(f"{key}={value}; expected a number > 0" + (", or null" if key == "clip" else ""))
-    try:
-        check_curvature(config.model.curvature)
-    except UserError as error:
-        raise UserError(f"model.{error}") from None
+    seeds = {"seed": config.seed, "data.split_seed": config.data.split_seed}
+    check_numbers(at_least, seeds, config.clip, config.model.curvature)
+    if not config.margin > 0:
+        raise UserError(f"margin={config.margin}; expected a number > 0")
     try:
         methods.find(str(config.optimizer.get("name")), [key for key in config.optimizer if key != "name"])
     except ValueError as error:

@@ -51,6 +51,11 @@ class GraphRecord:
     time_error: float | None = None
     """Largest error of x_0 of these points, relative to what it should be."""
 
+    @property
+    def stopped_at(self) -> str:
+        """For the line that says how to go on."""
+        return f"epoch {self.epochs}"
+
     def write(self, path: Path) -> None:
         """As JSON."""
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")

@@ -12,6 +12,7 @@ from torch import Tensor
 from lowrank_train.hyperbolic.graph_record import GraphRecord
 from lowrank_train.hyperbolic.graph_run import GraphRun
 from lowrank_train.hyperbolic.graphs import depths, middle
+from lowrank_train.hyperbolic.report_table import write_table
 from lowrank_train.metrics import read_metrics
 
 matplotlib.use("Agg")
@@ -49,18 +50,8 @@ def write_graph_report(record: GraphRecord, run: GraphRun, points: Tensor) -> st
     _plot_depth(distances[reached], depth[reached], root, record, folder / "depth.png")
 
     rows = _summary(record, run, root)
-    made = record.provenance
-    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
-    lines = [f"# {folder.name}", "", "| | |", "| --- | --- |"]
-    lines += [f"| {what} | {value} |" for what, value in rows]
-    lines += ["", "![curves](curves.png)", "![points](points.png)", "![depth](depth.png)", ""]
-    lines += [f"Command: `{made['command']}`; commit {made['commit']}; seed {record.seed}; "]
-    lines += [
-        f"{made['device']}, {made['threads']} thread(s), {record.precision}; Python {made['python']}, {versions}."
-    ]
-    (folder / "report.md").write_text("\n".join(lines) + "\n")
-    width = max(len(what) for what, _ in rows)
-    return "\n".join(f"  {what:<{width}}  {value}" for what, value in rows)
+    pictures = ["![curves](curves.png)", "![points](points.png)", "![depth](depth.png)"]
+    return write_table(folder, rows, pictures, record.provenance, seed=record.seed, precision=record.precision)
 
 
 def spearman(x: Tensor, y: Tensor) -> float | None:

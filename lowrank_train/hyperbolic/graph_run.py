@@ -20,6 +20,7 @@ from lowrank_train.hyperbolic.graph_network import ACTIVATIONS, LINEAR_MAPS, Gra
 from lowrank_train.hyperbolic.graph_splits import PROTOCOLS
 from lowrank_train.hyperbolic.graph_tasks import TASKS, GraphTask
 from lowrank_train.hyperbolic.graphs import Graph, components, depths, load_graph, with_binned_labels
+from lowrank_train.hyperbolic.recipes import build_method
 from lowrank_train.parallel import Ranks
 from lowrank_train.parametrization import Parametrization
 
@@ -115,16 +116,7 @@ def build_graph_run(config: GraphConfig, ranks: Ranks) -> GraphRun:
         features = with_degrees(features, task.known_edges)
     torch.manual_seed(config.seed)
     network = _network(config, features.shape[1], task.classes)
-    method, arguments = methods.find(config.optimizer["name"]), {"layers": LINEAR_MAPS, **config.optimizer}
-    try:
-        layers = method.parametrization(arguments)
-        layers.convert(network)
-        groups = optim.param_groups(network)
-        optimizer = optim.create(method.optimizer, groups, **method.optimizer_arguments(config.optimizer))
-    except UserError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise UserError(f"in optimizer: {error}") from None
+    layers, optimizer = build_method(network, config.optimizer, LINEAR_MAPS)
     folder = Path(str(config.run_dir))
     checkpoints = Checkpoints(folder / "checkpoints", ranks, keep=2, asynchronous=False)
     torch.manual_seed(config.seed)  # dropout and negatives are the same for all methods

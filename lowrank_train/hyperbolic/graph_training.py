@@ -15,6 +15,7 @@ from lowrank_train import parallel
 from lowrank_train.checkpoint import find_checkpoint, last_good
 from lowrank_train.config import ParallelConfig
 from lowrank_train.errors import Diverged, UserError
+from lowrank_train.hyperbolic.clipping import clip_each
 from lowrank_train.hyperbolic.graph_config import GraphConfig, load_graph_config
 from lowrank_train.hyperbolic.graph_record import GraphRecord
 from lowrank_train.hyperbolic.graph_report import write_graph_report
@@ -75,7 +76,7 @@ def _loop(run: GraphRun, metrics: Metrics, stop: Stop) -> None:
         network.train()
         loss = run.task.loss(network, run.points(), config.margin)
         loss.backward()
-        norm = _clip(parameters, config.clip)
+        norm = clip_each(parameters, config.clip)
         if not (math.isfinite(loss.item()) and math.isfinite(norm)):
             _give_up(run)
         run.optimizer.step()
@@ -125,16 +126,6 @@ def _evaluate(run: GraphRun) -> tuple[dict[str, float], torch.Tensor]:
         run.validation, run.test = validation, run.task.scores(run.network, points, "test")
         run.best = {name: value.clone() for name, value in run.network.state_dict().items()}
     return validation, points
-
-
-def _clip(parameters: list[torch.nn.Parameter], clip: float | None) -> float:
-    """Shorten each gradient that is longer than ``clip``; the norm of all of them together, before."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm(gradients))
-    if clip is not None:
-        factors = (clip / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp_max(1.0)
-        torch._foreach_mul_(gradients, list(factors.unbind()))
-    return float(torch.linalg.vector_norm(norms))
 
 
 def _finish(run: GraphRun, ranks: Ranks) -> GraphRecord:

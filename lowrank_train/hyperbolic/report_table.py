@@ -1,0 +1,38 @@
+"""The table at the end of a run: in report.md with how it was made, and as text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+__all__ = ["write_table"]
+
+
+def write_table(
+    folder: Path,
+    rows: list[tuple[str, str]],
+    more: list[str],
+    made: dict[str, Any],
+    *,
+    seed: int,
+    precision: str,
+) -> str:
+    """Write report.md; returns the table as text.
+
+    Args:
+        folder: of the run.
+        rows: (what, value).
+        more: Markdown lines after the table.
+        made: see ``lowrank_train.record.provenance``.
+        seed: of the run.
+        precision: likewise.
+    """
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    lines = [f"# {folder.name}", "", "| | |", "| --- | --- |"]
+    lines += [f"| {what} | {value} |" for what, value in rows]
+    lines += ["", *more, ""]
+    lines += [f"Command: `{made['command']}`; commit {made['commit']}; seed {seed}; "]
+    lines += [f"{made['device']}, {made['threads']} thread(s), {precision}; Python {made['python']}, {versions}."]
+    (folder / "report.md").write_text("\n".join(lines) + "\n")
+    width = max(len(what) for what, _ in rows)
+    return "\n".join(f"  {what:<{width}}  {value}" for what, value in rows)

@@ -1,0 +1,131 @@
+"""The configuration of a translation run: YAML files merged left to right, then ``key=value`` overrides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lowrank_train import methods
+from lowrank_train.config import ScheduleConfig, key_help, setting
+from lowrank_train.errors import UserError
+from lowrank_train.hyperbolic.recipes import check_numbers, load_recipe
+
+__all__ = [
+    "TranslationConfig",
+    "TranslationDataConfig",
+    "TranslationModelConfig",
+    "load_translation_config",
+    "translation_help_text",
+]
+
+RATES = ("other_lr", "points_lr")
+"""Keys of ``optimizer`` that are rates of groups, not arguments of the optimizer."""
+
+
+@dataclass
+class TranslationDataConfig:
+    """Pairs of sentences, and how they become batches."""
+
+    task: Literal["translation"] = setting("translation", "what is learned; other tasks have other keys")
+    folder: str = setting("data/multi30k", "folder of train.parquet, validation.parquet and test.parquet")
+    source: str = setting("de", "column that is translated from")
+    target: str = setting("en", "column that is translated into")
+    vocab_size: int = setting(4000, "entries of the byte-level BPE that is trained on both")
+    tokenizer_folder: str | None = setting(
+        None, "where that BPE is, or is put, for several runs to share; null: run_dir/tokenizer"
+    )
+    batch_tokens: int = setting(4096, "of a batch, sources and targets with their padding")
+
+
+@dataclass
+class TranslationModelConfig:
+    """The network."""
+
+    geometry: Literal["lorentz", "euclidean"] = setting("lorentz", "the space it computes in")
+    curvature: float = setting(1.0, "k > 0: points have <x, x> = -k, and space curvature -1/k")
+    width: int = setting(64, "coordinates, of which one in each head is a time in the Lorentz model")
+    inner_width: int = setting(256, "of the feed-forward layers")
+    layers: int = setting(2, "of the encoder, and of the decoder")
+    heads: int = setting(4, "of attention")
+    places: int = setting(128, "the longest sentence that fits, in tokens")
+    dropout: float = setting(0.0, "of what enters the last linear map of a layer")
+
+
+@dataclass
+class TranslationConfig:
+    """One translation run."""
+
+    data: TranslationDataConfig = field(default_factory=TranslationDataConfig)
+    model: TranslationModelConfig = field(default_factory=TranslationModelConfig)
+    optimizer: dict[str, Any] = setting(
+        {"name": "adamw", "lr": 0.003, "weight_decay": 0.0},
+        "name and arguments of a method: optimizer.name=sst optimizer.rank=4; lr is the rate of the linear maps, "
+        "optimizer.other_lr that of embeddings, head, biases and norms, optimizer.points_lr that of points, a distance "
+        "(both as lr unless given)",
+    )
+    for_optimizer: dict[str, Any] = setting(
+        {}, "optimizer.name -> keys that hold with it unless given: for_optimizer.sst={optimizer.resample_every: 100}"
+    )
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    label_smoothing: float = setting(0.1, "share of the target that is spread over all words")
+    clip: float | None = setting(None, "largest norm of the gradient of each parameter; null: no clipping")
+    steps: int = setting(3000, "batches")
+    evaluate_every: int = setting(200, "steps between two losses on validation; 0: only at the end")
+    longest: int = setting(60, "tokens of a translation, at most")
+    precision: Literal["float32", "float64"] = setting("float32", "of weights and arithmetic")
+    seed: int = setting(1234, "of initial weights, order of batches and dropout")
+    run_dir: str | None = setting(
+        None, "folder of everything the run writes; null: runs/translation-<geometry>-<optimizer>"
+    )
+    resume: str = setting(
+        "auto", "auto: continue the run in run_dir if it has a checkpoint; never; or a checkpoint's path"
+    )
+    checkpoint_every: int = setting(500, "steps between two checkpoints; 0: only at the end")
+    log_every: int = setting(10, "steps between two rows of metrics.jsonl and TensorBoard")
+
+
+def load_translation_config(arguments: Sequence[str]) -> TranslationConfig:
+    """Build a configuration from YAML files and ``key=value`` overrides.
+
+    Raises:
+        UserError: unreadable file, unknown key (with the closest match), value of the wrong type or out of range.
+    """
+    config = load_recipe(TranslationConfig, arguments)
+    if config.run_dir is None:
+        config.run_dir = f"runs/translation-{config.model.geometry}-{config.optimizer.get('name')}"
+    _check(config)
+    return config
+
+
+def translation_help_text() -> str:
+    """Every key with its default and meaning."""
+    lines = ["usage: launch/hyperbolic.py data.task=translation [FILE.yaml ...] [key=value ...]", "", "optimizers:"]
+    lines += [f"  {methods.describe(name)}" for name in methods.names()]
+    return "\n".join([*lines, "", *key_help(TranslationConfig)])
+
+
+def _check(config: TranslationConfig) -> None:
+    at_least: dict[str, tuple[float, float]] = {
+        "steps": (config.steps, 1),
+        "evaluate_every": (config.evaluate_every, 0),
+        "longest": (config.longest, 1),
+        "checkpoint_every": (config.checkpoint_every, 0),
+        "log_every": (config.log_every, 1),
+        "data.vocab_size": (config.data.vocab_size, 257),
+        "data.batch_tokens": (config.data.batch_tokens, 1),
+        "schedule.warmup_steps": (config.schedule.warmup_steps, 0),
+    }
+    check_numbers(at_least, {"seed": config.seed}, config.clip, config.model.curvature)
+    if not 0 <= config.label_smoothing < 1:
+        raise UserError(f"label_smoothing={config.label_smoothing}; expected a number from 0 to below 1")
+    for key in RATES:
+        rate = config.optimizer.get(key)
+        is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
+        if rate is not None and not (is_number and 0 <= rate < math.inf):
+            raise UserError(f"optimizer.{key}={rate!r}; expected a number >= 0")
+    try:
+        methods.find(str(config.optimizer.get("name")), [k for k in config.optimizer if k not in ("name", *RATES)])
+    except ValueError as error:
+        raise UserError(f"in optimizer: {error}") from None
