@@ -185,8 +185,9 @@ def test_a_small_language_is_learned(folder: Path, tmp_path: Path, geometry: str
     assert list((run_dir / "tensorboard").iterdir())
 
 
-@pytest.mark.parametrize("geometry", ["lorentz", "euclidean"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "geometry"), [*((method, "lorentz") for method in METHODS), ("relora", "euclidean")]
+)
 def test_every_method_trains_and_leaves_a_plain_network(
     folder: Path, tmp_path: Path, method: str, geometry: str
 ) -> None:
