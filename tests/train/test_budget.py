@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
+from lowrank_train import budget_run
 from lowrank_train.budget_report import table, write_budget
 from lowrank_train.budget_run import BudgetConfig, Fit, explain, load_budget, measured_against, solve
 from lowrank_train.errors import UserError
+from tests.train.helpers import ROOT
 
 ONE = ["--model", "llama_60m", "--seq-len", "256"]
 
@@ -64,6 +66,40 @@ def test_the_largest_rank_fits_and_one_more_does_not() -> None:
 def test_the_largest_model_of_a_family() -> None:
     (found,) = solve(load_budget(["--model", "opt_125m", "--largest", "model", "--budget", "12GiB"])).fits
     assert found.model == "opt_350m"
+
+
+def test_techniques_make_more_fit() -> None:
+    plain = fit("--micro-batch", "1").memory.peak
+    kept = ["--weights", "int8", "--precision", "bfloat16"]
+    for technique in (kept, ["--fused-backward"], ["--offload-state"], ["--state-dtype", "4bit"]):
+        assert fit("--micro-batch", "1", "--accumulate", "1", *technique).memory.peak < plain, technique
+    shared = ["--micro-batch", "1", "--world-size", "2"]
+    assert fit(*shared, "--replicas", "2").memory.peak >= fit(*shared).memory.peak
+
+
+def test_a_recipe_is_explained_whole() -> None:
+    path = str(ROOT / "configs" / "budget" / "opt_1.3b_12gib.yaml")
+    (found,) = solve(load_budget(["--recipe", path, "--budget", "12GiB"])).fits
+    assert (found.model, found.optimizer, found.state_dtype, found.micro_batch) == ("opt_1.3b", "adamw", "8bit", 8)
+    assert 0 < found.headroom < found.budget / 2
+    with pytest.raises(UserError, match="says which model; leave out --model"):
+        load_budget(["--recipe", path, *ONE])
+
+
+def test_the_time_of_a_step_is_that_of_a_recorded_run_with_the_same_work(tmp_path: Path) -> None:
+    asked = ["--micro-batch", "2", "--precision", "float32", "--records", str(tmp_path)]
+    assert fit(*asked).time is None
+    run, _ = budget_run._run(load_budget([*ONE, *asked]), "adamw", None, "llama_60m", 2)
+    record = {"config": asdict(run), "world_size": 1, "tokens_per_second": 512.0, "provenance": {"device": "a CPU"}}
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "record.json").write_text(json.dumps(record))
+    (tmp_path / "record.json").write_text("not a record")
+    found = solve(load_budget([*ONE, *asked]))
+    assert found.fits[0].time is not None
+    assert (found.fits[0].time.seconds, found.fits[0].time.device) == (2 * 2 * 256 / 512.0, "a CPU")
+    assert "| 2 (a CPU) |" in table(found)
+    for other in (["--optimizer", "scale"], ["--seq-len", "128"], ["--state-dtype", "8bit"]):
+        assert solve(load_budget([*ONE, *asked, *other])).fits[0].time is None, other
 
 
 @pytest.mark.parametrize(
