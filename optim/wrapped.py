@@ -9,10 +9,9 @@ from __future__ import annotations
 import gc
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-
-from optim.base import MatrixOptimizer
 
 __all__ = ["bare_model", "bare_optimizer", "is_replicated", "plain_name"]
 
@@ -67,7 +66,8 @@ def _has_wrapper_of(params: set[nn.Parameter]) -> bool:
 
 def bare_optimizer(optimizer: Any) -> Any:
     """The optimizer inside the wrapper of Accelerate or Lightning, which have it as ``optimizer``."""
-    while not isinstance(optimizer, MatrixOptimizer) and hasattr(optimizer, "optimizer"):
+    # Lightning's wrapper is an instance of what it wraps, so the innermost is found by what it holds, not by its class
+    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = optimizer.optimizer
     return optimizer
 

@@ -190,7 +190,7 @@ def test_every_method_takes_a_step_on_a_compressed_model(folders: Path, tmp_path
     def work() -> dict[str, set[str] | str]:
         os.environ.update(RANK="0", WORLD_SIZE="1")
         results: dict[str, set[str] | str] = {}
-        for name in methods.names():
+        for name in [name for name in methods.names() if name != "riemannian_adamw"]:  # a LLaMA has no points
             try:
                 results[name] = moved(name)
             except Exception:
