@@ -8,13 +8,14 @@ guess, the only one here.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import optim
 from optim.base import MatrixOptimizer
 from optim.basis import find_basis
 from optim.blocks import chunks, row_blocks
@@ -72,6 +73,17 @@ class _Matrix:
         return max((part.stop - part.start for part in rows), default=0) * self.d
 
 
+@dataclass(frozen=True)
+class _Update:
+    """Parameters of one optimizer that are updated together."""
+
+    matrices: list[_Matrix]
+    slots: list[Slot]
+    optimizer: MatrixOptimizer
+    world_size: int
+    on_cpu: bool
+
+
 def update_workspace(
     optimizer: MatrixOptimizer,
     *,
@@ -112,25 +124,10 @@ def _workspace(optimizer: MatrixOptimizer, slots: list[Slot], world_size: int, s
     matrices = list(_matrices(optimizer, slots, world_size, shard))
     element_wise = _adamw(optimizer, slots, world_size, shard, on_cpu)
     copies = sum(_copy_bytes(optimizer, slot, world_size, shard) for slot in slots)
-    name = type(optimizer).__name__
-    if not matrices:
-        found = Workspace(0, 0, 0)
-    elif isinstance(optimizer, LowRankOptimizer):
-        found = _low_rank(matrices, on_cpu)
-    elif name == "Trion":
-        found = _trion(matrices, on_cpu)
-    elif name == "Muon":
-        found = _muon(matrices)
-    elif name == "SST":
-        found = _sst(matrices)
-    elif name == "ReLoRA":
-        largest = max(matrix.rows * matrix.d for matrix in matrices)
-        found = Workspace(0, 4 * max(largest, _frozen(optimizer, world_size)), 0)  # W + B A in float32
-    elif name == "SCALE":  # where the head's average has another type than its gradient, that in float32
-        exact = max((slot.param.numel() // world_size * 4 for slot in slots if slot.group["role"] == "head"), default=0)
-        found = Workspace(exact * any(COUNTER in slot.state for slot in slots), 0, 0)
-    else:  # element by element, in place
-        found = Workspace(0, 0, 0)
+    found = Workspace(0, 0, 0)  # element by element, in place
+    if matrices:
+        own = next((of for cls, of in _METHODS.items() if isinstance(optimizer, cls)), None)
+        found = found if own is None else own(_Update(matrices, slots, optimizer, world_size, on_cpu))
     storing = max((_storing(optimizer, slot, world_size, on_cpu) for slot in slots), default=0)
     step = max(found.step, element_wise, storing)
     return Workspace(copies + step, copies + max(found.refresh, step), found.kept)
@@ -211,7 +208,8 @@ def _adamw(optimizer: MatrixOptimizer, slots: Sequence[Slot], world_size: int, s
     return largest
 
 
-def _low_rank(matrices: Sequence[_Matrix], on_cpu: bool) -> Workspace:
+def _low_rank(update: _Update) -> Workspace:
+    matrices, on_cpu = update.matrices, update.on_cpu
     group = matrices[0].group
     basis, residual = find_basis(group["basis"]), find_residual(group["residual"])
     e = matrices[0].e
@@ -307,7 +305,8 @@ def _kept_between(matrices: Sequence[_Matrix], on_cpu: bool) -> int:
     return 0
 
 
-def _trion(matrices: Sequence[_Matrix], on_cpu: bool) -> Workspace:
+def _trion(update: _Update) -> Workspace:
+    matrices, on_cpu = update.matrices, update.on_cpu
     together = 0
     for part in _chunked(matrices, CHUNK_NUMBERS):
         coordinates = sum(x.e * x.rows * x.r for x in part)
@@ -319,7 +318,8 @@ def _trion(matrices: Sequence[_Matrix], on_cpu: bool) -> Workspace:
     return Workspace(max(together, max(_energies(x, on_cpu) for x in matrices)), 0, _kept_between(matrices, on_cpu))
 
 
-def _muon(matrices: Sequence[_Matrix]) -> Workspace:
+def _muon(update: _Update) -> Workspace:
+    matrices = update.matrices
     together = 0
     for part in chunks(list(matrices), [x.rows * x.d for x in matrices], CHUNK_NUMBERS):
         numbers, largest = sum(x.rows * x.d for x in part), max(x.m * x.d for x in part)
@@ -328,8 +328,20 @@ def _muon(matrices: Sequence[_Matrix]) -> Workspace:
     return Workspace(together, 0, 0)
 
 
-def _sst(matrices: Sequence[_Matrix]) -> Workspace:
-    vectors = [x for x in matrices if x.group["role"] == "singular_vectors"]
+def _relora(update: _Update) -> Workspace:
+    largest = max(matrix.rows * matrix.d for matrix in update.matrices)
+    return Workspace(0, 4 * max(largest, _frozen(update.optimizer, update.world_size)), 0)  # W + B A in float32
+
+
+def _scale(update: _Update) -> Workspace:
+    """Where the head's average has another type than its gradient, that in float32."""
+    heads = [slot.param.numel() for slot in update.slots if slot.group["role"] == "head"]
+    rounded = any(COUNTER in slot.state for slot in update.slots)
+    return Workspace(max(heads, default=0) // update.world_size * 4 * rounded, 0, 0)
+
+
+def _sst(update: _Update) -> Workspace:
+    vectors = [x for x in update.matrices if x.group["role"] == "singular_vectors"]
     largest = max(4 * x.rows * x.d for x in vectors)
     return Workspace(3 * largest, 0, 0)  # Adam's direction, its denominator, the direction scaled
 
@@ -348,3 +360,14 @@ def re_svd_bytes(out: int, width: int) -> int:
     s, long = sorted((out, width))
     # W, sums of its parts in float32; eigenvectors twice, the Gram matrix; images, sorted and signed pairs
     return 4 * 2 * s * long + 8 * (s * long + (4 + SOLVER) * s * s + 4 * s * long)
+
+
+_METHODS: dict[type[MatrixOptimizer], Callable[[_Update], Workspace]] = {
+    LowRankOptimizer: _low_rank,
+    optim.Muon: _muon,
+    optim.ReLoRA: _relora,
+    optim.SCALE: _scale,
+    optim.SST: _sst,
+    optim.Trion: _trion,
+}
+"""What an update of matrices needs; a method that is not here works element by element, in place."""
