@@ -105,14 +105,14 @@ class LorentzClassifier(nn.Module):
     """Score of a class: minus the squared distance to its centre, 2 k + 2 <x, c>, plus a bias.
 
     ``centres`` (classes, width) are points and stay on the manifold, see ``LorentzEmbedding``; ``bias`` (classes,)
-    begins at zero, the centres at distance 1 from the origin, anywhere.
+    begins at zero, the centres at distance ``radius`` from the origin, anywhere.
     """
 
-    def __init__(self, width: int, classes: int, *, curvature: float = 1.0) -> None:
+    def __init__(self, width: int, classes: int, *, curvature: float = 1.0, radius: float = 1.0) -> None:
         super().__init__()
         self.curvature = check_curvature(curvature)
         directions = nn.functional.normalize(torch.randn(classes, width - 1), dim=-1)
-        self.centres = nn.Parameter(lift(directions, self.curvature))
+        self.centres = nn.Parameter(lift(radius * directions, self.curvature))
         self.bias = nn.Parameter(torch.zeros(classes))
         self.parameter_manifolds = {"centres": ("lorentz", self.curvature)}
 

@@ -105,8 +105,9 @@ class LorentzLinear(nn.Module):
 class LorentzAttention(nn.Module):
     """Multi-head attention between points; what is attended to is averaged by the Lorentz centroid.
 
-    softmax_j((2 k + 2 <q_i, k_j>) / scale + bias), which falls with the squared distance of query and key; ``scale``
-    (1,) begins at sqrt(width), ``bias`` (1,) at zero.
+    softmax_j((2 k + 2 <q_i, k_j>) / scale + bias), which falls with the squared distance of query and key; ``bias``
+    (1,) begins at zero, ``scale`` (1,) where logits of random directions have a standard deviation of 1. Chen et al.
+    begin at sqrt(width), with which a head of few coordinates sees little but one key, and learns more slowly.
 
     Args:
         width: coordinates of a point, times of the heads included.
@@ -115,6 +116,7 @@ class LorentzAttention(nn.Module):
         attention_dropout: of the attention weights.
         curvature: k.
         bound: of the initial weights, see ``LorentzLinear``.
+        max_time: likewise.
 
     Raises:
         UserError: as ``LorentzLinear``.
@@ -129,15 +131,21 @@ class LorentzAttention(nn.Module):
         attention_dropout: float = 0.0,
         curvature: float = 1.0,
         bound: float | None = None,
+        max_time: float = 10.0,
     ) -> None:
         super().__init__()
         self.curvature = check_curvature(curvature)
         self.query, self.key, self.value = (
-            LorentzLinear(width, width, curvature=curvature, heads=heads, bound=bound) for _ in range(3)
+            LorentzLinear(width, width, curvature=curvature, heads=heads, bound=bound, max_time=max_time)
+            for _ in range(3)
         )
-        self.output = LorentzLinear(width, width, curvature=curvature, in_heads=heads, dropout=dropout, bound=bound)
+        self.output = LorentzLinear(
+            width, width, curvature=curvature, in_heads=heads, dropout=dropout, bound=bound, max_time=max_time
+        )
         self.attention_dropout = nn.Dropout(attention_dropout)
-        self.scale = nn.Parameter(torch.full((1,), math.sqrt(width)))
+        time = max_time / 2 + 1.1 * math.sqrt(curvature)  # of a query or key, where y_0 = 0
+        spread = 2 * (time**2 - curvature) / math.sqrt(width // heads - 1)
+        self.scale = nn.Parameter(torch.full((1,), spread))
         self.bias = nn.Parameter(torch.zeros(1))
         self.heads = heads
 

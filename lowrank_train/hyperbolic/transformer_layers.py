@@ -40,14 +40,15 @@ class LorentzWords(nn.Module):
         places: longest sentence, tokens.
         width: d.
         curvature: k.
+        max_time: of the points of words at places, see ``LorentzLinear``.
     """
 
-    def __init__(self, words: int, places: int, width: int, *, curvature: float) -> None:
+    def __init__(self, words: int, places: int, width: int, *, curvature: float, max_time: float) -> None:
         super().__init__()
         self.words = LorentzEmbedding(words, width, curvature=curvature, std=1 / math.sqrt(width))
         # as long, at first, as what the map makes of a word; an nn.Embedding would pass for the vocabulary
         self.places = nn.Parameter(0.1 * torch.randn(places, width))
-        self.map = LorentzLinear(width, width, curvature=curvature)
+        self.map = LorentzLinear(width, width, curvature=curvature, max_time=max_time)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(b, n) -> points (b, n, d)."""
@@ -60,9 +61,9 @@ class LorentzWords(nn.Module):
 class LorentzAttentionBlock(nn.Module):
     """``LorentzAttention`` with its input as residual."""
 
-    def __init__(self, width: int, heads: int, *, dropout: float, curvature: float) -> None:
+    def __init__(self, width: int, heads: int, *, dropout: float, curvature: float, max_time: float) -> None:
         super().__init__()
-        self.attention = LorentzAttention(width, heads, dropout=dropout, curvature=curvature)
+        self.attention = LorentzAttention(width, heads, dropout=dropout, curvature=curvature, max_time=max_time)
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
         """Points (b, n, d) and (b, m, d) -> (b, n, d); mask as in ``LorentzAttention.forward``."""
@@ -73,10 +74,12 @@ class LorentzAttentionBlock(nn.Module):
 class LorentzFeedForward(nn.Module):
     """Two ``LorentzLinear``, relu between them, with the input as residual."""
 
-    def __init__(self, width: int, inner_width: int, *, dropout: float, curvature: float) -> None:
+    def __init__(self, width: int, inner_width: int, *, dropout: float, curvature: float, max_time: float) -> None:
         super().__init__()
-        self.up = LorentzLinear(width, inner_width, curvature=curvature)
-        self.down = LorentzLinear(inner_width, width, activation=torch.relu, dropout=dropout, curvature=curvature)
+        self.up = LorentzLinear(width, inner_width, curvature=curvature, max_time=max_time)
+        self.down = LorentzLinear(
+            inner_width, width, activation=torch.relu, dropout=dropout, curvature=curvature, max_time=max_time
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Points (b, n, d) -> (b, n, d)."""

@@ -1,9 +1,10 @@
 """A translator trained in several ways, in both spaces, for equally many steps: full, LoRA, ReLoRA* and SST.
 
 After the tables of translation of Zhao et al., "Sparse Spectral Training" (arXiv 2405.15481), at a width that a CPU
-core can train. Every row is trained at as many learning rates of the linear maps; the one with the best BLEU on
-validation is shown. A training that is in the output folder already is taken from there, so that a benchmark that was
-stopped goes on, and two processes, one for each space, can share the work.
+core can train. Every row is trained with the first seed at as many learning rates of the linear maps; the one with the
+best BLEU on validation is trained with the other seeds too, and shown. A training that is in the output folder already
+is taken from there, so that a benchmark that was stopped goes on, and two processes, one for each space, can share the
+work.
 """
 
 from __future__ import annotations
@@ -88,21 +89,20 @@ def measure_translation(settings: TranslationBenchmark) -> str:
         UserError: as ``train_translation``; a training in the folder was made with other settings.
     """
     folder = output_folder(settings.output)
-    tried = len(next(iter(settings.rates[row] for row in settings.rows)))
-    runs = [
-        _run(settings, geometry, row, settings.rates[row][i], seed)  # all are read before the first is trained
-        for i in range(tried)
+    first, *others = settings.seeds
+    tried = [
+        _run(settings, geometry, row, rate, first)  # all are read before the first is trained
         for geometry in settings.geometries
         for row in settings.rows
-        for seed in settings.seeds
+        for rate in settings.rates[row]
     ]
-    records = []
-    for run in runs:
-        earlier = earlier_record(run.config, load_translation_config)
-        record = TranslationRecord(**earlier) if earlier else train_translation(run.config)
-        if record.status != "finished":
-            raise UserError(f"{run.config.run_dir} was stopped; start the benchmark again to go on")
-        records.append((run, record))
+    records = [(run, _record(run)) for run in tried]
+    for geometry in settings.geometries:
+        for row in settings.rows:
+            own = [(run, record) for run, record in records if (run.geometry, run.row) == (geometry, row)]
+            best, _ = max(own, key=lambda pair: pair[1].bleu["validation"])
+            again = [_run(settings, geometry, row, best.rate, seed) for seed in others]
+            records += [(run, _record(run)) for run in again]
     figures = {
         "what": __doc__,
         "provenance": provenance(torch.device("cpu")),
@@ -114,6 +114,14 @@ def measure_translation(settings: TranslationBenchmark) -> str:
     table = _table(settings, records)
     (folder / "multi30k.md").write_text(f"# Translation\n\n{table}\n")
     return table
+
+
+def _record(run: _Run) -> TranslationRecord:
+    earlier = earlier_record(run.config, load_translation_config)
+    record = TranslationRecord(**earlier) if earlier else train_translation(run.config)
+    if record.status != "finished":
+        raise UserError(f"{run.config.run_dir} was stopped; start the benchmark again to go on")
+    return record
 
 
 def _run(settings: TranslationBenchmark, geometry: str, row: str, rate: float, seed: int) -> _Run:
@@ -145,12 +153,10 @@ def _table(settings: TranslationBenchmark, records: list[tuple[_Run, Translation
     ]
     for geometry in settings.geometries:
         for row in settings.rows:
-            by_rate = [
-                [record for run, record in records if (run.geometry, run.row, run.rate) == (geometry, row, rate)]
-                for rate in settings.rates[row]
-            ]
-            index = max(range(len(by_rate)), key=lambda i: fmean(r.bleu["validation"] for r in by_rate[i]))
-            best, rate = by_rate[index], settings.rates[row][index]
+            own = [(run, record) for run, record in records if (run.geometry, run.row) == (geometry, row)]
+            by_first = [(run, record) for run, record in own if run.seed == settings.seeds[0]]
+            rate = max(by_first, key=lambda pair: pair[1].bleu["validation"])[0].rate
+            best = [record for run, record in own if run.rate == rate]
             losses = [record.validation_loss for record in best if record.validation_loss is not None]
             error = max(max(record.manifold_error.values()) for record in best)
             lines.append(

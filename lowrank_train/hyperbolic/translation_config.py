@@ -45,6 +45,7 @@ class TranslationModelConfig:
 
     geometry: Literal["lorentz", "euclidean"] = setting("lorentz", "the space it computes in")
     curvature: float = setting(1.0, "k > 0: points have <x, x> = -k, and space curvature -1/k")
+    max_time: float = setting(10.0, "times of points are up to this + 1.1 sqrt(k) at first: how far out they may be")
     width: int = setting(64, "coordinates, of which one in each head is a time in the Lorentz model")
     inner_width: int = setting(256, "of the feed-forward layers")
     layers: int = setting(2, "of the encoder, and of the decoder")

@@ -127,7 +127,7 @@ def build_translation_run(config: TranslationConfig, ranks: Ranks) -> Translatio
     """
     data, model, folder = config.data, config.model, Path(str(config.run_dir))
     torch.manual_seed(config.seed)
-    SPACES[model.geometry](model.curvature)  # raises now rather than after the tokenizer is trained
+    SPACES[model.geometry](model.curvature, model.max_time)  # raises now rather than after the tokenizer is trained
     pairs = load_translation_data(
         data.folder,
         data.source,
@@ -173,5 +173,5 @@ def load_translator(folder: Path) -> Translator:
 
 
 def _network(about: dict[str, Any]) -> Translator:
-    rest = {key: value for key, value in about.items() if key not in ("geometry", "curvature", "words")}
-    return Translator(SPACES[about["geometry"]](about["curvature"]), about["words"], **rest)
+    rest = {key: value for key, value in about.items() if key not in ("geometry", "curvature", "max_time", "words")}
+    return Translator(SPACES[about["geometry"]](about["curvature"], about["max_time"]), about["words"], **rest)

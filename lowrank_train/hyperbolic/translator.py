@@ -6,6 +6,7 @@ of a batch are padded on the right with anything; ``lengths`` say what is there,
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -34,11 +35,18 @@ class Parts(ABC):
     """Abstract: the layers of a space.
 
     Args:
-        curvature: k; Euclidean space has no use for it.
+        curvature: k; Euclidean space has no use for it, nor for the next.
+        max_time: of points, see ``LorentzLinear``.
+
+    Raises:
+        UserError: one of them is not positive.
     """
 
-    def __init__(self, curvature: float) -> None:
+    def __init__(self, curvature: float, max_time: float = 10.0) -> None:
         self.curvature = lorentz.check_curvature(curvature)
+        if not 0 < max_time < math.inf:
+            raise UserError(f"model.max_time={max_time}; expected a number > 0")
+        self.max_time = max_time
 
     @abstractmethod
     def words(self, words: int, places: int, width: int) -> nn.Module:
@@ -70,19 +78,19 @@ class LorentzParts(Parts):
 
     def words(self, words: int, places: int, width: int) -> nn.Module:
         """``LorentzWords``."""
-        return LorentzWords(words, places, width, curvature=self.curvature)
+        return LorentzWords(words, places, width, curvature=self.curvature, max_time=self.max_time)
 
     def attention(self, width: int, heads: int, dropout: float) -> nn.Module:
         """``LorentzAttentionBlock``."""
-        return LorentzAttentionBlock(width, heads, dropout=dropout, curvature=self.curvature)
+        return LorentzAttentionBlock(width, heads, dropout=dropout, curvature=self.curvature, max_time=self.max_time)
 
     def feed_forward(self, width: int, inner_width: int, dropout: float) -> nn.Module:
         """``LorentzFeedForward``."""
-        return LorentzFeedForward(width, inner_width, dropout=dropout, curvature=self.curvature)
+        return LorentzFeedForward(width, inner_width, dropout=dropout, curvature=self.curvature, max_time=self.max_time)
 
     def decision(self, width: int, words: int) -> nn.Module:
-        """``LorentzClassifier``: 2 k + 2 <x, c> + bias."""
-        return LorentzClassifier(width, words, curvature=self.curvature)
+        """``LorentzClassifier``: 2 k + 2 <x, c> + bias. Centres begin close together, so that no word is preferred."""
+        return LorentzClassifier(width, words, curvature=self.curvature, radius=0.1)
 
     def error(self, x: Tensor) -> float:
         """Largest |<x, x> / k + 1|."""
