@@ -65,7 +65,7 @@ class GraphConfig:
         {}, "optimizer.name -> keys that hold with it unless given: for_optimizer.sst={optimizer.resample_every: 100}"
     )
     margin: float = setting(2.0, "of the loss, in units of squared distance")
-    clip: float | None = setting(None, "largest norm of the gradient of each parameter; null: no clipping")
+    clip: float | None = setting(None, "largest gradient norm; null: no clipping")
     epochs: int = setting(5000, "steps on the whole graph, at most")
     patience: int = setting(500, "epochs without a better score on validation after which training ends")
     min_epochs: int = setting(100, "epochs before which it does not")

@@ -9,13 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import optim
 from lowrank_train import parallel
 from lowrank_train.checkpoint import find_checkpoint, last_good
 from lowrank_train.config import ParallelConfig
 from lowrank_train.errors import Diverged, UserError
-from lowrank_train.hyperbolic.clipping import clip_each
 from lowrank_train.hyperbolic.graph_config import GraphConfig, load_graph_config
 from lowrank_train.hyperbolic.graph_record import GraphRecord
 from lowrank_train.hyperbolic.graph_report import write_graph_report
@@ -76,7 +76,7 @@ def _loop(run: GraphRun, metrics: Metrics, stop: Stop) -> None:
         network.train()
         loss = run.task.loss(network, run.points(), config.margin)
         loss.backward()
-        norm = clip_each(parameters, config.clip)
+        norm = float(nn.utils.clip_grad_norm_(parameters, math.inf if config.clip is None else config.clip))
         if not (math.isfinite(loss.item()) and math.isfinite(norm)):
             _give_up(run)
         run.optimizer.step()

@@ -71,7 +71,7 @@ class TranslationConfig:
     )
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     label_smoothing: float = setting(0.1, "share of the target that is spread over all words")
-    clip: float | None = setting(None, "largest norm of the gradient of each parameter; null: no clipping")
+    clip: float | None = setting(None, "largest gradient norm; null: no clipping")
     steps: int = setting(3000, "batches")
     evaluate_every: int = setting(200, "steps between two losses on validation; 0: only at the end")
     longest: int = setting(60, "tokens of a translation, at most")

@@ -18,7 +18,6 @@ from lowrank_train.checkpoint import find_checkpoint, last_good
 from lowrank_train.config import ParallelConfig
 from lowrank_train.errors import Diverged, UserError
 from lowrank_train.hyperbolic.bleu import bleu, load_sacrebleu
-from lowrank_train.hyperbolic.clipping import clip_each
 from lowrank_train.hyperbolic.translation_config import TranslationConfig, load_translation_config
 from lowrank_train.hyperbolic.translation_data import IGNORED, Batch, Pairs, padded
 from lowrank_train.hyperbolic.translation_record import TranslationRecord
@@ -120,7 +119,7 @@ def _loop(run: TranslationRun, metrics: Metrics, stop: Stop) -> None:
         batch = next(batches)
         loss = batch_loss(network, batch, config.label_smoothing)
         loss.backward()
-        norm = clip_each(parameters, config.clip)
+        norm = float(nn.utils.clip_grad_norm_(parameters, math.inf if config.clip is None else config.clip))
         if not (math.isfinite(loss.item()) and math.isfinite(norm)):
             raise Diverged(
                 f"the loss or the gradient of step {progress.step + 1} is not finite; "
