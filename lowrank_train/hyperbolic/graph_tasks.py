@@ -106,7 +106,8 @@ class NodeClassification(GraphTask):
 class LinkPrediction(GraphTask):
     """Which pairs of nodes are edges; those of validation and test are not known.
 
-    Loss: mean over training edges of max(0, margin - score of the edge + score of a random negative).
+    Loss: mean over training edges of max(0, margin - score of the edge + score of a random negative) / 2. The half is
+    HyboNet's, whose mean counts the score of the edge beside that of the negative; clipping depends on it.
     """
 
     validation_share, test_share = 0.05, 0.10
@@ -121,7 +122,7 @@ class LinkPrediction(GraphTask):
         """With negatives drawn anew each time."""
         pairs = torch.cat([self.split.train, self.split.negatives()])
         positive, negative = network.pair_scores(x, pairs).chunk(2)
-        return torch.relu(margin - positive + negative).mean()
+        return torch.relu(margin - positive + negative).mean() / 2
 
     def scores(self, network: GraphNetwork, x: Tensor, part: str) -> dict[str, float]:
         """ROC AUC and average precision over the edges of the part and as many negatives."""

@@ -104,6 +104,22 @@ def _adjacency(graph):  # type: ignore[no-untyped-def]
     return Adjacency(graph.edges, graph.nodes, torch.float64)
 
 
+def test_the_whole_gradient_is_clipped(folder: Path, tmp_path: Path) -> None:
+    """To 1e-12, where Adam's eps of 1e-8 is larger: nothing moves to speak of."""
+    few = [*NODES, "epochs=3", "precision=float64", "optimizer.weight_decay=0"]
+    moved = {}
+    for clip in ("1e-12", "null"):
+        train(words(folder, tmp_path / clip, *few, f"clip={clip}"))
+        moved[clip] = load_network(tmp_path / clip).state_dict()
+    norms = [row["train/grad_norm"] for row in read_metrics(tmp_path / "null")]
+    assert min(norms) > 1e-3
+    a, b = moved["1e-12"], moved["null"]
+    assert max(float((a[name] - b[name]).abs().max()) for name in a) > 0.01
+    train(words(folder, tmp_path / "still", *few, "clip=1e-12", "epochs=1"))
+    still = load_network(tmp_path / "still").state_dict()
+    assert max(float((a[name] - still[name]).abs().max()) for name in a) < 1e-4
+
+
 def test_centres_of_classes_stay_on_the_manifold(folder: Path, tmp_path: Path) -> None:
     for method in ("adamw", "sst"):
         train(words(folder, tmp_path / method, *NODES, "model.curvature=0.5", *METHODS[method]))
