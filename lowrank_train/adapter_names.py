@@ -11,7 +11,7 @@ import importlib
 import inspect
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -72,8 +72,13 @@ _REFUSED = {
 }
 """Tuner -> why a run cannot train it."""
 
-_RANKS = {"adalora": "target_r", "adamss": "r", "osf": "effective_rank"}
-"""Tuner -> which argument ``adapter.rank`` is, where it is not called ``r``."""
+_RANKS: dict[str, Callable[[int], dict[str, int]]] = {
+    # the initial budget: Zhang et al., arXiv 2303.10512, section 3.3
+    "adalora": lambda rank: {"target_r": rank, "init_r": math.ceil(1.5 * rank)},
+    "oft": lambda rank: {"r": rank, "oft_block_size": 0},  # one of the two follows from the other
+    "osf": lambda rank: {"effective_rank": rank},
+}
+"""Tuner -> arguments for a value of ``adapter.rank``, where that is not just ``r``."""
 
 
 def import_peft() -> Any:
@@ -127,7 +132,7 @@ def adapter_config(settings: AdapterConfig, model: nn.Module | None = None, step
     arguments = {**_fixed(name), **_ranked(name, settings, known), **settings.arguments}
     if "target_modules" in known and "target_modules" not in arguments and name not in _OWN_TARGETS and model:
         arguments["target_modules"] = _block_matrices(model)
-    if name == "adalora":
+    if "total_step" in known:
         arguments.setdefault("total_step", steps)
     if "progressbar" in known:
         arguments.setdefault("progressbar", False)
@@ -167,18 +172,13 @@ def _ranked(name: str, settings: AdapterConfig, known: Mapping[str, Any]) -> dic
     rank = settings.rank
     if rank is None:
         return {}
-    key = _RANKS.get(name, "r")
-    if key not in known:
+    ranked: dict[str, Any] = _RANKS.get(name, lambda rank: {"r": rank})(rank)
+    if not ranked.keys() <= known.keys():
         rankless = ", ".join(k for k in known if "block" in k or "n_frequency" in k or "vectors" in k)
         raise UserError(
             f"adapter.rank={rank}, but {name!r} has no rank; leave it out"
             + (f", its size is set by adapter.arguments: {rankless}" if rankless else "")
         )
-    ranked: dict[str, Any] = {key: rank}
-    if name == "adalora":
-        ranked["init_r"] = math.ceil(1.5 * rank)  # Zhang et al., arXiv 2303.10512: the initial budget, section 3.3
-    if name == "oft":
-        ranked["oft_block_size"] = 0  # one of the two follows from the other
     for alpha in ("lora_alpha", "alpha", "randlora_alpha", "psoft_alpha"):
         if alpha in known and name not in ("deft",):
             ranked[alpha] = rank

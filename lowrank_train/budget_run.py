@@ -38,6 +38,9 @@ _8BIT = ("adamw", "galore_adamw", "dct_adamw", "apollo")
 _MOST_SEQUENCES = 4096
 _NEEDS_RANK = ("sst", "lora", "relora")
 
+_OWN_RANK = ("apollo_mini",)
+"""Optimizers whose rank is what they are about: the one that is asked for holds for the others."""
+
 
 @dataclass
 class BudgetConfig:
@@ -365,9 +368,7 @@ def _run(
     takes = methods.find(name).arguments()
     if rank is None and name in _NEEDS_RANK:
         rank = 128
-    if name == "apollo_mini":
-        rank = None  # one direction is what it is about
-    if rank is not None and "rank" in takes:
+    if rank is not None and "rank" in takes and name not in _OWN_RANK:
         arguments["rank"] = rank
     if state_dtype is not None:
         if "state_dtype" not in takes:

@@ -216,11 +216,9 @@ def load_config(arguments: Sequence[str]) -> Config:
 
 def load_schema(schema: type[T], arguments: Sequence[str]) -> T:
     """As ``load_config``, for any dataclass whose fields are sections or ``setting``s; values are not checked."""
-    merged = OmegaConf.structured(schema)
     files = [a for a in arguments if "=" not in a or (a.endswith((".yaml", ".yml")) and Path(a).is_file())]
     overrides = [a for a in arguments if a not in files]
-    for file in files:
-        merged = _merge(merged, _read_yaml(file), f"in {file}")
+    changes = [(_read_yaml(file), f"in {file}") for file in files]
     has_model_name = hasattr(getattr(schema(), "model", None), "name")
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -230,7 +228,13 @@ def load_schema(schema: type[T], arguments: Sequence[str]) -> T:
             parsed = OmegaConf.from_dotlist([override])
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise UserError(f"cannot read the override {override!r}: {error}; expected key=value") from None
-        merged = _merge(merged, parsed, f"in {override!r}")
+        changes.append((parsed, f"in {override!r}"))
+    merged = OmegaConf.structured(schema)
+    try:
+        merged = OmegaConf.merge(merged, *(change for change, _ in changes))  # at once: every call copies the schema
+    except OmegaConfBaseException:
+        for change, where in changes:  # one of them raises, and is named
+            merged = _merge(merged, change, where)
     try:
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
