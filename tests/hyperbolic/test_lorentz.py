@@ -212,6 +212,21 @@ def test_dropout_and_activation_act_before_the_map() -> None:
     torch.testing.assert_close(layer.eval()(x), expected(torch.relu(x)))
 
 
+@pytest.mark.parametrize(
+    ("width", "heads", "max_time", "k"), [(32, 4, 4.0, 1.0), (64, 2, 10.0, 1.0), (24, 4, 3.0, 2.0)]
+)
+def test_attention_begins_level(width: int, heads: int, max_time: float, k: float) -> None:
+    """Of points with middling times logits have a standard deviation of about 1, whatever the sizes."""
+    torch.manual_seed(0)
+    layer = LorentzAttention(width, heads, curvature=k, max_time=max_time)
+    radius = math.sqrt((max_time / 2 + 1.1 * math.sqrt(k)) ** 2 - k)
+    x = lorentz.on_manifold(radius * nn.functional.normalize(torch.randn(400, width - 1), dim=-1), k)
+    with torch.no_grad():
+        q, key = layer.query(x), layer.key(x)
+        logits = (2 * k + 2 * lorentz.inner(q[:, None], key[None])) / layer.scale
+    assert 0.6 < float(logits.std(dim=1).mean()) < 1.6
+
+
 def test_attention_is_the_formula_and_heeds_its_mask() -> None:
     k = 2.0
     layer = LorentzAttention(8, 2, curvature=k).double()
@@ -227,7 +242,7 @@ def test_attention_is_the_formula_and_heeds_its_mask() -> None:
             for i in range(4):
                 seen = range(4)
                 logits = [2 * k + 2 * lorentz.inner(q[b, i, head], key[b, j, head]) for j in seen]
-                weights = torch.softmax(torch.stack(logits) / math.sqrt(8), dim=0)
+                weights = torch.softmax(torch.stack(logits) / layer.scale, dim=0)
                 total = sum((weights[j] * value[b, j, head] for j in seen), torch.zeros(4, dtype=torch.float64))
                 joined[b, i, 4 * head : 4 * head + 4] = lorentz.centroid(total, k)
     torch.testing.assert_close(out, layer.output(joined))

@@ -153,7 +153,14 @@ def history(run_dir: Path) -> list[dict[str, object]]:
 @pytest.mark.parametrize("geometry", ["lorentz", "euclidean"])
 def test_a_small_language_is_learned(folder: Path, tmp_path: Path, geometry: str) -> None:
     run_dir = tmp_path / "run"
-    more = [f"model.geometry={geometry}", "model.width=16", "steps=150", "data.batch_tokens=600", "clip=1.0", "model.max_time=4"]
+    more = [
+        f"model.geometry={geometry}",
+        "model.width=16",
+        "steps=150",
+        "data.batch_tokens=600",
+        "clip=1.0",
+        "model.max_time=4",
+    ]
     more += ["optimizer.points_lr=0.1", "checkpoint_every=0", "evaluate_every=0"]
     record = train(words(folder, run_dir, *more), plot=geometry == "lorentz")
     assert record.status == "finished"
@@ -268,6 +275,7 @@ def test_a_finished_run_is_not_trained_again(folder: Path, tmp_path: Path) -> No
         ("data.task=summaries", r"wrong value .*data\.task"),
         ("clip=0", r"clip=0\.0; expected a number > 0, or null"),
         ("model.curvature=0", r"model\.curvature=0\.0; expected k > 0"),
+        ("model.max_time=0", r"model\.max_time=0\.0; expected a number > 0"),
         ("seed=-1", r"seed=-1; expected a number from 0"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -139,6 +141,19 @@ def test_everything_stays_on_the_manifold(method: str) -> None:
     memory, seen = net.encode(batch.source, batch.lengths)
     for x in (memory, net.decode(batch.read, memory, seen)):
         lorentz.check_points(x, k)
+
+
+@pytest.mark.parametrize("geometry", SPACES)
+def test_no_word_is_preferred_at_first(geometry: str) -> None:
+    """The loss of an untrained network is that of equal chances, log(words)."""
+    torch.manual_seed(0)
+    sizes = {"places": 20, "width": 32, "inner_width": 64, "layers": 2, "heads": 4}
+    network = Translator(SPACES[geometry](1.0), 1000, **sizes)
+    tokens = torch.randint(1000, (8, 12))
+    with torch.no_grad():
+        scores = network(tokens, torch.full((8,), 12), tokens)
+    loss = torch.nn.functional.cross_entropy(scores.flatten(0, 1), torch.randint(1000, (96,)))
+    assert float(loss) == pytest.approx(math.log(1000), abs=0.5)
 
 
 def test_roles_of_the_parameters() -> None:
