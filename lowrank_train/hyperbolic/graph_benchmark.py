@@ -49,8 +49,9 @@ class GraphBenchmark:
     rows: dict[str, list[str]] = setting(
         {}, "name of a row -> its overrides, e.g. [optimizer.name=sst, optimizer.rank=2]"
     )
-    protocols: list[str] = setting(["clean", "inherited"], "of the splits")
-    seeds: list[int] = setting([1234], "of initial weights, dropout and negatives; the splits stay the same")
+    seeds: dict[str, list[int]] = setting(
+        {}, "protocol of the splits -> seeds of initial weights, dropout and negatives; the splits stay the same"
+    )
     overrides: list[str] = setting([], "for all trainings, e.g. [epochs=100]")
     output: str = setting("runs/hyperbolic", "folder of all trainings, and of hyperbolic.json and hyperbolic.md")
 
@@ -70,12 +71,14 @@ def load_benchmark(arguments: Sequence[str]) -> GraphBenchmark:
         UserError: unreadable file, unknown key, wrong value; nothing to train.
     """
     settings = load_schema(GraphBenchmark, arguments)
-    for key in ("recipes", "rows", "protocols", "seeds"):
+    for key in ("recipes", "rows", "seeds"):
         if not getattr(settings, key):
             raise UserError(f"{key} is empty; expected at least one, as in configs/benchmark/hyperbolic.yaml")
-    for protocol in settings.protocols:
+    for protocol, seeds in settings.seeds.items():
         if protocol not in PROTOCOLS:
-            raise UserError(f"protocols: unknown {protocol!r}; expected {' or '.join(PROTOCOLS)}")
+            raise UserError(f"seeds: unknown protocol {protocol!r}; expected {' or '.join(PROTOCOLS)}")
+        if not seeds:
+            raise UserError(f"seeds.{protocol} is empty; expected at least one number, or leave the protocol out")
     return settings
 
 
@@ -97,10 +100,10 @@ def measure_graphs(settings: GraphBenchmark) -> str:
     folder = output_folder(settings.output)
     runs = [
         _Run(protocol, recipe, row, seed, _for_all_protocols(_config(settings, protocol, recipe, row, seed), settings))
-        for protocol in settings.protocols  # all are read before the first is trained
+        for protocol, seeds in settings.seeds.items()  # all are read before the first is trained
         for recipe in settings.recipes
         for row in settings.rows
-        for seed in settings.seeds
+        for seed in seeds
     ]
     records = []
     for run in runs:
@@ -135,7 +138,7 @@ def _config(settings: GraphBenchmark, protocol: str, recipe: str, row: str, seed
 def _for_all_protocols(config: GraphConfig, settings: GraphBenchmark) -> GraphConfig:
     """Where the graph has a split of its own, which all protocols use: the training of the first of them, for all."""
     data: Any = config.data
-    first = settings.protocols[0]
+    first = next(iter(settings.seeds))
     own_split = data.task == "node_classification" and load_graph(data.folder, data.graph).split is not None
     if own_split and data.protocol != first:
         config.run_dir = str(config.run_dir).replace(f"-{data.protocol}-", f"-{first}-")
@@ -163,7 +166,7 @@ def _kept(run: _Run, record: GraphRecord) -> dict[str, Any]:
 
 def _tables(settings: GraphBenchmark, records: list[tuple[_Run, GraphRecord]]) -> str:
     parts = []
-    for protocol in settings.protocols:
+    for protocol in settings.seeds:
         own = [(run, record) for run, record in records if run.protocol == protocol]
         parts += [f"**{protocol} protocol**", "", *_table(settings, own), ""]
         if protocol == "inherited":

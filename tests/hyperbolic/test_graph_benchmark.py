@@ -19,7 +19,7 @@ from tests.distributed import run_distributed
 from tests.hyperbolic.helpers import at_call, tree_arrays, tree_folder
 from tests.train.helpers import ROOT
 
-ROWS = "rows: {full: [], sst: [optimizer.name=sst, optimizer.rank=2]}\nseeds: [1, 2]\n"
+ROWS = "rows: {full: [], sst: [optimizer.name=sst, optimizer.rank=2]}\nseeds: {clean: [1, 2], inherited: [1, 2]}\n"
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,8 @@ def test_a_signal_stops_the_benchmark_and_it_goes_on(folder: Path, tmp_path: Pat
 def test_a_graph_with_a_split_of_its_own_is_trained_once_for_both_protocols(folder: Path, tmp_path: Path) -> None:
     split = {"train_index": np.arange(60), "val_index": np.arange(60, 90), "test_index": np.arange(90, 121)}
     np.savez(tmp_path / "tree.npz", **tree_arrays(), **split)
-    words = [str(folder / "benchmark.yaml"), f"output={tmp_path / 'out'}", f"folder={tmp_path}", "seeds=[1]"]
+    words = [str(folder / "benchmark.yaml"), f"output={tmp_path / 'out'}", f"folder={tmp_path}"]
+    words += ["seeds={clean: [1], inherited: [1]}"]
     measure(words)
     folders = {path.name for path in (tmp_path / "out").glob("*-sst-*")}
     assert folders == {"tree_lp-sst-clean-1", "tree_lp-sst-inherited-1", "cora_nc-sst-clean-1"}
@@ -102,7 +103,8 @@ def test_a_graph_with_a_split_of_its_own_is_trained_once_for_both_protocols(fold
     ("change", "message"),
     [
         (["recipes={}", "rows={}"], "recipes is empty; expected at least one, as in configs/benchmark/hyperbolic.yaml"),
-        (["protocols=[dirty]"], "protocols: unknown 'dirty'; expected clean or inherited"),
+        (["seeds={dirty: [1]}"], "seeds: unknown protocol 'dirty'; expected clean or inherited"),
+        (["seeds={clean: []}"], "seeds.clean is empty; expected at least one number, or leave the protocol out"),
         (["rows.full=[model.widht=3]"], "recipe 'tree_lp', row 'full': unknown key 'model.widht'"),
         (["recipes.tree_lp=nowhere.yaml"], "recipe 'tree_lp', row 'full': there is no file 'nowhere.yaml'"),
         (["seed=3"], "unknown key 'seed'"),
@@ -119,5 +121,5 @@ def test_the_recipe_of_the_record_is_complete() -> None:
     settings = load_benchmark([str(ROOT / "configs" / "benchmark" / "hyperbolic.yaml")])
     assert set(settings.recipes) == set(PUBLISHED)
     assert set(settings.rows) >= {"full", "sst", "lora", "relora", "euclidean"}
-    assert set(settings.protocols) == {"clean", "inherited"}
+    assert set(settings.seeds) == {"clean", "inherited"}
     assert all((ROOT / path).is_file() for path in settings.recipes.values())
