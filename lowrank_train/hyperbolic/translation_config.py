@@ -119,6 +119,8 @@ def _check(config: TranslationConfig) -> None:
         "schedule.warmup_steps": (config.schedule.warmup_steps, 0),
     }
     check_numbers(at_least, {"seed": config.seed}, config.clip, config.model.curvature)
+    if not 0 < config.model.max_time < math.inf:
+        raise UserError(f"model.max_time={config.model.max_time}; expected a number > 0")
     if not 0 <= config.label_smoothing < 1:
         raise UserError(f"label_smoothing={config.label_smoothing}; expected a number from 0 to below 1")
     for key in RATES:

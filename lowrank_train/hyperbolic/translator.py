@@ -45,7 +45,7 @@ class Parts(ABC):
     def __init__(self, curvature: float, max_time: float = 10.0) -> None:
         self.curvature = lorentz.check_curvature(curvature)
         if not 0 < max_time < math.inf:
-            raise UserError(f"model.max_time={max_time}; expected a number > 0")
+            raise UserError(f"max_time={max_time}; expected a number > 0")
         self.max_time = max_time
 
     @abstractmethod
