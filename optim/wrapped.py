@@ -7,9 +7,11 @@ names get longer. FSDP1 and DeepSpeed replace them by flat buffers, in which a m
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -49,8 +51,10 @@ def is_replicated(model: nn.Module) -> bool:
     """Whether DistributedDataParallel holds parameters of a model, also where it was put around the model handed in.
 
     Nothing about a model says so, and Hugging Face's Trainer hands out the bare one: all living objects are looked
-    through, some 0.2 s.
+    through, some 0.1 s.
     """
+    if not (dist.is_available() and dist.is_initialized()):  # it does not start without
+        return False
     own = set(model.parameters())
     if not _has_wrapper_of(own):
         return False
@@ -60,8 +64,16 @@ def is_replicated(model: nn.Module) -> bool:
 
 def _has_wrapper_of(params: set[nn.Parameter]) -> bool:
     # by type: isinstance would ask proxies for their class, which may import what they stand for
-    wrappers = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
+    kinds = set(_with_subclasses(DistributedDataParallel))
+    wrappers = [each for each in gc.get_objects() if type(each) in kinds]
     return any(not params.isdisjoint(wrapper.parameters()) for wrapper in wrappers)
+
+
+def _with_subclasses(cls: type) -> Iterator[type]:
+    yield cls
+    subclasses: list[type] = cls.__subclasses__()
+    for below in subclasses:
+        yield from _with_subclasses(below)
 
 
 def bare_optimizer(optimizer: Any) -> Any:

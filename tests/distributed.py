@@ -7,6 +7,7 @@ call, and let the parent hold no process group. A file store, because ports coll
 from __future__ import annotations
 
 import faulthandler
+import gc
 import io
 import multiprocessing
 import pickle
@@ -87,6 +88,7 @@ def _collect(pipes: list[Connection], folder: Path) -> list[Any]:
 def _work(
     fn: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, folder: Path, sender: Connection
 ) -> None:
+    gc.freeze()  # collections, and searches for living objects, would copy every page of what was inherited
     with open(_stacks(folder, rank), "w") as stacks:
         faulthandler.dump_traceback_later(_TIMEOUT_SECONDS, exit=True, file=stacks)
         try:

@@ -126,7 +126,7 @@ def trained_alone(name: str) -> dict[str, Tensor]:
     return trained(name)
 
 
-LAYOUTS = [*(("preferred", world_size) for world_size in (1, 2, 3, 4)), ("rows", 3), ("rows", 4), ("hsdp", 4)]
+LAYOUTS = [*(("preferred", world_size) for world_size in (1, 2, 3, 4)), ("rows", 3), ("hsdp", 4)]
 
 
 @pytest.mark.parametrize(("placement", "world_size"), LAYOUTS)
