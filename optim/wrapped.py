@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -53,8 +52,6 @@ def is_replicated(model: nn.Module) -> bool:
     Nothing about a model says so, and Hugging Face's Trainer hands out the bare one: all living objects are looked
     through, some 0.1 s.
     """
-    if not (dist.is_available() and dist.is_initialized()):  # it does not start without
-        return False
     own = set(model.parameters())
     if not _has_wrapper_of(own):
         return False

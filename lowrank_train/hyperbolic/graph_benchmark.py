@@ -17,7 +17,7 @@ import torch
 
 from lowrank_train.config import key_help, load_schema, setting
 from lowrank_train.errors import UserError
-from lowrank_train.hyperbolic.earlier import earlier_record
+from lowrank_train.hyperbolic.finished_record import finished_record
 from lowrank_train.hyperbolic.graph_config import GraphConfig, load_graph_config
 from lowrank_train.hyperbolic.graph_record import GraphRecord
 from lowrank_train.hyperbolic.graph_report import SCORE_NAMES
@@ -105,13 +105,9 @@ def measure_graphs(settings: GraphBenchmark) -> str:
         for row in settings.rows
         for seed in seeds
     ]
-    records = []
-    for run in runs:
-        earlier = earlier_record(run.config, load_graph_config)
-        record = GraphRecord(**earlier) if earlier else train_graph(run.config)  # each folder once
-        if record.status != "finished":
-            raise UserError(f"{run.config.run_dir} was stopped; start the benchmark again to go on")
-        records.append((run, record))
+    records = [
+        (run, finished_record(run.config, GraphRecord, load=load_graph_config, train=train_graph)) for run in runs
+    ]
     figures = {
         "what": __doc__,
         "provenance": provenance(torch.device("cpu")),

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from lowrank_train import methods
-from lowrank_train.config import key_help, setting
+from lowrank_train.config import setting
 from lowrank_train.errors import UserError
-from lowrank_train.hyperbolic.recipes import check_numbers, load_recipe
+from lowrank_train.hyperbolic.recipes import RecipeConfig, check_recipe, load_recipe, recipe_help
 
 __all__ = ["GraphConfig", "GraphDataConfig", "GraphModelConfig", "graph_help_text", "load_graph_config"]
 
@@ -52,33 +51,15 @@ class GraphModelConfig:
 
 
 @dataclass
-class GraphConfig:
+class GraphConfig(RecipeConfig):
     """One graph run."""
 
     data: GraphDataConfig = field(default_factory=GraphDataConfig)
     model: GraphModelConfig = field(default_factory=GraphModelConfig)
-    optimizer: dict[str, Any] = setting(
-        {"name": "adamw", "lr": 0.01, "weight_decay": 0.0},
-        "name and arguments of a method: optimizer.name=sst optimizer.rank=2",
-    )
-    for_optimizer: dict[str, Any] = setting(
-        {}, "optimizer.name -> keys that hold with it unless given: for_optimizer.sst={optimizer.resample_every: 100}"
-    )
     margin: float = setting(2.0, "of the loss, in units of squared distance")
-    clip: float | None = setting(None, "largest gradient norm; null: no clipping")
     epochs: int = setting(5000, "steps on the whole graph, at most")
     patience: int = setting(500, "epochs without a better score on validation after which training ends")
     min_epochs: int = setting(100, "epochs before which it does not")
-    precision: Literal["float32", "float64"] = setting("float32", "of weights and arithmetic")
-    seed: int = setting(1234, "of initial weights, dropout and negatives")
-    run_dir: str | None = setting(
-        None, "folder of everything the run writes; null: runs/<graph>-<task>-<protocol>-<geometry>-<optimizer>"
-    )
-    resume: str = setting(
-        "auto", "auto: continue the run in run_dir if it has a checkpoint; never; or a checkpoint's path"
-    )
-    checkpoint_every: int = setting(500, "epochs between two checkpoints; 0: only at the end")
-    log_every: int = setting(10, "epochs between two rows of metrics.jsonl and TensorBoard")
 
 
 def load_graph_config(arguments: Sequence[str]) -> GraphConfig:
@@ -97,9 +78,7 @@ def load_graph_config(arguments: Sequence[str]) -> GraphConfig:
 
 def graph_help_text() -> str:
     """Every key with its default and meaning."""
-    lines = ["usage: launch/hyperbolic.py [FILE.yaml ...] [key=value ...]", "", "optimizers:"]
-    lines += [f"  {methods.describe(name)}" for name in methods.names()]
-    return "\n".join([*lines, "", *key_help(GraphConfig)])
+    return recipe_help(GraphConfig, "")
 
 
 def _check(config: GraphConfig) -> None:
@@ -107,14 +86,7 @@ def _check(config: GraphConfig) -> None:
         "epochs": (config.epochs, 1),
         "patience": (config.patience, 1),
         "min_epochs": (config.min_epochs, 0),
-        "checkpoint_every": (config.checkpoint_every, 0),
-        "log_every": (config.log_every, 1),
     }
-    seeds = {"seed": config.seed, "data.split_seed": config.data.split_seed}
-    check_numbers(at_least, seeds, config.clip, config.model.curvature)
+    check_recipe(config, at_least, seeds={"data.split_seed": config.data.split_seed})
     if not config.margin > 0:
         raise UserError(f"margin={config.margin}; expected a number > 0")
-    try:
-        methods.find(str(config.optimizer.get("name")), [key for key in config.optimizer if key != "name"])
-    except ValueError as error:
-        raise UserError(f"in optimizer: {error}") from None

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import optim
-from lowrank_train import methods
 from lowrank_train.checkpoint import Checkpoints
 from lowrank_train.errors import UserError
 from lowrank_train.hyperbolic.adjacency import Adjacency
@@ -20,45 +18,23 @@ from lowrank_train.hyperbolic.graph_network import ACTIVATIONS, LINEAR_MAPS, Gra
 from lowrank_train.hyperbolic.graph_splits import PROTOCOLS
 from lowrank_train.hyperbolic.graph_tasks import TASKS, GraphTask
 from lowrank_train.hyperbolic.graphs import Graph, components, depths, load_graph, with_binned_labels
+from lowrank_train.hyperbolic.network_run import DTYPES, NetworkRun, Progress, saved_network
 from lowrank_train.hyperbolic.recipes import build_method
 from lowrank_train.parallel import Ranks
-from lowrank_train.parametrization import Parametrization
 
-__all__ = ["GraphProgress", "GraphRun", "build_graph_run", "load_network", "network_arguments"]
-
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+__all__ = ["GraphRun", "build_graph_run", "load_network"]
 
 
 @dataclass
-class GraphProgress:
-    """Where a run stands; saved in every checkpoint."""
+class GraphProgress(Progress):
+    """Of epochs; the network of the best one is kept beside the one in training."""
 
-    epoch: int = 0
-    seconds: float = 0.0
     best_epoch: int = 0
     best_selection: float = -1.0
     """What the best epoch was chosen by, on validation."""
     waiting: int = 0
     """Epochs since the best one."""
     finished: bool = False
-
-
-@dataclass
-class GraphRun:
-    """Built once; the ``best`` network is kept beside the one in training."""
-
-    config: GraphConfig
-    folder: Path
-    graph: Graph
-    task: GraphTask
-    features: NodeFeatures
-    adjacency: Adjacency
-    network: GraphNetwork
-    layers: Parametrization
-    """What its linear maps are made of."""
-    optimizer: optim.MatrixOptimizer
-    checkpoints: Checkpoints
-    progress: GraphProgress = field(default_factory=GraphProgress)
     validation: dict[str, float] = field(default_factory=dict)
     """Scores of the best epoch."""
     test: dict[str, float] = field(default_factory=dict)
@@ -66,41 +42,41 @@ class GraphRun:
     best: dict[str, Tensor] = field(default_factory=dict)
     """The network's state of the best epoch."""
 
+
+@dataclass
+class GraphRun(NetworkRun):
+    """Built once."""
+
+    unit = "epoch"
+
+    config: GraphConfig
+    network: GraphNetwork
+    progress: GraphProgress
+    graph: Graph
+    task: GraphTask
+    features: NodeFeatures
+    adjacency: Adjacency
+
     def points(self) -> Tensor:
         """Of all nodes, (n, width), by the network as it is; with dropout where it is in training."""
         points: Tensor = self.network(self.features, self.adjacency)
         return points
 
-    def save(self) -> None:
-        """Write a checkpoint of all that a resumed run needs."""
-        extra = {
-            "progress": asdict(self.progress),
-            "validation": self.validation,
-            "test": self.test,
-            "best": self.best,
-            "random": {"cpu": torch.get_rng_state()},
-        }
-        self.checkpoints.save(self.progress.epoch, self.network, self.optimizer, extra, self.about)
-
-    def restore(self, checkpoint: Path) -> None:
-        """Continue where a checkpoint was written; hyperparameters stay as configured now."""
-        configured = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
-        extra = self.checkpoints.load(checkpoint, self.network, self.optimizer, self.about)
-        for group, settings in zip(self.optimizer.param_groups, configured, strict=True):
-            group.update(settings)
-        self.progress = GraphProgress(**extra["progress"])
-        self.validation, self.test, self.best = extra["validation"], extra["test"], extra["best"]
-        torch.set_rng_state(extra["random"]["cpu"])
-
     @property
-    def about(self) -> dict[str, Any]:
-        """What a checkpoint must have in common with the run that loads it, the tensors aside."""
-        name = self.config.optimizer["name"]
-        layers = {f"optimizer.{key}": value for key, value in methods.find(name).layer_settings(self.config.optimizer)}
-        data = {
-            f"data.{key}": value for key, value in asdict(self.config.data).items() if key not in ("folder", "root")
-        }
-        return {"optimizer.name": name, **layers, "model": asdict(self.config.model), **data, "sha1": self.graph.sha1}
+    def finished(self) -> bool:
+        """Whether all epochs are done, or validation has not become better for long."""
+        return self.progress.finished
+
+    def arguments(self) -> dict[str, Any]:
+        """What ``load_network`` builds the network from, beside its weights."""
+        features = self.features.points.shape[1] - self.network.geometry.extra
+        return {**asdict(self.config.model), "features": features, "classes": self.task.classes}
+
+    def greeting(self) -> str:
+        """What is trained."""
+        data, graph = self.config.data, self.graph
+        task = f"{data.graph}, {data.task.replace('_', ' ')}, {data.protocol} protocol"
+        return f"{task}: {graph.nodes:,} nodes, {len(graph.edges):,} edges"
 
 
 def build_graph_run(config: GraphConfig, ranks: Ranks) -> GraphRun:
@@ -109,7 +85,7 @@ def build_graph_run(config: GraphConfig, ranks: Ranks) -> GraphRun:
     Raises:
         UserError: whatever of them cannot be had.
     """
-    data, dtype = config.data, _DTYPES[config.precision]
+    data, dtype = config.data, DTYPES[config.precision]
     graph, task = _data(config)
     features = _row_normalized(graph.features) if data.normalize_features else graph.features
     if data.degree_features:
@@ -122,7 +98,20 @@ def build_graph_run(config: GraphConfig, ranks: Ranks) -> GraphRun:
     torch.manual_seed(config.seed)  # dropout and negatives are the same for all methods
     adjacency = Adjacency(task.known_edges, graph.nodes, dtype)
     entered = NodeFeatures(network.geometry.enter(features.to(dtype)))
-    return GraphRun(config, folder, graph, task, entered, adjacency, network, layers, optimizer, checkpoints)
+    return GraphRun(
+        config=config,
+        folder=folder,
+        network=network,
+        layers=layers,
+        optimizer=optimizer,
+        checkpoints=checkpoints,
+        progress=GraphProgress(),
+        sha1=graph.sha1,
+        graph=graph,
+        task=task,
+        features=entered,
+        adjacency=adjacency,
+    )
 
 
 def load_network(folder: Path) -> GraphNetwork:
@@ -130,24 +119,13 @@ def load_network(folder: Path) -> GraphNetwork:
 
     Raises UserError if there is none.
     """
-    try:
-        saved = torch.load(folder / "network.pt", weights_only=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"cannot read {folder / 'network.pt'}: {error}; expected the run_dir of a finished run"
-        ) from None
+    saved = saved_network(folder)
     about = saved["network"]
     geometry = GEOMETRIES[about.pop("geometry")](about.pop("curvature"))
     activation = ACTIVATIONS[about.pop("activation")]
     network = GraphNetwork(geometry, about.pop("features"), activation=activation, **about)
-    network.to(_DTYPES[saved["precision"]]).load_state_dict(saved["state"])
+    network.to(DTYPES[saved["precision"]]).load_state_dict(saved["state"])
     return network.eval()
-
-
-def network_arguments(run: GraphRun) -> dict[str, Any]:
-    """What ``load_network`` builds it from, beside the weights."""
-    features = run.features.points.shape[1] - run.network.geometry.extra
-    return {**asdict(run.config.model), "features": features, "classes": run.task.classes}
 
 
 def _network(config: GraphConfig, features: int, classes: int | None) -> GraphNetwork:
@@ -162,7 +140,7 @@ def _network(config: GraphConfig, features: int, classes: int | None) -> GraphNe
         activation=ACTIVATIONS[model.activation],
         attention=model.attention,
     )
-    return network.to(_DTYPES[config.precision])
+    return network.to(DTYPES[config.precision])
 
 
 def _data(config: GraphConfig) -> tuple[Graph, GraphTask]:

@@ -1,22 +1,50 @@
-"""What recipes of graphs and of translation have in common: keys that go with a method, and the method itself."""
+"""What recipes of graphs and of translation have in common: keys, keys that go with a method, and the method itself."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
 import optim
 from lowrank_train import methods
-from lowrank_train.config import load_schema
+from lowrank_train.config import key_help, load_schema, setting
 from lowrank_train.errors import UserError
 from lowrank_train.hyperbolic.lorentz import check_curvature
 from lowrank_train.parametrization import Parametrization
 
-__all__ = ["build_method", "check_numbers", "load_recipe"]
+__all__ = ["RecipeConfig", "build_method", "check_recipe", "load_recipe", "recipe_help"]
 
-C = TypeVar("C")
+
+@dataclass
+class RecipeConfig:
+    """Keys of every recipe; each kind has its own ``data`` and ``model``, and more."""
+
+    data: Any
+    model: Any
+    optimizer: dict[str, Any] = setting(
+        {"name": "adamw", "lr": 0.01, "weight_decay": 0.0},
+        "name and arguments of a method: optimizer.name=sst optimizer.rank=2",
+    )
+    for_optimizer: dict[str, Any] = setting(
+        {}, "optimizer.name -> keys that hold with it unless given: for_optimizer.sst={optimizer.resample_every: 100}"
+    )
+    clip: float | None = setting(None, "largest gradient norm; null: no clipping")
+    precision: Literal["float32", "float64"] = setting("float32", "of weights and arithmetic")
+    seed: int = setting(1234, "of initial weights, of the order of the data, of dropout and of negatives")
+    run_dir: str | None = setting(
+        None, "folder of everything the run writes; null: in runs/, named after data, space and optimizer"
+    )
+    resume: str = setting(
+        "auto", "auto: continue the run in run_dir if it has a checkpoint; never; or a checkpoint's path"
+    )
+    checkpoint_every: int = setting(500, "steps (of a graph: epochs) between two checkpoints; 0: only at the end")
+    log_every: int = setting(10, "steps (of a graph: epochs) between two rows of metrics.jsonl and TensorBoard")
+
+
+C = TypeVar("C", bound=RecipeConfig)
 
 
 def load_recipe(schema: type[C], arguments: Sequence[str]) -> C:
@@ -24,32 +52,55 @@ def load_recipe(schema: type[C], arguments: Sequence[str]) -> C:
 
     Raises UserError as ``load_schema``, and if what ``for_optimizer`` has for the method is not keys and values.
     """
-    config: Any = load_schema(schema, arguments)
+    config = load_schema(schema, arguments)
     own = config.for_optimizer.get(str(config.optimizer.get("name"))) or {}
     if own:
         if not isinstance(own, dict):
             raise UserError(f"for_optimizer.{config.optimizer['name']}={own!r}; expected keys and values")
         config = load_schema(schema, [*(f"{key}={value}" for key, value in own.items()), *arguments])
     config.for_optimizer = {}  # what there was to say is said: saved and read again, given keys must win
-    return config  # type: ignore[no-any-return]
+    return config
 
 
-def check_numbers(
-    at_least: dict[str, tuple[float, float]], seeds: dict[str, int], clip: float | None, curvature: float
+def recipe_help(schema: type[RecipeConfig], usage: str) -> str:
+    """Methods, and every key with its default and meaning."""
+    lines = [f"usage: launch/hyperbolic.py {usage}[FILE.yaml ...] [key=value ...]", "", "optimizers:"]
+    lines += [f"  {methods.describe(name)}" for name in methods.names()]
+    return "\n".join([*lines, "", *key_help(schema)])
+
+
+def check_recipe(
+    config: RecipeConfig, at_least: dict[str, tuple[float, float]], *, seeds: dict[str, int], rates: Sequence[str] = ()
 ) -> None:
-    """Raise UserError for the first of them that is out of range; ``at_least``: key -> (value, smallest allowed)."""
+    """Raise UserError for the first value that is out of range.
+
+    Args:
+        config: of the run.
+        at_least: key -> (value, smallest allowed), beside those that all recipes have.
+        seeds: likewise, key -> value.
+        rates: keys of ``optimizer`` that are not arguments of it.
+    """
+    at_least = {
+        **at_least,
+        "checkpoint_every": (config.checkpoint_every, 0),
+        "log_every": (config.log_every, 1),
+    }
     for key, (got, low) in at_least.items():
         if got < low:
             raise UserError(f"{key}={got}; expected a number >= {low}")
-    for key, seed in seeds.items():
+    for key, seed in {"seed": config.seed, **seeds}.items():
         if not 0 <= seed < 2**32:
             raise UserError(f"{key}={seed}; expected a number from 0 to {2**32 - 1}")
-    if clip is not None and not clip > 0:
-        raise UserError(f"clip={clip}; expected a number > 0, or null")
+    if config.clip is not None and not config.clip > 0:
+        raise UserError(f"clip={config.clip}; expected a number > 0, or null")
     try:
-        check_curvature(curvature)
+        check_curvature(config.model.curvature)
     except UserError as error:
         raise UserError(f"model.{error}") from None
+    try:
+        methods.find(str(config.optimizer.get("name")), [k for k in config.optimizer if k not in ("name", *rates)])
+    except ValueError as error:
+        raise UserError(f"in optimizer: {error}") from None
 
 
 def build_method(

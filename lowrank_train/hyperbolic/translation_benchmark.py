@@ -20,7 +20,7 @@ import torch
 
 from lowrank_train.config import key_help, load_schema, setting
 from lowrank_train.errors import UserError
-from lowrank_train.hyperbolic.earlier import earlier_record
+from lowrank_train.hyperbolic.finished_record import finished_record
 from lowrank_train.hyperbolic.translation_config import TranslationConfig, load_translation_config
 from lowrank_train.hyperbolic.translation_record import TranslationRecord
 from lowrank_train.hyperbolic.translation_training import train_translation
@@ -117,11 +117,7 @@ def measure_translation(settings: TranslationBenchmark) -> str:
 
 
 def _record(run: _Run) -> TranslationRecord:
-    earlier = earlier_record(run.config, load_translation_config)
-    record = TranslationRecord(**earlier) if earlier else train_translation(run.config)
-    if record.status != "finished":
-        raise UserError(f"{run.config.run_dir} was stopped; start the benchmark again to go on")
-    return record
+    return finished_record(run.config, TranslationRecord, load=load_translation_config, train=train_translation)
 
 
 def _run(settings: TranslationBenchmark, geometry: str, row: str, rate: float, seed: int) -> _Run:

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lowrank_train import methods
-from lowrank_train.config import ScheduleConfig, key_help, setting
+from lowrank_train.config import ScheduleConfig, setting
 from lowrank_train.errors import UserError
-from lowrank_train.hyperbolic.recipes import check_numbers, load_recipe
+from lowrank_train.hyperbolic.recipes import RecipeConfig, check_recipe, load_recipe, recipe_help
 
 __all__ = [
     "TranslationConfig",
@@ -55,7 +54,7 @@ class TranslationModelConfig:
 
 
 @dataclass
-class TranslationConfig:
+class TranslationConfig(RecipeConfig):
     """One translation run."""
 
     data: TranslationDataConfig = field(default_factory=TranslationDataConfig)
@@ -66,25 +65,11 @@ class TranslationConfig:
         "optimizer.other_lr that of embeddings, head, biases and norms, optimizer.points_lr that of points, a distance "
         "(both as lr unless given)",
     )
-    for_optimizer: dict[str, Any] = setting(
-        {}, "optimizer.name -> keys that hold with it unless given: for_optimizer.sst={optimizer.resample_every: 100}"
-    )
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     label_smoothing: float = setting(0.1, "share of the target that is spread over all words")
-    clip: float | None = setting(None, "largest gradient norm; null: no clipping")
     steps: int = setting(3000, "batches")
     evaluate_every: int = setting(200, "steps between two losses on validation; 0: only at the end")
     longest: int = setting(60, "tokens of a translation, at most")
-    precision: Literal["float32", "float64"] = setting("float32", "of weights and arithmetic")
-    seed: int = setting(1234, "of initial weights, order of batches and dropout")
-    run_dir: str | None = setting(
-        None, "folder of everything the run writes; null: runs/translation-<geometry>-<optimizer>"
-    )
-    resume: str = setting(
-        "auto", "auto: continue the run in run_dir if it has a checkpoint; never; or a checkpoint's path"
-    )
-    checkpoint_every: int = setting(500, "steps between two checkpoints; 0: only at the end")
-    log_every: int = setting(10, "steps between two rows of metrics.jsonl and TensorBoard")
 
 
 def load_translation_config(arguments: Sequence[str]) -> TranslationConfig:
@@ -102,9 +87,7 @@ def load_translation_config(arguments: Sequence[str]) -> TranslationConfig:
 
 def translation_help_text() -> str:
     """Every key with its default and meaning."""
-    lines = ["usage: launch/hyperbolic.py data.task=translation [FILE.yaml ...] [key=value ...]", "", "optimizers:"]
-    lines += [f"  {methods.describe(name)}" for name in methods.names()]
-    return "\n".join([*lines, "", *key_help(TranslationConfig)])
+    return recipe_help(TranslationConfig, "data.task=translation ")
 
 
 def _check(config: TranslationConfig) -> None:
@@ -112,13 +95,11 @@ def _check(config: TranslationConfig) -> None:
         "steps": (config.steps, 1),
         "evaluate_every": (config.evaluate_every, 0),
         "longest": (config.longest, 1),
-        "checkpoint_every": (config.checkpoint_every, 0),
-        "log_every": (config.log_every, 1),
         "data.vocab_size": (config.data.vocab_size, 257),
         "data.batch_tokens": (config.data.batch_tokens, 1),
         "schedule.warmup_steps": (config.schedule.warmup_steps, 0),
     }
-    check_numbers(at_least, {"seed": config.seed}, config.clip, config.model.curvature)
+    check_recipe(config, at_least, seeds={}, rates=RATES)
     if not 0 < config.model.max_time < math.inf:
         raise UserError(f"model.max_time={config.model.max_time}; expected a number > 0")
     if not 0 <= config.label_smoothing < 1:
@@ -128,7 +109,3 @@ def _check(config: TranslationConfig) -> None:
         is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
         if rate is not None and not (is_number and 0 <= rate < math.inf):
             raise UserError(f"optimizer.{key}={rate!r}; expected a number >= 0")
-    try:
-        methods.find(str(config.optimizer.get("name")), [k for k in config.optimizer if k not in ("name", *RATES)])
-    except ValueError as error:
-        raise UserError(f"in optimizer: {error}") from None

@@ -258,7 +258,7 @@ def _spoil() -> None:
 
 def test_two_ranks_are_refused(folder: Path, tmp_path: Path) -> None:
     message = failure(words(folder, tmp_path / "run"), world_size=2)
-    assert "a graph is trained in one process, not in 2; start launch/hyperbolic.py with python" in message
+    assert "these networks are trained in one process, not in 2; start launch/hyperbolic.py with python" in message
 
 
 def test_a_graph_in_pieces_is_refused_unless_expected(folder: Path, tmp_path: Path) -> None:
