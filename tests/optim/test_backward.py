@@ -255,9 +255,14 @@ def test_another_model_and_a_second_attachment_are_refused() -> None:
         optim.attach_to_backward(model, optimizer)
 
 
-def test_ddp_is_refused() -> None:
+class OwnDDP(DistributedDataParallel):
+    """As frameworks derive theirs."""
+
+
+@pytest.mark.parametrize("wrapper", [DistributedDataParallel, OwnDDP])
+def test_ddp_is_refused(wrapper: type[DistributedDataParallel]) -> None:
     def worker() -> str:
-        model = DistributedDataParallel(Network())
+        model = wrapper(Network())
         with pytest.raises(ValueError, match=r"DistributedDataParallel.*fully_shard"):
             optim.attach_to_backward(model, build("dct_adamw", model))
         return "refused"
