@@ -10,7 +10,7 @@ from lowrank_train.hyperbolic.graph_config import GraphConfig, load_graph_config
 from lowrank_train.hyperbolic.graph_record import GraphRecord
 from lowrank_train.hyperbolic.graph_report import write_graph_report
 from lowrank_train.hyperbolic.graph_run import GraphRun, build_graph_run
-from lowrank_train.hyperbolic.session import hold_session, told
+from lowrank_train.hyperbolic.session import hold_session, show_report
 from lowrank_train.metrics import Metrics
 from lowrank_train.signals import Stop
 
@@ -94,5 +94,5 @@ def _finish(run: GraphRun) -> GraphRecord:
         time_error=network.geometry.time_error(points),
         data={"nodes": run.graph.nodes, "edges": len(run.graph.edges), "sha1": run.sha1, **run.task.facts()},
     )
-    told(run, lambda: write_graph_report(record, run, points))
+    show_report(run, lambda: write_graph_report(record, run, points))
     return record

@@ -18,7 +18,7 @@ from lowrank_train.parallel import Ranks
 from lowrank_train.run_folder import RunFolder, changed_settings
 from lowrank_train.signals import Stop, stop_signals
 
-__all__ = ["hold_session", "told"]
+__all__ = ["hold_session", "show_report"]
 
 C = TypeVar("C", bound=RecipeConfig)
 R = TypeVar("R", bound=NetworkRun)
@@ -81,7 +81,7 @@ def hold_session(
             return finish(run)
 
 
-def told(run: NetworkRun, write: Callable[[], str]) -> None:
+def show_report(run: NetworkRun, write: Callable[[], str]) -> None:
     """Write a report and show its table.
 
     Raises:

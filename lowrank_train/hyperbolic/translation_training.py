@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_train.hyperbolic.bleu import bleu, load_sacrebleu
-from lowrank_train.hyperbolic.session import hold_session, told
+from lowrank_train.hyperbolic.session import hold_session, show_report
 from lowrank_train.hyperbolic.translation_config import TranslationConfig, load_translation_config
 from lowrank_train.hyperbolic.translation_data import IGNORED, Batch, Pairs, padded
 from lowrank_train.hyperbolic.translation_record import TranslationRecord
@@ -153,5 +153,5 @@ def _finish(run: TranslationRun) -> TranslationRecord:
         time_error=time_error,
         data={**run.data.facts(), "sha1": run.sha1},
     )
-    told(run, lambda: write_translation_report(record, run, translations))
+    show_report(run, lambda: write_translation_report(record, run, translations))
     return record

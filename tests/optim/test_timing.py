@@ -160,7 +160,7 @@ def test_arguments_that_do_not_fit_are_named() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, which only pytest -m gpu sees")
 def test_cuda_steps_are_timed_on_the_device() -> None:
     times = time_steps(settings(), [(512, 256), (256, 512)], device="cuda", rounds=2, refreshes=1)
     assert all(0 < time.ordinary_seconds < 60 for time in times)
