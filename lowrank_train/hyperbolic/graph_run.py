@@ -18,7 +18,7 @@ from lowrank_train.hyperbolic.graph_network import ACTIVATIONS, LINEAR_MAPS, Gra
 from lowrank_train.hyperbolic.graph_splits import PROTOCOLS
 from lowrank_train.hyperbolic.graph_tasks import TASKS, GraphTask
 from lowrank_train.hyperbolic.graphs import Graph, components, depths, load_graph, with_binned_labels
-from lowrank_train.hyperbolic.network_run import DTYPES, NetworkRun, Progress, saved_network
+from lowrank_train.hyperbolic.network_run import DTYPES, NetworkRun, Progress, load_saved
 from lowrank_train.hyperbolic.recipes import build_method
 from lowrank_train.parallel import Ranks
 
@@ -117,15 +117,15 @@ def build_graph_run(config: GraphConfig, ranks: Ranks) -> GraphRun:
 def load_network(folder: Path) -> GraphNetwork:
     """The trained, plain network (``nn.Linear`` throughout) that a finished run left in its folder, for evaluation.
 
-    Raises UserError if there is none.
+    Raises UserError if there is none, or it is of another version.
     """
-    saved = saved_network(folder)
-    about = saved["network"]
-    geometry = GEOMETRIES[about.pop("geometry")](about.pop("curvature"))
-    activation = ACTIVATIONS[about.pop("activation")]
-    network = GraphNetwork(geometry, about.pop("features"), activation=activation, **about)
-    network.to(DTYPES[saved["precision"]]).load_state_dict(saved["state"])
-    return network.eval()
+
+    def build(about: dict[str, Any]) -> GraphNetwork:
+        geometry = GEOMETRIES[about.pop("geometry")](about.pop("curvature"))
+        activation = ACTIVATIONS[about.pop("activation")]
+        return GraphNetwork(geometry, about.pop("features"), activation=activation, **about)
+
+    return load_saved(folder, build)
 
 
 def _network(config: GraphConfig, features: int, classes: int | None) -> GraphNetwork:

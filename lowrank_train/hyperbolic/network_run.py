@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,9 @@ from lowrank_train.parametrization import Parametrization
 from lowrank_train.record import peak_memory_gib, provenance
 from lowrank_train.signals import Stop
 
-__all__ = ["CPU", "DTYPES", "NetworkRun", "Progress", "saved_network"]
+__all__ = ["CPU", "DTYPES", "NetworkRun", "Progress", "load_saved"]
+
+N = TypeVar("N", bound=nn.Module)
 
 CPU = torch.device("cpu")
 """Where these networks are trained."""
@@ -133,7 +136,12 @@ class NetworkRun(ABC):
         for group, settings in zip(self.optimizer.param_groups, configured, strict=True):
             group.update(settings)
         torch.set_rng_state(extra.pop("random")["cpu"])
-        self.progress = type(self.progress)(**extra.pop("progress"), **extra)
+        try:
+            self.progress = type(self.progress)(**extra.pop("progress"), **extra)
+        except TypeError as error:
+            raise UserError(
+                f"{checkpoint} was written by another version of lowrank-train ({error}); set run_dir to another folder"
+            ) from None
 
     @property
     def about(self) -> dict[str, Any]:
@@ -144,7 +152,7 @@ class NetworkRun(ABC):
         return {"optimizer.name": name, **layers, "model": asdict(self.config.model), **data, "sha1": self.sha1}
 
     def write_network(self, state: dict[str, Tensor]) -> None:
-        """Leave the plain network in network.pt, for ``saved_network``; ``state`` is that of the one in training.
+        """Leave the plain network in network.pt, for ``load_saved``; ``state`` is that of the one in training.
 
         Raises:
             UserError: it cannot be written.
@@ -175,15 +183,26 @@ class NetworkRun(ABC):
         }
 
 
-def saved_network(folder: Path) -> dict[str, Any]:
-    """What ``write_network`` left in the folder of a finished run: ``network``, ``precision`` and ``state``.
+def load_saved(folder: Path, build: Callable[[dict[str, Any]], N]) -> N:
+    """The plain network that ``write_network`` left in the folder of a finished run, for evaluation.
 
-    Raises UserError if there is nothing.
+    Args:
+        folder: of the run.
+        build: makes the network of ``NetworkRun.arguments``.
+
+    Raises:
+        UserError: there is none, or it is of another version.
     """
+    file = folder / "network.pt"
     try:
-        saved: dict[str, Any] = torch.load(folder / "network.pt", weights_only=True)
+        saved: dict[str, Any] = torch.load(file, weights_only=True)
     except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot read {file}: {error}; expected the run_dir of a finished run") from None
+    try:
+        network = build(saved["network"]).to(DTYPES[saved["precision"]])
+        network.load_state_dict(saved["state"])
+    except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(
-            f"cannot read {folder / 'network.pt'}: {error}; expected the run_dir of a finished run"
+            f"{file} was written by another version of lowrank-train ({error}); train it again in another run_dir"
         ) from None
-    return saved
+    return network.eval()

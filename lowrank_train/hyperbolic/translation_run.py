@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lowrank_train.checkpoint import Checkpoints
-from lowrank_train.hyperbolic.network_run import DTYPES, NetworkRun, Progress, saved_network
+from lowrank_train.hyperbolic.network_run import DTYPES, NetworkRun, Progress, load_saved
 from lowrank_train.hyperbolic.recipes import build_method
 from lowrank_train.hyperbolic.translation_config import TranslationConfig
 from lowrank_train.hyperbolic.translation_data import (
@@ -137,13 +136,9 @@ def build_translation_run(config: TranslationConfig, ranks: Ranks) -> Translatio
 def load_translator(folder: Path) -> Translator:
     """The trained, plain network (``nn.Linear`` throughout) that a finished run left in its folder, for evaluation.
 
-    Raises UserError if there is none.
+    Raises UserError if there is none, or it is of another version.
     """
-    saved = saved_network(folder)
-    network = _network(saved["network"]).to(DTYPES[saved["precision"]])
-    state: dict[str, Tensor] = saved["state"]
-    network.load_state_dict(state)
-    return network.eval()
+    return load_saved(folder, _network)
 
 
 def _network(about: dict[str, Any]) -> Translator:

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import signal
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 
 import optim
 from lowrank_train.errors import UserError
-from lowrank_train.hyperbolic import lorentz
+from lowrank_train.hyperbolic import lorentz, network_run
 from lowrank_train.hyperbolic.graph_config import load_graph_config
 from lowrank_train.hyperbolic.graph_network import NodeFeatures
 from lowrank_train.hyperbolic.graph_record import GraphRecord
@@ -254,6 +255,17 @@ def _spoil() -> None:
     original = geometry.Lorentz.closeness
     geometry.Lorentz.closeness = lambda self, x, y: original(self, x, y) * math.nan  # type: ignore[method-assign]
     lorentz.centroid = spoiled
+
+
+def test_a_checkpoint_of_another_version_is_refused(folder: Path, tmp_path: Path) -> None:
+    def as_it_was() -> None:
+        network_run.asdict = lambda value: (  # type: ignore[assignment]
+            {**asdict(value), "epoch": 2} if isinstance(value, network_run.Progress) else asdict(value)
+        )
+
+    train(words(folder, tmp_path / "run", "epochs=2"), as_it_was)
+    message = failure(words(folder, tmp_path / "run", "epochs=4"))
+    assert re.search(r"step-2 was written by another version of lowrank-train \(.*'epoch'\); set run_dir to", message)
 
 
 def test_two_ranks_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -328,6 +328,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(folder: Path, tmp_path: Path) ->
 def test_a_folder_without_a_network_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read .*network\.pt.*expected the run_dir of a finished run"):
         load_translator(tmp_path)
+    torch.save({"network": {"geometry": "lorentz", "curvature": 1.0}}, tmp_path / "network.pt")
+    with pytest.raises(UserError, match=r"network\.pt was written by another version of lowrank-train \('max_time'\)"):
+        load_translator(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------- the front door, tables

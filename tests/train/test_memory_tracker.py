@@ -33,7 +33,7 @@ SETTINGS = [
     (8, "llama_130m seq_len=256 micro_batch=4 precision=bfloat16 weights=int8 tokens_per_step=8192"),
     (8, "llama_60m seq_len=128 precision=bfloat16 fused_backward=true optimizer.name=dct_adamw optimizer.rank=64"),
     (1, f"llama_7b {LEAN} weights=bfloat16 tokens_per_step=1024 optimizer.name=scale"),
-    (1, f"llama_130m {LEAN} weights=int8 tokens_per_step=3072 optimizer.name=galore_adamw optimizer.rank=128"),
+    (1, f"llama_7b {LEAN} weights=int8 tokens_per_step=4096 optimizer.name=galore_adamw optimizer.rank=512"),
 ]
 """Of three layers (first, last, and one between): more only repeat them, in minutes where these take seconds."""
 
