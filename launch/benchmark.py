@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 try:
     from lowrank_train import compression_benchmark, quality, step_benchmark, training_benchmark
+    from lowrank_train.command import run_command
     from lowrank_train.digits import measure_digits
     from lowrank_train.errors import UserError
     from lowrank_train.hyperbolic import graph_benchmark, translation_benchmark
@@ -99,26 +100,18 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code: 0 done, 2 for anything the user must mend, 130 stopped."""
+    """Exit code: 0 done, 2 for anything the user must fix, 130 stopped."""
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("-h", "--help"):
         print(help_text())
         return 0
     if command == "--list":
         return list_optimizers(rest, "launch/benchmark.py --list")
-    try:
-        _find(command)(rest)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "\nstopped; 'quality', 'hyperbolic' and 'translation' go on from here when started again, the others begin "
-            "anew",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
+    return run_command(
+        lambda: _find(command)(rest),
+        stopped="stopped; 'quality', 'hyperbolic' and 'translation' go on from here when started again; the others "
+        "start from the beginning",
+    )
 
 
 def help_text() -> str:

@@ -6,8 +6,8 @@ import os
 import sys
 
 try:
+    from lowrank_train.command import run_command
     from lowrank_train.compress_run import compress_folder, help_text, load_settings
-    from lowrank_train.errors import UserError
 except ModuleNotFoundError as error:
     if error.name not in ("lowrank_train", "optim"):
         raise
@@ -15,22 +15,17 @@ except ModuleNotFoundError as error:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code: 0 done, 2 for anything the user must mend, 130 stopped."""
+    """Exit code: 0 done, 2 for anything the user must fix, 130 stopped."""
     if {"-h", "--help"} & set(arguments):
         print(help_text())
         return 0
-    try:
-        folder, settings = load_settings(arguments)
-        table = compress_folder(folder, settings)
-    except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return run_command(lambda: _compress(arguments))
+
+
+def _compress(arguments: list[str]) -> None:
+    table = compress_folder(*load_settings(arguments))
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(table)
-    return 0
 
 
 if __name__ == "__main__":

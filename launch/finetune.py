@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 try:
-    from lowrank_train.errors import UserError
+    from lowrank_train.command import run_command
     from lowrank_train.finetuning import finetuning_help, load_finetuning
     from lowrank_train.trainer import train
 except ModuleNotFoundError as error:
@@ -16,19 +15,11 @@ except ModuleNotFoundError as error:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code: 0 done or stopped by a signal with a checkpoint, 2 for anything the user must mend."""
+    """Exit code: 0 done or stopped by a signal with a checkpoint, 2 for anything the user must fix."""
     if {"-h", "--help"} & set(arguments):
         print(finetuning_help())
         return 0
-    try:
-        train(load_finetuning(arguments))
-    except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # before the first step there is nothing to save
-        return 130
-    return 0
+    return run_command(lambda: train(load_finetuning(arguments)))
 
 
 if __name__ == "__main__":

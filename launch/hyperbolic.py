@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 try:
+    from lowrank_train.command import run_command
     from lowrank_train.config import flags_to_keys, given_value
     from lowrank_train.errors import UserError
     from lowrank_train.hyperbolic.graph_config import GraphConfig, graph_help_text, load_graph_config
@@ -47,22 +48,19 @@ TRAININGS = {
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code: 0 done or stopped by a signal with a checkpoint, 2 for anything the user must mend."""
-    try:
-        training = _training(arguments)
-        if {"-h", "--help"} & set(arguments):
-            more = "" if training is not GRAPH else "\n\ndata.task=translation --help lists the keys of translation"
-            print(training.help_text() + more)
-            return 0
-        record = training.train(training.load(flags_to_keys(arguments, training.schema)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # before the first step there is nothing to save
-        return 130
+    """Exit code: 0 done or stopped by a signal with a checkpoint, 2 for anything the user must fix."""
+    return run_command(lambda: _train(arguments))
+
+
+def _train(arguments: list[str]) -> None:
+    training = _training(arguments)
+    if {"-h", "--help"} & set(arguments):
+        more = "" if training is not GRAPH else "\n\ndata.task=translation --help lists the keys of translation"
+        print(training.help_text() + more)
+        return
+    record = training.train(training.load(flags_to_keys(arguments, training.schema)))
     if record.status != "finished":
         print(f"stopped at {record.stopped_at}; resume with: {resume_command()}", file=sys.stderr)
-    return 0
 
 
 def _training(arguments: list[str]) -> Training:

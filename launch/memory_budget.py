@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 try:
-    from lowrank_train.budget_report import table, write_budget
+    from lowrank_train.budget_report import check_budget, table, write_budget
     from lowrank_train.budget_run import help_text, load_budget, measured_against, solve
-    from lowrank_train.errors import UserError
+    from lowrank_train.command import run_command
 except ModuleNotFoundError as error:
     if error.name not in ("lowrank_train", "optim"):
         raise
@@ -16,24 +16,22 @@ except ModuleNotFoundError as error:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code: 0 done, 2 for anything the user must mend, 130 stopped."""
+    """Exit code: 0 done, 2 for a setting that does not fit and for anything else the user must fix, 130 stopped."""
     if {"-h", "--help"} & set(arguments):
         print(help_text())
         return 0
-    try:
-        config = load_budget(arguments)
-        outcome = solve(config)
-        write_budget(outcome, Path(config.out))
-        measured = measured_against(config, outcome.fits[0]) if config.measure else ""
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return run_command(lambda: _answer(arguments))
+
+
+def _answer(arguments: list[str]) -> None:
+    config = load_budget(arguments)
+    outcome = solve(config)
+    write_budget(outcome, Path(config.out))
+    measured = measured_against(config, outcome.fits[0]) if config.measure else ""
     print(table(outcome))
     if measured:
         print(f"\n{measured}")
-    return 0
+    check_budget(outcome)
 
 
 if __name__ == "__main__":

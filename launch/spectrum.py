@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 try:
-    from lowrank_train.errors import UserError
+    from lowrank_train.command import run_command
     from lowrank_train.spectrum_run import help_text, load_settings, measure
 except ModuleNotFoundError as error:
     if error.name not in ("lowrank_train", "optim"):
@@ -15,21 +14,17 @@ except ModuleNotFoundError as error:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code: 0 done, 2 for anything the user must mend, 130 stopped."""
+    """Exit code: 0 done, 2 for anything the user must fix, 130 stopped."""
     if {"-h", "--help"} & set(arguments):
         print(help_text())
         return 0
-    try:
-        folders, settings = load_settings(arguments)
-        print(measure(folders, settings))
-    except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return run_command(lambda: _measure(arguments))
+
+
+def _measure(arguments: list[str]) -> None:
+    folders, settings = load_settings(arguments)
+    print(measure(folders, settings))
     print(f"\nplots, CSV and JSON: {settings.out}", file=sys.stderr)
-    return 0
 
 
 if __name__ == "__main__":

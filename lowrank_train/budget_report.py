@@ -10,9 +10,10 @@ from typing import Any
 
 from lowrank_train.budget_run import Fit, Outcome
 from lowrank_train.errors import UserError
+from lowrank_train.memory_check import in_words
 from lowrank_train.units import show_bytes
 
-__all__ = ["table", "write_budget"]
+__all__ = ["check_budget", "table", "write_budget"]
 
 _TERMS = {
     "weights": "weights",
@@ -42,6 +43,18 @@ def table(outcome: Outcome) -> str:
     if outcome.missing:
         lines += ["", "nothing fits for:", *(f"  {name}" for name in outcome.missing)]
     return "\n".join(lines)
+
+
+def check_budget(outcome: Outcome) -> None:
+    """Raise UserError if a setting of the answer needs more than the budget; says what needs how much too much."""
+    for fit in outcome.fits:
+        if fit.headroom < 0:
+            rank = f" at rank {fit.rank}" if fit.rank is not None else ""
+            raise UserError(
+                f"{fit.model} with {fit.label}{rank} and micro_batch={fit.micro_batch} does not fit: it needs "
+                f"{in_words(fit.memory)}, which is {show_bytes(-fit.headroom)} more than the budget of "
+                f"{show_bytes(fit.budget)}; --largest batch, rank or model says what fits"
+            )
 
 
 def write_budget(outcome: Outcome, folder: Path) -> None:

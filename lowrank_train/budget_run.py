@@ -46,7 +46,7 @@ _OWN_RANK = ("apollo_mini",)
 class BudgetConfig:
     """What is asked."""
 
-    budget: str = setting("24GiB", "memory of one device, e.g. 24GiB or 80GB")
+    budget: str = setting("24GiB", "memory of one device, with its unit: 24GiB or 24G (2^30 bytes each), 80GB (10^9)")
     models: list[str] = setting(["llama"], "families (llama, opt), or sizes: --models llama opt")  # noqa: RUF009
     model: str | None = setting(None, "one model to explain, or to solve for; null: the table")
     optimizers: list[str] = setting([], "of the table; empty: ten, four of them in 8 bits too")  # noqa: RUF009

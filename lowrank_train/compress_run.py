@@ -97,6 +97,8 @@ def load_settings(arguments: Sequence[str]) -> tuple[Path, CompressConfig]:
     given = [key for key, value in {**targets, "merge": config.merge or None}.items() if value is not None]
     if len(given) != 1:
         raise UserError(f"give one of rank_reduction, size, ranks and merge; got {', '.join(given) or 'none'}")
+    if config.size is not None:
+        _bytes(config.size, 2**40)  # its unit, before a model is read
     if config.rank_reduction is not None and not 0 < config.rank_reduction < 1:
         raise UserError(f"rank_reduction={config.rank_reduction}; expected a share of the ranks, above 0 and below 1")
     at_least_1 = {key: getattr(config, key) for key in ("multiple", "floor", "micro_batch", "calibration_tokens")}
@@ -202,6 +204,13 @@ def _text(
     return blocks[:rows] if config.perplexity else None, list(inputs.split(config.micro_batch))
 
 
+def _bytes(size: str, whole: int) -> int:
+    try:
+        return parse_bytes(size, whole)
+    except ValueError as error:
+        raise UserError(f"size={error}") from None
+
+
 def _plan(
     model: PreTrainedModel,
     linears: Mapping[str, nn.Linear],
@@ -215,10 +224,7 @@ def _plan(
     budget = None
     if config.size is not None:
         whole = sum(p.numel() * p.element_size() for p in model.parameters())
-        try:
-            budget = parse_bytes(config.size, whole) - (whole - matrices)
-        except ValueError as error:
-            raise UserError(f"size={error}") from None
+        budget = _bytes(config.size, whole) - (whole - matrices)
         if budget >= matrices:
             raise UserError(f"size={config.size} is not below the model's {whole:,} bytes; give less")
         if budget < 0:

@@ -229,7 +229,7 @@ def test_help_lists_every_key(command: Command) -> None:
 @KINDS
 def test_a_size_is_met_to_the_byte_it_predicts(command: Command, folders: Path, tmp_path: Path, kind: str) -> None:
     whole = sum(p.numel() * 4 for p in load_model(folders / kind).parameters())
-    for i, size in enumerate(("80%", f"{whole * 9 // 10}", f"{0.85 * whole / 1024:.2f}KiB")):
+    for i, size in enumerate(("80%", f"{whole * 9 // 10}B", f"{0.85 * whole / 1024:.2f}KiB")):
         out = tmp_path / str(i)
         code, _, errors = command(folders / kind, f"size={size}", f"out={out}", *settings(folders), "perplexity=false")
         assert code == 0, errors
@@ -411,18 +411,26 @@ def test_a_ruined_model_is_called_so(folders: Path, tmp_path: Path, after: float
 
 
 def test_sizes_as_people_write_them() -> None:
-    assert [parse_bytes(text) for text in ("12", "1 KiB", "1.5MB", "2gib", "3 TiB", "7B")] == [
+    assert [parse_bytes(text) for text in ("12B", "1 KiB", "1.5MB", "2gib", "3 TiB", "7B", "24G", "24GB")] == [
         12,
         1024,
         1_500_000,
         2**31,
         3 * 2**40,
         7,
+        24 * 2**30,
+        24 * 10**9,
     ]
     assert parse_bytes("60%", 1000) == 600
-    for text in ("", "-1", "5 bananas", "60%", "nan", "1e9", "MiB", "1,000"):
-        with pytest.raises(ValueError, match="is not a size; expected bytes, with a unit such as MiB or GB"):
+    for text in ("", "-1", "5 bananas", "60%", "nan", "1e9", "MiB", "1,000", "9" * 400 + "G"):
+        with pytest.raises(ValueError, match="is not a size; expected a number above 0 with a unit, such as 600MiB"):
             parse_bytes(text)
+    for text in ("12", "0", "24."):
+        with pytest.raises(ValueError, match=r"has no unit; write .*GiB \(2\^30 bytes each\)"):
+            parse_bytes(text)
+    for text in ("0GiB", "0%", "0.1B"):
+        with pytest.raises(ValueError, match="is no bytes at all; expected a number above 0"):
+            parse_bytes(text, 100)
     assert [show_bytes(count) for count in (0, 1023, 1024, 3 * 2**19, 2**40)] == [
         "0 B",
         "1023 B",
@@ -544,7 +552,8 @@ HALF = "rank_reduction=0.5"
         (["MODELS/llama", "size=77.5KB"], "is too small: the least ranks cost"),
         (["MODELS/llama", "size=1GiB"], "size=1GiB is not below the model's"),
         (["MODELS/llama", "size=100%"], "size=100% is not below the model's"),
-        (["MODELS/llama", "size=5 bananas"], "size='5 bananas' is not a size; expected bytes, with a unit"),
+        (["MODELS/llama", "size=5 bananas"], "size='5 bananas' is not a size; expected a number above 0"),
+        (["MODELS/llama", "size=60"], "size='60' has no unit; write 60GiB (2^30 bytes each)"),
         (["MODELS/llama", "size=-5MB"], "size='-5MB' is not a size"),
         (["MODELS/llama", HALF, "rank_reductoin=0.4"], "unknown key 'rank_reductoin'"),
         (["MODELS/llama", HALF, "rank_reductoin=0.4"], "did you mean 'rank_reduction'"),
