@@ -25,8 +25,9 @@ from optim import points, rules
 from optim.blocks import row_blocks
 from optim.quantization import as_stored, read, write
 from optim.rounding import store
-from optim.sharding import StateTensor, allocate, copy_into, first_column, is_distributed, local, max_over_shards
+from optim.sharding import StateTensor, allocate, first_column, is_distributed, local, max_over_shards
 from optim.slot import Slot, dense_gradient
+from optim.state_dict import load
 from optim.working_copies import COUNTER, Handed, chunked, copied, counted, is_copied, rounding_seed
 
 if TYPE_CHECKING:
@@ -376,43 +377,21 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
             torch.cuda.synchronize()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a ``state_dict()``; every tensor keeps the dtype, shape and placement this optimizer allocated.
+        """Load a ``state_dict()`` by the names of parameters, see ``optim.state_dict``; without names, by position.
 
-        torch's own loading casts all state but ``step`` to the parameter's dtype: int32 index 4095 would come back
-        as 4096 from a bf16 model. Raises ValueError for state of another rank, basis or parameter shape.
+        Settings that it does not name keep their present values. Raises ValueError, before anything is changed, for
+        other parameters or shapes, and for state of another rank, basis or method.
         """
-        if not self.state and not state_dict["state"]:
-            super().load_state_dict(state_dict)
-            return
-        self._adopt_replaced_parameters()
-        self._wait_for_offloaded()
-        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        slots = list(self.slots())
-        objection = self._structural_objection(state_dict["param_groups"])
-        if len(saved_ids) == len(slots):  # torch words the error for a mismatch
-            saved_states = [state_dict["state"].get(i, {}) for i in saved_ids]
-            if objection is None:
-                self.prepare_to_load(
-                    {
-                        slot.name: {key: tuple(value.shape) for key, value in saved.items()}
-                        for slot, saved in zip(slots, saved_states, strict=True)
-                    }
-                )
-            for slot, saved in zip(slots, saved_states, strict=True):
-                _check_loadable(slot, saved)
-        if objection is not None:
-            raise ValueError(objection)
-        kept_as = [{key: group[key] for key in SHARED_SETTINGS} for group in self.param_groups]
-        groups = self.param_groups
-        super().load_state_dict(state_dict)
-        for group, loaded, settings in zip(groups, self.param_groups, kept_as, strict=True):
-            group.clear()
-            group.update({**loaded, **settings})
-        self.param_groups = groups  # the same ones: updates fused into backward hold them
-        for i, slot in zip(saved_ids, slots, strict=True):
-            for key, value in state_dict["state"].get(i, {}).items():
-                copy_into(slot.state[key], value)
-            self.state[slot.param] = slot.state
+        state_dict = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        if self.state or state_dict["state"]:
+            self._adopt_replaced_parameters()
+            self._wait_for_offloaded()
+        load(self, state_dict, tuple(SHARED_SETTINGS))
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def prepare_to_load(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
         """Called before state is loaded: what has sizes of its own takes those of the checkpoint.
@@ -421,18 +400,6 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
             shapes: parameter -> state key -> global shape, as saved. Where they do not fit nothing is changed, and
                 what loads them says why.
         """
-
-    def _structural_objection(self, saved_groups: Sequence[Mapping[str, Any]]) -> str | None:
-        for group, saved in zip(self.param_groups, saved_groups, strict=False):
-            if group["role"] == "points" and (objection := points.structural_objection(group, saved)) is not None:
-                return objection
-            for key in self.structural_settings if group["role"] in self.method_roles else ():
-                if saved.get(key, group[key]) != group[key]:
-                    return (
-                        f"the checkpoint was written with {key}={saved[key]!r} and this optimizer has "
-                        f"{key}={group[key]!r}, so its state means something else; load it with the same"
-                    )
-        return None
 
 
 def adamw_state(param: Tensor) -> dict[str, StateTensor]:
@@ -496,19 +463,3 @@ def _check_not_flattened(name: str, param: Tensor, group: dict[str, Any]) -> Non
 def is_number(value: Any) -> bool:
     """An int or float, not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _check_loadable(slot: Slot, saved: dict[str, Any]) -> None:
-    if not saved:
-        return
-    if saved.keys() != slot.state.keys():
-        raise ValueError(
-            f"the saved state of {slot.name!r} has {sorted(saved)}; expected {sorted(slot.state)}: it was written by "
-            "another optimizer or basis"
-        )
-    for key, value in saved.items():
-        if tuple(value.shape) != tuple(slot.state[key].shape):
-            raise ValueError(
-                f"the saved {key!r} of {slot.name!r} has shape {tuple(value.shape)}; expected "
-                f"{tuple(slot.state[key].shape)}: it was written with another rank or model; load it with the same"
-            )
