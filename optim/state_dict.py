@@ -160,8 +160,8 @@ def _settings(group: Mapping[str, Any], saved: Sequence[Mapping[str, Any]], kept
     for written in saved:
         if not written.get("decoupled_weight_decay", True) and written.get("weight_decay"):
             raise ValueError(
-                f"the checkpoint was written by torch's Adam with weight_decay={written['weight_decay']!r}, which it adds "
-                "to the gradient; here weight decay is decoupled (AdamW), so training would not continue"
+                f"the checkpoint was written by torch's Adam with weight_decay={written['weight_decay']!r}, which "
+                "it adds to the gradient; here weight decay is decoupled (AdamW), so training would not continue"
             )
     return copy.deepcopy(found[0]) if found else {}
 
