@@ -10,6 +10,7 @@ Step t of a run uses the same blocks whatever the number of ranks; rank r of W t
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -156,6 +157,11 @@ class _SubStream:
         data = self.config.data
         self.rows = split_dataset_by_node(open_stream(data, "train"), rank=self.index, world_size=data.streams)
         if start is not None:
+            if '"ArrowExamplesIterable"' in json.dumps(start) and Path(str(data.path)).exists():
+                raise UserError(
+                    f"the position in data.path={data.path} was written by an earlier version, which counted rows of "
+                    "streamed files in another way; resume with that version, or start in another run_dir"
+                )
             self.rows.load_state_dict(start)
         self.start, self.reading = start, False
         self.documents = texts(self.rows, data.text_key, f"data.path={data.path}")

@@ -34,10 +34,11 @@ from lowrank_train.progress import show_progress
 from lowrank_train.text import (
     Example,
     check_exists,
+    columns_of,
     embedded_documents,
     examples,
     local_documents,
-    local_examples,
+    local_rows,
     lot,
     open_stream,
     texts,
@@ -216,9 +217,9 @@ def _documents(config: DataConfig, streaming: bool) -> tuple[_Opener, _Opener, f
     def everything() -> Iterator[_Document]:
         if config.path is None:
             return embedded_documents()
-        if config.response_key is not None or streaming:
-            return _of_rows(config, open_stream(config, "train"))
-        return local_documents(config.path, config.text_key, without=config.validation)
+        if streaming or not Path(config.path).exists():
+            return _of_rows(config, open_stream(config, "train"), f"data.path={config.path}")
+        return _local(config, config.path, "data.path", without=config.validation, training=True)
 
     if config.validation is None:
         limit = _held_out_below(config, everything, streaming)
@@ -235,10 +236,8 @@ def _documents(config: DataConfig, streaming: bool) -> tuple[_Opener, _Opener, f
                 raise UserError(
                     f"data.validation={config.validation} does not exist; expected a file or folder of text"
                 )
-            if config.prompt_key is not None and config.response_key is not None:
-                return local_examples(config.validation, config.prompt_key, config.response_key, "data.validation")
-            return local_documents(config.validation, config.text_key, "data.validation")
-        return _of_rows(config, open_stream(config, config.validation))
+            return _local(config, config.validation, "data.validation")
+        return _of_rows(config, open_stream(config, config.validation), f"data.validation={config.validation}")
 
     def training() -> Iterator[_Document]:
         copies = set() if streaming else {lot(text) for text in validation()}
@@ -247,8 +246,13 @@ def _documents(config: DataConfig, streaming: bool) -> tuple[_Opener, _Opener, f
     return training, validation, 0.0
 
 
-def _of_rows(config: DataConfig, rows: Any) -> Iterator[_Document]:
-    where = f"data.path={config.path}"
+def _local(config: DataConfig, path: str, key: str, **which: Any) -> Iterator[_Document]:
+    if config.response_key is not None:
+        return _of_rows(config, local_rows(path, columns_of(config), key, **which), f"{key}={path}")
+    return local_documents(path, config.text_key, key, **which)
+
+
+def _of_rows(config: DataConfig, rows: Any, where: str) -> Iterator[_Document]:
     if config.prompt_key is not None and config.response_key is not None:
         return examples(rows, config.prompt_key, config.response_key, where)
     return texts(rows, config.text_key, where)

@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import importlib
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lowrank_train.config import DataConfig
 from lowrank_train.errors import UserError
+from lowrank_train.text_files import find_files
+from lowrank_train.text_rows import PLACE, kind_of, rows
 
 __all__ = [
     "Example",
     "check_exists",
+    "columns_of",
     "embedded_documents",
     "examples",
     "local_documents",
-    "local_examples",
+    "local_rows",
     "lot",
     "open_stream",
     "texts",
 ]
-
-_READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".parquet": ("parquet", {}),
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".txt": ("text", {"sample_by": "document"}),
-    ".md": ("text", {"sample_by": "document"}),
-    ".rst": ("text", {"sample_by": "document"}),
-    ".py": ("text", {"sample_by": "document"}),
-}
-"""File suffix -> builder of ``datasets`` and its arguments."""
 
 _PIECE_CHARACTERS = 20_000
 
@@ -76,94 +67,88 @@ def embedded_documents() -> Iterator[str]:
     yield from (topics[key] for key in sorted(topics))
 
 
-def local_documents(path: str, text_key: str, key: str = "data.path", without: str | None = None) -> Iterator[str]:
-    """Documents of a file, or of all readable files in a folder, in the order of their names.
+def columns_of(config: DataConfig) -> dict[str, str]:
+    """Return the columns that are read -> the key of the configuration that names each."""
+    if config.prompt_key is not None and config.response_key is not None:
+        return {config.prompt_key: "data.prompt_key", config.response_key: "data.response_key"}
+    return {config.text_key: "data.text_key"}
+
+
+def local_documents(
+    path: str, text_key: str, key: str = "data.path", without: str | None = None, *, training: bool = False
+) -> Iterator[str]:
+    """Yield the documents of a file, or of all readable files in a folder, in the order of their names.
 
     Args:
-        path: a file or folder; what lies in hidden files and folders is left out.
+        path: a file or folder; see ``find_files``.
         text_key: column that holds the text.
         key: of the configuration that gave the path, for messages.
-        without: a file or folder (of held-out text) whose files are left out.
+        without: a file or folder (of held-out text) whose files are not read.
+        training: leave out files whose names say that they are held-out text.
 
     Raises:
-        UserError: nothing readable, mixed kinds, a file that cannot be parsed, or no such column.
+        UserError: there is nothing readable, mixed kinds, a file that cannot be parsed, or no such column.
     """
-    whole_files = _READERS[_files(path, key, without)[0].suffix.lower()][0] == "text"
-    for text in texts(_load_local(path, key, without), text_key, f"{key}={path}"):
+    files = find_files(path, key, without=without, training=training).files
+    whole_files = kind_of(files[0]) == "text"
+    for text in texts(_rows_of_files(files, {text_key: "data.text_key"}), text_key, f"{key}={path}"):
         yield from _pieces(text) if whole_files else [text]
 
 
-def local_examples(
-    path: str, prompt_key: str, response_key: str, key: str = "data.path", without: str | None = None
-) -> Iterator[Example]:
-    """As ``local_documents``, of two columns."""
-    return examples(_load_local(path, key, without), prompt_key, response_key, f"{key}={path}")
+def local_rows(
+    path: str, columns: Mapping[str, str], key: str = "data.path", without: str | None = None, *, training: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of files as ``local_documents`` finds them, with the chosen columns; see ``text_rows.rows``."""
+    return _rows_of_files(find_files(path, key, without=without, training=training).files, columns)
 
 
 def open_stream(config: DataConfig, split: str) -> Any:
-    """A streaming ``datasets.IterableDataset``: of local files, or a split of a Hugging Face dataset by name.
+    """Open a streaming ``datasets.IterableDataset``: of local files, or a split of a Hugging Face dataset by name.
 
     Raises:
         UserError: the dataset, its configuration or its split cannot be opened.
     """
     assert config.path is not None
+    columns = columns_of(config)
     if Path(config.path).exists():
-        return _load_local(config.path, "data.path", config.validation)
+        found = find_files(config.path, "data.path", without=config.validation, training=True)
+        return _streamed(found.files, columns)
     check_exists(config.path, "data.path")
-    return _opened(
-        lambda datasets: datasets.load_dataset(config.path, config.name, split=split, streaming=True),
-        f"data.path={config.path}" + (f" data.name={config.name}" if config.name else "") + f" (split {split})",
-        "it is neither a local path nor a Hugging Face dataset that can be reached",
-    )
+    import datasets  # slow to import, and not needed for the embedded text
+
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(config.path, config.name, split=split, streaming=True)
+    except Exception as error:  # datasets raises whatever its readers and the network raise
+        name = f" data.name={config.name}" if config.name else ""
+        raise UserError(
+            f"cannot open data.path={config.path}{name} (split {split}): it is neither a local path nor a Hugging Face "
+            f"dataset that can be reached ({_first_line(error)})"
+        ) from None
 
 
 def check_exists(name: str, key: str) -> None:
     """Raise UserError for a name that was meant as a path and leads nowhere, before a hub is asked for it."""
-    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).suffix.lower() in _READERS
+    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or kind_of(Path(name)) is not None
     if is_path and not Path(name).exists():
         raise UserError(f"{key}={name} does not exist; expected a file, a folder, or a name on the Hugging Face hub")
 
 
-def _load_local(path: str, key: str, without: str | None) -> Any:
-    files = _files(path, key, without)
-    builder, arguments = _READERS[files[0].suffix.lower()]
-    names = [glob.escape(str(f)) for f in files]
-    return _opened(
-        lambda datasets: datasets.load_dataset(builder, data_files=names, split="train", streaming=True, **arguments),
-        f"{key}={path}",
-        "a file cannot be read",
+def _streamed(files: list[Path], columns: Mapping[str, str]) -> Any:
+    import datasets  # as above
+
+    return datasets.IterableDataset.from_generator(
+        _rows_of_files, gen_kwargs={"files": files, "columns": dict(columns)}
     )
 
 
-def _files(path: str, key: str, without: str | None = None) -> list[Path]:
-    root = Path(path)
-    held_out = (
-        {f.resolve() for f in _files(without, "data.validation")} if without and Path(without).exists() else set()
-    )
-    if root.is_file():
-        if root.suffix.lower() not in _READERS:
-            raise UserError(
-                f"{key}={path} is a {root.suffix or 'nameless'} file; expected one of {', '.join(_READERS)}"
-            )
-        files = [root]
-    else:
-        found = sorted(f for f in root.rglob("*") if f.is_file() and f.suffix.lower() in _READERS)
-        files = [f for f in found if not any(part.startswith(".") for part in f.relative_to(root).parts)]
-        records = [f for f in files if _READERS[f.suffix.lower()][0] != "text"]
-        files = records or files  # a README beside data files is about them
-    if not files:
-        raise UserError(f"{key}={path} has no file to read; expected {', '.join(_READERS)}")
-    kinds = {_READERS[f.suffix.lower()][0] for f in files}
-    if len(kinds) > 1:
-        raise UserError(f"{key}={path} mixes files of kinds {', '.join(sorted(kinds))}; keep one kind in a folder")
-    files = [f for f in files if f.resolve() not in held_out]
-    if not files:
-        raise UserError(f"every file of {key}={path} is also in data.validation={without}; give different text")
-    return files
+def _rows_of_files(files: list[Path], columns: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    for file in files:
+        yield from rows(file, columns)
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """A long text cut at line ends, so that a part of a single file can be held out."""
+    """Cut a long text at line ends, so that a part of a single file can be held out."""
     piece: list[str] = []
     size = 0
     for line in text.splitlines(keepends=True):
@@ -174,16 +159,6 @@ def _pieces(text: str) -> Iterator[str]:
             piece, size = [], 0
     if piece:
         yield "".join(piece)
-
-
-def _opened(load: Callable[[Any], Any], what: str, reason: str) -> Any:
-    import datasets  # slow to import, and not needed for the embedded text
-
-    datasets.disable_progress_bars()
-    try:
-        return load(datasets)
-    except Exception as error:  # datasets raises whatever its readers and the network raise
-        raise UserError(f"cannot open {what}: {reason} ({_first_line(error)})") from None
 
 
 def texts(rows: Iterable[dict[str, Any]], column: str, where: str) -> Iterator[str]:
@@ -210,17 +185,30 @@ def _read(rows: Iterable[dict[str, Any]], where: str) -> Iterator[dict[str, Any]
             row = next(iterator)
         except StopIteration:
             return
-        except Exception as error:  # as above: a damaged file is noticed while reading
+        except UserError as error:  # of our own readers, which say where in a file
+            raise UserError(f"{where}: {error}") from None
+        except Exception as error:  # of the readers of datasets, and of the network
             raise UserError(f"cannot read {where}: {_first_line(error)}") from None
         yield row
 
 
 def _text(row: dict[str, Any], column: str, where: str, key: str) -> str:
-    """What a row holds in a column, "" for null."""
+    """Return what a row holds in a column, "" for null."""
+    place = f"{where}: {row[PLACE]}" if PLACE in row else where
     text = row.get(column, "")
     if column not in row or not isinstance(text, str | None):
         got = "nothing" if column not in row else type(text).__name__
-        raise UserError(f"{where}: column {column!r} holds {got}; set {key} to one of {', '.join(row)}")
+        others = ", ".join(name for name in row if name != PLACE)
+        hint = f"set {key} to a column of text" if PLACE in row else f"set {key} to one of {others}"
+        raise UserError(f"{place}: column {column!r} holds {got}; {hint}")
+    if text and not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{place}: column {column!r} holds half a character at position {error.start} (a surrogate without "
+                "its pair); repair the row or leave it out"
+            ) from None
     return text or ""
 
 

@@ -442,7 +442,7 @@ def test_shared_rows_are_of_one_length(tmp_path: Path, tokenizer: str, examples:
         (["data.response_key=number"], ["'number' holds int", "data.response_key"]),
         (["data.validation={folder}/other.jsonl"], ["data.validation=", "'response' holds nothing"]),
         (["data.validation={folder}/none.jsonl"], ["data.validation=", "does not exist"]),
-        (["data.path={folder}/text.txt"], ["'prompt' holds nothing", "data.prompt_key to one of text"]),
+        (["data.path={folder}/text.txt"], ["text.txt is plain text", "data.response_key needs JSON"]),
         (["data.path={folder}/long.jsonl"], ["no train example", "seq_len=8", "raise seq_len"]),
         (
             ["data.validation={folder}/long.jsonl"],
