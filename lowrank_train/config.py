@@ -66,8 +66,8 @@ class DataConfig:
 
     path: str | None = setting(
         None,
-        "parquet, JSON, arrow or text file (.gz, .zst, .bz2, .xz too), a folder of them or of save_to_disk, or a Hugging "
-        "Face dataset such as allenai/c4; null: the sources and documentation of the running Python",
+        "parquet, JSON, arrow or text file (.gz, .zst, .bz2, .xz too), a folder of them or of save_to_disk, or a "
+        "Hugging Face dataset such as allenai/c4; null: the sources and documentation of the running Python",
     )
     name: str | None = setting(None, "configuration of a Hugging Face dataset, e.g. en")
     text_key: str = setting("text", "column that holds the text")
