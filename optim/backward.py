@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from optim.base import MatrixOptimizer, Slot, dense_gradient, is_number
 from optim.sharding import laid_out_as, local, sum_over_shards
+from optim.surroundings import without_autocast
 from optim.wrapped import bare_model, bare_optimizer, is_replicated
 
 __all__ = ["BackwardUpdates", "attach_to_backward"]
@@ -127,6 +128,7 @@ class BackwardUpdates:
             self._squares.clear()
 
     @torch.no_grad()
+    @without_autocast()
     def _hook(self, param: Tensor) -> None:
         slot = self._slots[param]
         first = param not in self._passes

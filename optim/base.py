@@ -28,6 +28,7 @@ from optim.rounding import store
 from optim.sharding import StateTensor, allocate, first_column, is_distributed, local, max_over_shards
 from optim.slot import Slot, dense_gradient
 from optim.state_dict import load
+from optim.surroundings import eagerly, without_autocast
 from optim.working_copies import COUNTER, Handed, chunked, copied, counted, is_copied, rounding_seed
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
 
     # ---------------------------------------------------------------------------------------------------------- step
 
+    @eagerly
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One update of every parameter that has a gradient; returns the closure's loss, if any.
@@ -138,12 +140,13 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._adopt_replaced_parameters()
-        if self.in_backward is not None:
-            self.in_backward.finish()
-        else:
-            self.step_slots(list(self.slots()))
-        self.end_step()
+        with without_autocast():
+            self._adopt_replaced_parameters()
+            if self.in_backward is not None:
+                self.in_backward.finish()
+            else:
+                self.step_slots(list(self.slots()))
+            self.end_step()
         return loss
 
     def end_step(self) -> None:
