@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lowrank_train.labels import split
+from lowrank_train.labels import marked_positions, split
 from lowrank_train.loss import IGNORED, token_loss
+from lowrank_train.packing import document_inputs
 
 __all__ = ["needs_data", "prepare", "prepare_adapter"]
 
@@ -48,14 +49,17 @@ def prepare_adapter(wrapper: Any, config: Any, batches: Iterable[Tensor]) -> Non
             "input_ids": inputs.to(device),
             "attention_mask": torch.ones_like(inputs).to(device),
             "labels": labels.to(device),
+            **({} if positions is None else {"positions": positions.to(device)}),
         }
-        for inputs, labels in map(split, batches)
+        for inputs, labels, positions in ((*split(blocks), marked_positions(blocks)) for blocks in batches)
     ]
     importlib.import_module("peft").initialize_lora_eva_weights(
         wrapper,
         seen,
         forward_fn=lambda model, batch: model.get_base_model().base_model(
-            input_ids=batch["input_ids"], use_cache=False
+            input_ids=batch["input_ids"],
+            use_cache=False,
+            **document_inputs(model.get_base_model(), batch.get("positions")),
         ),
         gather_distributed_inputs=False,  # every rank sees all of them
         show_progress_bar=False,
@@ -68,8 +72,10 @@ def _corda(model: PreTrainedModel, config: Any, batches: Iterable[Tensor]) -> No
     def look() -> None:
         with torch.no_grad():
             for blocks in batches:
-                for inputs in split(blocks)[0].to(model.device).split(1):  # its hooks know no batch
-                    model.base_model(input_ids=inputs, use_cache=False)
+                for one in blocks.split(1):  # its hooks know no batch
+                    positions = marked_positions(one.to(model.device))
+                    inputs = split(one)[0].to(model.device)
+                    model.base_model(input_ids=inputs, use_cache=False, **document_inputs(model, positions))
 
     importlib.import_module("peft.tuners.lora.corda").preprocess_corda(model, config, run_model=look)
 
@@ -83,8 +89,9 @@ def _lora_ga(model: PreTrainedModel, config: Any, batches: Iterable[Tensor]) -> 
         try:
             for blocks in batches:
                 inputs, labels = (part.to(model.device) for part in split(blocks))
+                positions = marked_positions(blocks.to(model.device))
                 counted = int((labels != IGNORED).sum())
-                (token_loss(model, inputs, labels, _CHUNK) / max(1, counted)).backward()
+                (token_loss(model, inputs, labels, _CHUNK, positions) / max(1, counted)).backward()
         finally:
             handle.remove()
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lowrank_train.config import Config
+from lowrank_train.encoding import Encoder
 from lowrank_train.errors import UserError
 from lowrank_train.text import lot, open_stream, texts
-from lowrank_train.tokenizer import encode
 
 __all__ = ["TokenFile", "TokenStream", "TrainingBlocks"]
 
@@ -138,12 +138,13 @@ class _SubStream:
         self.config, self.tokenizer, self.held_out_below, self.index = config, tokenizer, held_out_below, index
         state = {"rows": None, "ahead": []} if saved is None else json.loads(saved)
         self.ahead: list[int] = state["ahead"]
+        self.encoder = Encoder(config.data, tokenizer)
         self._open(state["rows"])
 
     def next_block(self) -> Tensor:
         size = self.config.seq_len
         while len(self.ahead) < size + 1:
-            self.ahead += encode(self.tokenizer, [self._next_document()])[0]
+            self.ahead += self.encoder([self._next_document()])[0]
         block, self.ahead = self.ahead[: size + 1], self.ahead[size:]
         return torch.tensor(block)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import difflib
 from collections.abc import Iterator, Sequence
@@ -15,11 +14,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from lowrank_train import methods
+from lowrank_train.data_config import DataConfig, check_data
 from lowrank_train.errors import UserError
+from lowrank_train.settings import setting
 
 __all__ = [
     "AdapterConfig",
     "Config",
+    "DataConfig",
     "changed_keys",
     "complete",
     "flags_to_keys",
@@ -33,13 +35,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-
-
-def setting(default: Any, meaning: str) -> Any:
-    """A field with its meaning, shown by ``--help``."""
-    if isinstance(default, dict | list):
-        return field(default_factory=lambda: copy.copy(default), metadata={"help": meaning})
-    return field(default=default, metadata={"help": meaning})
 
 
 @dataclass
@@ -58,38 +53,6 @@ class ModelConfig:
         "and attention; full: everything, for about 1.3x the time",
     )
     checkpointed_layers: int | None = setting(None, "of so many decoder layers, from the first on; null: of all")
-
-
-@dataclass
-class DataConfig:
-    """Where text comes from and how it becomes tokens."""
-
-    path: str | None = setting(
-        None,
-        "parquet, JSON, arrow or text file (.gz, .zst, .bz2, .xz too), a folder of them or of save_to_disk, or a "
-        "Hugging Face dataset such as allenai/c4; null: the sources and documentation of the running Python",
-    )
-    name: str | None = setting(None, "configuration of a Hugging Face dataset, e.g. en")
-    text_key: str = setting("text", "column that holds the text")
-    prompt_key: str | None = setting(None, "column of prompts, which are read but not learned; null: plain text")
-    response_key: str | None = setting(None, "column of responses, which are learned; null: plain text (data.text_key)")
-    validation: str | None = setting(
-        None,
-        "file or folder of held-out text, or a split of the Hugging Face dataset; null: documents held out by hash",
-    )
-    validation_fraction: float = setting(0.02, "share of documents held out when data.validation is null")
-    tokenizer: str | None = setting(
-        None,
-        "Hugging Face tokenizer, by name or folder; null: the model folder's, or a BPE trained on the text",
-    )
-    vocab_size: int = setting(32000, "entries of the trained BPE, at least 257")
-    streaming: bool | None = setting(
-        None, "tokenize on the fly instead of once into the run folder; null: only for Hugging Face datasets"
-    )
-    streams: int = setting(8, "parallel streams of a streamed dataset; a multiple of the world size")
-    folder: str | None = setting(
-        None, "folder of the tokens, which runs on the same text share; null: in the run folder"
-    )
 
 
 @dataclass
@@ -416,7 +379,7 @@ def _check(config: Config) -> None:
         )
     if config.clip is not None and not config.clip > 0:
         raise UserError(f"clip={config.clip}; expected a number > 0, or null for no clipping")
-    _check_examples(config)
+    check_data(config.data, config.seq_len, config.evaluation.tokens)
     if config.adapter.name is None and (config.adapter.rank is not None or config.adapter.arguments):
         raise UserError("adapter.rank or adapter.arguments without adapter.name; give that, e.g. adapter.name=lora")
     other_lr = config.optimizer.get("other_lr")
@@ -428,25 +391,3 @@ def _check(config: Config) -> None:
         methods.find(str(config.optimizer.get("name")), arguments)
     except ValueError as error:
         raise UserError(f"in optimizer: {error}") from None
-
-
-def _check_examples(config: Config) -> None:
-    """Of data with prompts and responses."""
-    data = config.data
-    if (data.prompt_key is None) != (data.response_key is None):
-        raise UserError(
-            f"data.prompt_key={data.prompt_key} with data.response_key={data.response_key}; set both for prompts and "
-            "responses, or neither for plain text"
-        )
-    if data.response_key is None:
-        return
-    if data.path is None:
-        raise UserError(
-            f"data.path=null with data.response_key={data.response_key}: the embedded text has no prompts and "
-            "responses; set data.path to data that has, or both keys to null"
-        )
-    if config.evaluation.tokens < config.seq_len:
-        raise UserError(
-            f"evaluation.tokens={config.evaluation.tokens} with data.response_key={data.response_key}; expected at "
-            f"least one row of seq_len={config.seq_len} tokens: raise it"
-        )

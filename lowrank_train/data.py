@@ -24,15 +24,18 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lowrank_train.blocks import TokenFile, TokenStream, TrainingBlocks
+from lowrank_train.chat import Chat
 from lowrank_train.checkpoint import find_checkpoint
 from lowrank_train.config import Config, DataConfig
+from lowrank_train.encoding import Encoder
 from lowrank_train.errors import UserError
 from lowrank_train.labels import lay_out
 from lowrank_train.loss import IGNORED
 from lowrank_train.parallel import Ranks
 from lowrank_train.progress import show_progress
 from lowrank_train.text import (
-    Example,
+    Document,
+    chats,
     check_exists,
     columns_of,
     embedded_documents,
@@ -43,7 +46,7 @@ from lowrank_train.text import (
     open_stream,
     texts,
 )
-from lowrank_train.tokenizer import encode, encode_examples, prepare_tokenizer
+from lowrank_train.tokenizer import prepare_tokenizer
 
 __all__ = ["Data", "prepare_data"]
 
@@ -53,8 +56,7 @@ _ORDER_OF_ROWS = ("seed",)  # rows of examples were laid out for one seq_len
 _REMEDY = "delete {folder} and run again: the same text gives the same tokens"
 
 T = TypeVar("T")
-_Document = str | Example  # of one kind in a run
-_Opener = Callable[[], Iterator[_Document]]
+_Opener = Callable[[], Iterator[Document]]
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,11 @@ def prepare_data(config: Config, ranks: Ranks, folder: Path) -> Data:
             divide by the ranks; prompts and responses that would be streamed.
     """
     streaming = _is_streamed(config.data)
-    if streaming and config.data.response_key is not None:
+    if streaming and config.data.is_supervised:
         check_exists(str(config.data.path), "data.path")
+        key = "response_key" if config.data.messages_key is None else "messages_key"
         raise UserError(
-            f"data.response_key={config.data.response_key} with streamed data.path={config.data.path}; supervised data "
+            f"data.{key}={getattr(config.data, key)} with streamed data.path={config.data.path}; supervised data "
             "is not streamed: set data.streaming=false"
         )
     description: dict[str, Any] = {
@@ -91,6 +94,10 @@ def prepare_data(config: Config, ranks: Ranks, folder: Path) -> Data:
         "data.text_key": config.data.text_key,
         "data.prompt_key": config.data.prompt_key,
         "data.response_key": config.data.response_key,
+        "data.messages_key": config.data.messages_key,
+        "data.separate_documents": config.data.separates or None,
+        "data.special_tokens": config.data.special_tokens,
+        "data.add_bos": config.data.add_bos,
         "data.validation": _absolute(config.data.validation),
         "data.validation_fraction": config.data.validation_fraction,
         "data.tokenizer": _absolute(config.data.tokenizer) or f"bpe-{config.data.vocab_size}",
@@ -137,13 +144,14 @@ def _write_tokens(config: Config, folder: Path, description: dict[str, Any], str
     training, validation, held_out_below = _documents(config.data, streaming)
     prepare_tokenizer(config.data, lambda: _texts_of(training()), scratch / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(scratch / "tokenizer")
-    supervised = config.data.response_key is not None
-    dtype = "int32" if supervised else "uint16" if len(tokenizer) <= 2**16 else "uint32"
+    encoder = Encoder(config.data, tokenizer)
+    supervised = config.data.is_supervised
+    dtype = "int32" if supervised or config.data.separates else "uint16" if len(tokenizer) <= 2**16 else "uint32"
     hasher = hashlib.sha1(usedforsecurity=False)
     seen: Counter[str] = Counter()
 
-    def write(name: str, documents: Iterator[_Document], limit: int | None = None) -> int:
-        sequences = _encoded(tokenizer, show_progress(documents, f"tokenizing {name} text", "documents"))
+    def write(name: str, documents: Iterator[Document], limit: int | None = None) -> int:
+        sequences = _encoded(encoder, show_progress(documents, f"tokenizing {name} text", "documents"))
         if supervised:
             sequences = lay_out(sequences, config.seq_len, tokenizer.eos_token_id, seen)
         return _write(scratch / f"{name}.bin", sequences, dtype, hasher, limit)
@@ -152,12 +160,14 @@ def _write_tokens(config: Config, folder: Path, description: dict[str, Any], str
     if supervised:
         wanted -= wanted % config.seq_len  # whole rows
     found: dict[str, Any] = {"dtype": dtype, "vocab_size": len(tokenizer), "held_out_below": held_out_below}
+    found["adds_bos"] = encoder.adds_bos
     found["validation_tokens"] = write("validation", validation(), wanted + 1)
     if not streaming:
         found["train_tokens"] = write("train", training())
     found["sha1"] = hasher.hexdigest()
     if supervised:
-        found["examples_cut"] = seen["cut"]
+        found["examples_cut"], found["examples_left_out"] = seen["cut"], seen["left_out"]
+    found["documents_with_split_names"] = encoder.seen["split"]
     _check_found(config, found)
     (scratch / "data.json").write_text(json.dumps({"settings": description, "found": found}, indent=2))
     shutil.rmtree(folder, ignore_errors=True)
@@ -168,7 +178,7 @@ def _write_tokens(config: Config, folder: Path, description: dict[str, Any], str
 def _check_found(config: Config, found: dict[str, Any]) -> None:
     fraction = config.data.validation_fraction
     held_out = f"give some with data.validation, or raise data.validation_fraction={fraction}"
-    if config.data.response_key is not None:
+    if config.data.is_supervised:
         for name, more in (("train", "give more data with data.path"), ("validation", held_out)):
             if found[f"{name}_tokens"] == 0:
                 raise UserError(
@@ -191,7 +201,7 @@ def _read_record(config: Config, folder: Path, description: dict[str, Any]) -> d
         raise UserError(f"{record} is damaged ({error}); {_REMEDY.format(folder=folder)}") from None
     other = [key for key, value in description.items() if settings.get(key) != value]
     if config.data.folder is not None:
-        other = [key for key in other if key not in (_ORDER if config.data.response_key is None else _ORDER_OF_ROWS)]
+        other = [key for key in other if key not in (_ORDER_OF_ROWS if config.data.is_supervised else _ORDER)]
     if not other:
         return found
     differs = f"{other[0]} was {settings.get(other[0])!r}, is {description[other[0]]!r}"
@@ -214,7 +224,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def _documents(config: DataConfig, streaming: bool) -> tuple[_Opener, _Opener, float]:
     """Openers of the training and of the held-out text, and the lot below which a document is held out."""
 
-    def everything() -> Iterator[_Document]:
+    def everything() -> Iterator[Document]:
         if config.path is None:
             return embedded_documents()
         if streaming or not Path(config.path).exists():
@@ -229,7 +239,7 @@ def _documents(config: DataConfig, streaming: bool) -> tuple[_Opener, _Opener, f
             limit,
         )
 
-    def validation() -> Iterator[_Document]:
+    def validation() -> Iterator[Document]:
         assert config.validation is not None
         if config.path is None or Path(config.path).exists() or Path(config.validation).exists():
             if not Path(config.validation).exists():
@@ -239,29 +249,34 @@ def _documents(config: DataConfig, streaming: bool) -> tuple[_Opener, _Opener, f
             return _local(config, config.validation, "data.validation")
         return _of_rows(config, open_stream(config, config.validation), f"data.validation={config.validation}")
 
-    def training() -> Iterator[_Document]:
+    def training() -> Iterator[Document]:
         copies = set() if streaming else {lot(text) for text in validation()}
         return (text for text in everything() if lot(text) not in copies)
 
     return training, validation, 0.0
 
 
-def _local(config: DataConfig, path: str, key: str, **which: Any) -> Iterator[_Document]:
-    if config.response_key is not None:
+def _local(config: DataConfig, path: str, key: str, **which: Any) -> Iterator[Document]:
+    if config.is_supervised:
         return _of_rows(config, local_rows(path, columns_of(config), key, **which), f"{key}={path}")
     return local_documents(path, config.text_key, key, **which)
 
 
-def _of_rows(config: DataConfig, rows: Any, where: str) -> Iterator[_Document]:
+def _of_rows(config: DataConfig, rows: Any, where: str) -> Iterator[Document]:
     if config.prompt_key is not None and config.response_key is not None:
         return examples(rows, config.prompt_key, config.response_key, where)
+    if config.messages_key is not None:
+        return chats(rows, config.messages_key, where)
     return texts(rows, config.text_key, where)
 
 
-def _texts_of(documents: Iterable[_Document]) -> Iterator[str]:
+def _texts_of(documents: Iterable[Document]) -> Iterator[str]:
     """All that a tokenizer must know."""
     for document in documents:
-        yield from [document] if isinstance(document, str) else document
+        if isinstance(document, Chat):
+            yield from (message["content"] for message in document.messages)
+        else:
+            yield from [document] if isinstance(document, str) else document
 
 
 def _held_out_below(config: DataConfig, everything: _Opener, streaming: bool) -> float:
@@ -307,14 +322,10 @@ def _write(file: Path, sequences: Iterable[list[int]], dtype: str, hasher: Any, 
     return total
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, documents: Iterable[_Document]) -> Iterator[list[int]]:
+def _encoded(encoder: Encoder, documents: Iterable[Document]) -> Iterator[list[int]]:
     """Stored tokens of each document."""
     for batch in _batched(documents):
-        of_examples = [document for document in batch if isinstance(document, Example)]
-        if of_examples:
-            yield from encode_examples(tokenizer, of_examples)
-        else:
-            yield from encode(tokenizer, [document for document in batch if isinstance(document, str)])
+        yield from encoder(batch)
 
 
 def _batched(documents: Iterable[T]) -> Iterator[list[T]]:

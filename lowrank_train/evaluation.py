@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_train.config import Config
-from lowrank_train.labels import split
+from lowrank_train.labels import positions, split
 from lowrank_train.loss import IGNORED
 from lowrank_train.parallel import Ranks, reshard
 from lowrank_train.progress import show_progress
@@ -32,7 +32,8 @@ def evaluate(model: PreTrainedModel, blocks: Tensor, config: Config, ranks: Rank
     total = torch.zeros(2, dtype=torch.float64)
     for batch in show_progress(mine.split(config.micro_batch), "evaluating", "batches", active=ranks.is_first):
         inputs, labels = (part.to(ranks.device) for part in split(batch))
-        loss = model.token_loss(inputs, labels, config.loss_chunk)
+        apart = positions(batch).to(ranks.device) if config.data.separates else None
+        loss = model.token_loss(inputs, labels, config.loss_chunk, apart)
         total += torch.tensor([loss.item(), int((labels != IGNORED).sum())], dtype=torch.float64)
     reshard(model)  # the root group stays gathered after a forward without backward
     model.train()

@@ -1,10 +1,11 @@
-"""Which tokens of a block are learned: those of responses, not those of prompts and padding.
+"""Which tokens of a block are learned, and where a document starts.
 
-A block holds token ids; a token that is an input but not a label is stored as a negative number that no padding
-(``IGNORED``) can be taken for:
+A block holds token ids. A token that is an input but not a label, such as those of prompts, is stored as a negative
+number that differs from padding (``IGNORED``):
 
     stored = id                  it is an input, and the label of the position before it
     stored = IGNORED - 1 - id    it is an input only
+    stored = -2^30 - id          it is an input only, and the first token of a document
     stored = IGNORED             it is neither
 """
 
@@ -18,12 +19,23 @@ from torch import Tensor
 
 from lowrank_train.loss import IGNORED
 
-__all__ = ["count_labels", "lay_out", "split", "unlabelled"]
+__all__ = ["count_labels", "lay_out", "marked_positions", "positions", "split", "starting", "unlabelled"]
+
+_START = -(2**30)
 
 
 def unlabelled(token: int) -> int:
     """How a token that is an input only is stored."""
     return IGNORED - 1 - token
+
+
+def starting(stored: int) -> int:
+    """How the first token of a document is stored.
+
+    Args:
+        stored: the token as it is stored elsewhere.
+    """
+    return stored if stored <= _START else _START - (stored if stored >= 0 else IGNORED - 1 - stored)
 
 
 def split(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,8 +48,27 @@ def split(blocks: Tensor) -> tuple[Tensor, Tensor]:
         Inputs (n, length), 0 where there is no token; labels (n, length), ``IGNORED`` where none counts.
     """
     inputs, labels = blocks[:, :-1], blocks[:, 1:]
-    inputs = torch.where(inputs < IGNORED, IGNORED - 1 - inputs, inputs).clamp_min(0)
-    return inputs, torch.where(labels < 0, IGNORED, labels)
+    inputs = torch.where(inputs < IGNORED, torch.where(inputs <= _START, _START, IGNORED - 1) - inputs, inputs)
+    return inputs.clamp_min(0), torch.where(labels < 0, IGNORED, labels)
+
+
+def positions(blocks: Tensor) -> Tensor:
+    """Position of every input in its document.
+
+    Args:
+        blocks: (n, length + 1) int64, as stored.
+
+    Returns:
+        (n, length) int64, 0 at the first input of a row and of a document.
+    """
+    starts = blocks[:, :-1] <= _START
+    places = torch.arange(starts.shape[1], device=blocks.device).expand(starts.shape)
+    return places - torch.where(starts, places, 0).cummax(1).values
+
+
+def marked_positions(blocks: Tensor) -> Tensor | None:
+    """As ``positions``; None where no document is marked as starting, so that each row is one document."""
+    return positions(blocks) if bool((blocks <= _START).any()) else None
 
 
 def count_labels(blocks: Tensor) -> int:
@@ -48,14 +79,14 @@ def count_labels(blocks: Tensor) -> int:
 def lay_out(examples: Iterable[list[int]], seq_len: int, end: int, seen: Counter[str]) -> Iterator[list[int]]:
     """Rows of ``seq_len`` tokens in which no example goes on into the next row, then one token to end the last row.
 
-    The first token of an example is never a label: what stands before it is of another example. An example longer
-    than a row is cut, and left out if none of its labels remains.
+    The first token of an example is never a label, because the token before it is of another example. An example
+    longer than a row is cut. An example is left out if none of its labels remains.
 
     Args:
         examples: stored tokens of each.
         seq_len: tokens per row; what is left of one is filled with end-of-text tokens that are not learned.
         end: the end-of-text token.
-        seen: "cut" is raised for each example longer than a row.
+        seen: "cut" is raised for each example longer than a row, "left_out" for each that is left out.
     """
     row: list[int] = []
     filling = unlabelled(end)
@@ -64,13 +95,12 @@ def lay_out(examples: Iterable[list[int]], seq_len: int, end: int, seen: Counter
         seen["cut"] += len(whole) > seq_len
         example = whole[:seq_len]
         if not any(token >= 0 for token in example[1:]):
+            seen["left_out"] += 1
             continue
-        if example[0] >= 0:
-            example = [unlabelled(example[0]), *example[1:]]
         if len(row) + len(example) > seq_len:
             yield row + [filling] * (seq_len - len(row))
             row = []
-        row += example
+        row += [example[0] if example[0] < 0 else unlabelled(example[0]), *example[1:]]
         any_row = True
     if any_row:
         yield row + [filling] * (seq_len - len(row))

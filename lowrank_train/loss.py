@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from lowrank_train.packing import document_inputs
+
 __all__ = ["IGNORED", "chunked_cross_entropy", "token_loss"]
 
 IGNORED = -100
@@ -74,7 +76,9 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk:
     return _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten(), chunk)
 
 
-def token_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, chunk: int) -> Tensor:
+def token_loss(
+    model: PreTrainedModel, input_ids: Tensor, labels: Tensor, chunk: int, positions: Tensor | None = None
+) -> Tensor:
     """Summed cross-entropy of a Hugging Face causal model; labels are given per position, already shifted.
 
     Args:
@@ -82,6 +86,9 @@ def token_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, chunk:
         input_ids: (batch, length).
         labels: (batch, length), the token that follows each position, or ``IGNORED``.
         chunk: positions whose logits exist at one time.
+        positions: (batch, length), 0 where a document starts, which then attends to itself only; None: a row is one
+            document.
     """
-    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    inputs = document_inputs(model, positions)
+    hidden = model.base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
     return chunked_cross_entropy(hidden, model.get_output_embeddings().weight, labels, chunk)

@@ -2,7 +2,8 @@
 
 N tokens in a micro-batch of sequences of T, h hidden, f feed-forward width, a heads, c bytes of the arithmetic. A
 tensor is counted once, by whom it is made for; what only the forward pass needs is gone by the end of its layer.
-Attention is torch's scaled_dot_product_attention, which keeps no T x T matrix.
+Attention is torch's scaled_dot_product_attention, which keeps no T x T matrix. Where documents are kept apart, all
+layers share one mask of T x T numbers per sequence, and keys and values are repeated to one per head.
 """
 
 from __future__ import annotations
@@ -37,6 +38,13 @@ class Sizes:
     """Bytes of a number in the arithmetic."""
     exact: int
     """Of one in the loss and in LLaMA's norms: float32 or wider."""
+    masked: bool = False
+    """Whether attention is given a mask, which keeps documents apart."""
+
+    @property
+    def mask(self) -> int:
+        """Bytes of the mask of attention and of the positions that it is made of."""
+        return self.tokens * (self.length * self.compute + 8) * self.masked
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,7 @@ def sizes(config: Config, model: PreTrainedModel) -> Sizes:
         chunk=min(config.loss_chunk, config.micro_batch * config.seq_len),
         compute=compute,
         exact=max(4, compute),
+        masked=config.data.separates,
     )
 
 
@@ -99,7 +108,7 @@ def activations(model: PreTrainedModel, size: Sizes) -> Activations:
         recomputed=[layer + more + stream * copied for more in extra],
         inputs=[stream] * len(decoder),
         selective=[stream + products + sum(_factors_kept(m, size) for m in block.modules()) for block in decoder],
-        around=around,
+        around=around + size.mask,
         feed_forward=2 * wide,  # LLaMA: of the product and its factors, less the product itself; OPT: both of relu's
         stream=stream,
         norm_backward=norm_backward,
@@ -118,8 +127,9 @@ def _llama(architecture: PretrainedConfig, size: Sizes) -> tuple[int, int, int, 
     norm += c * stream  # x / rms, for the gradient of the weight
     norm += c * stream  # the norm's output, for the linear layers that read it
     attention = c * stream  # queries, turned by rotary embeddings
-    attention += c * tokens * size.key_values  # keys, likewise
-    attention += c * tokens * size.key_values  # values
+    read = size.hidden if size.masked else size.key_values
+    attention += c * tokens * read  # keys, likewise
+    attention += c * tokens * read  # values
     attention += c * stream  # attention's output, for itself and for the output projection
     attention += 4 * tokens * size.heads  # its logsumexp, float32
     feed_forward = c * tokens * size.feed_forward * 4  # gate, silu(gate), up, and their product

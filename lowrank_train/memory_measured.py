@@ -72,13 +72,14 @@ def _train(config: Config, ranks: parallel.Ranks, steps: int, phase: Callable[[s
     optimizer = build_optimizer(config, model)
     shape = (config.micro_batch, config.seq_len)
     ids = torch.randint(model.config.vocab_size, shape, device=ranks.device)
+    apart = torch.arange(config.seq_len, device=ranks.device).expand(shape) if config.data.separates else None
     passes = micro_batches(config, ranks.world_size)
     if config.fused_backward:
         optim.attach_to_backward(model, optimizer, accumulation_steps=passes, max_norm=config.clip, clip=config.clip_by)
     for _ in range(steps):
         for _ in range(passes):
             with phase("forward"):
-                loss = model.token_loss(ids, ids, config.loss_chunk) / config.tokens_per_step
+                loss = model.token_loss(ids, ids, config.loss_chunk, apart) / config.tokens_per_step
             with phase("backward"):
                 loss.backward()
             del loss

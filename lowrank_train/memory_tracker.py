@@ -99,8 +99,9 @@ def track(config: Config, *, world_size: int = 1, replicas: int = 1, updates: bo
         optimizer = build_optimizer(config, model)
         ids = torch.zeros(config.micro_batch, config.seq_len, dtype=torch.int64)
         labels = torch.zeros_like(ids)
+        apart = torch.zeros_like(ids) if config.data.separates else None
         tracker = tracker_class(model, optimizer)
-        tracker.track_inputs((ids, labels))
+        tracker.track_inputs((ids, labels) if apart is None else (ids, labels, apart))
         answers = stack.enter_context(_host_reads(optimizer))
         stack.enter_context(_causal())
         _as_on_cuda(stack)
@@ -111,7 +112,7 @@ def track(config: Config, *, world_size: int = 1, replicas: int = 1, updates: bo
             def gradients() -> None:
                 for _ in range(passes):
                     with _phase(tracker, peaks, "forward"):
-                        loss = model(ids, labels, config.loss_chunk)
+                        loss = model(ids, labels, config.loss_chunk, apart)
                     with _phase(tracker, peaks, "backward"):
                         answers.tied = tuple(tied.shape) if plain.config.tie_word_embeddings else None
                         loss.backward()

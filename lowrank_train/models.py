@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from lowrank_train.compressed_folder import is_compressed, read_compressed, shaped
 from lowrank_train.config import ModelConfig
+from lowrank_train.embeddings import add_rows, train_every_row
 from lowrank_train.errors import UserError
 from lowrank_train.parallel import Ranks, fill
 from lowrank_train.parametrization import Parametrization
@@ -82,13 +83,20 @@ _SIZE_KEYS = (
 
 
 def architecture(
-    model: ModelConfig, *, vocab_size: int | None = None, seq_len: int | None = None, **token_ids: int | None
+    model: ModelConfig,
+    *,
+    vocab_size: int | None = None,
+    original_vocab_size: int | None = None,
+    seq_len: int | None = None,
+    **token_ids: int | None,
 ) -> PretrainedConfig:
     """The Hugging Face configuration of a model.
 
     Args:
         model: a name of ``SIZES`` or a local folder, and overrides.
-        vocab_size: of the tokenizer; None keeps the original's. A folder keeps its own, which must be large enough.
+        vocab_size: of the tokenizer; None keeps the original's. A folder keeps its own if that is large enough.
+        original_vocab_size: of the tokenizer without tokens that were added to it, for which a folder's grows; None: no
+            token was added.
         seq_len: positions needed; LLaMA's are extended, OPT's learned ones must be enough.
         token_ids: bos_token_id, eos_token_id, pad_token_id of the tokenizer.
 
@@ -121,10 +129,13 @@ def architecture(
             f"unknown model {model.name!r}; {hint}expected one of {', '.join(SIZES)}, or a folder with a config.json"
         )
     if vocab_size is not None and vocab_size > config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {vocab_size} entries but model.name={model.name} only {config.vocab_size}; "
-            "set data.tokenizer to the model's own"
-        )
+        needed = vocab_size if original_vocab_size is None else original_vocab_size
+        if needed > config.vocab_size:
+            raise UserError(
+                f"the tokenizer has {needed} entries but model.name={model.name} only {config.vocab_size}: it is of "
+                "another model; set data.tokenizer to the model's own"
+            )
+        config.vocab_size = vocab_size
     if config.hidden_size % config.num_attention_heads:
         raise UserError(
             f"hidden_size={config.hidden_size} does not divide by num_attention_heads={config.num_attention_heads}; "
@@ -180,6 +191,7 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         model: PreTrainedModel = _valid(
             lambda: AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
         )
+        train_every_row(model)
         return shaped(model)
 
 
@@ -220,6 +232,7 @@ def load_weights(
     """
     dtype = next(plain.parameters()).dtype
     source = read_compressed(folder, dtype) if is_compressed(folder) else _read_plain(folder, dtype)
+    add_rows(source, plain.config.vocab_size)
     values = {**dict(source.named_parameters()), **dict(source.named_buffers())}
     for name, expected in [*plain.named_parameters(), *plain.named_buffers()]:
         if name not in values or values[name].shape != expected.shape:

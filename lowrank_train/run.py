@@ -19,6 +19,7 @@ from lowrank_train.adapter_names import adapter_config
 from lowrank_train.checkpoint import Checkpoints
 from lowrank_train.config import AdapterConfig, Config
 from lowrank_train.data import Data, prepare_data
+from lowrank_train.embeddings import rows_needed
 from lowrank_train.errors import UserError
 from lowrank_train.layer_choice import freeze_vocabulary
 from lowrank_train.low_rank_linear import train_low_rank_only
@@ -199,7 +200,10 @@ def build_run(config: Config, ranks: Ranks) -> Run:
     folder = Path(str(config.run_dir))
     data = prepare_data(config, ranks, Path(config.data.folder or folder / "data"))
     ids = {key: getattr(data.tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    architecture = models.architecture(config.model, vocab_size=len(data.tokenizer), seq_len=config.seq_len, **ids)
+    rows, original = rows_needed(data.tokenizer)
+    architecture = models.architecture(
+        config.model, vocab_size=rows, original_vocab_size=original, seq_len=config.seq_len, **ids
+    )
 
     # shapes, then shards, then weights
     if config.adapter.name is not None:

@@ -9,13 +9,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lowrank_train.chat import Chat, chats_of
 from lowrank_train.config import DataConfig
 from lowrank_train.errors import UserError
 from lowrank_train.text_files import find_files
 from lowrank_train.text_rows import PLACE, kind_of, rows
 
 __all__ = [
+    "Document",
     "Example",
+    "chats",
     "check_exists",
     "columns_of",
     "embedded_documents",
@@ -39,10 +42,19 @@ class Example(NamedTuple):
     """May be empty."""
     response: str
 
+    @property
+    def content(self) -> str:
+        """All of its text."""
+        return self.prompt + self.response
 
-def lot(document: str | Example) -> float:
+
+Document = str | Example | Chat
+"""Plain text, or text of which only a part is to be learned; of one kind in a run."""
+
+
+def lot(document: Document) -> float:
     """A number in [0, 1) drawn from a document's content: equal documents draw the same."""
-    content = document if isinstance(document, str) else document.prompt + document.response
+    content = document if isinstance(document, str) else document.content
     digest = hashlib.sha1(content.encode("utf-8", "surrogatepass"), usedforsecurity=False).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
@@ -71,6 +83,8 @@ def columns_of(config: DataConfig) -> dict[str, str]:
     """Return the columns that are read -> the key of the configuration that names each."""
     if config.prompt_key is not None and config.response_key is not None:
         return {config.prompt_key: "data.prompt_key", config.response_key: "data.response_key"}
+    if config.messages_key is not None:
+        return {config.messages_key: "data.messages_key"}
     return {config.text_key: "data.text_key"}
 
 
@@ -176,6 +190,11 @@ def examples(rows: Iterable[dict[str, Any]], prompt_column: str, response_column
         response = _text(row, response_column, where, "data.response_key")
         if response:
             yield Example(prompt, response)
+
+
+def chats(rows: Iterable[dict[str, Any]], column: str, where: str) -> Iterator[Chat]:
+    """The chat of each row, rows without messages left out; raises UserError for rows that cannot be read."""
+    return chats_of(_read(rows, where), column, where)
 
 
 def _read(rows: Iterable[dict[str, Any]], where: str) -> Iterator[dict[str, Any]]:

@@ -11,11 +11,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from lowrank_train.config import DataConfig
 from lowrank_train.errors import UserError
-from lowrank_train.labels import unlabelled
 from lowrank_train.progress import show_progress
-from lowrank_train.text import Example, check_exists
+from lowrank_train.text import check_exists
 
-__all__ = ["encode", "encode_examples", "prepare_tokenizer"]
+__all__ = ["bos_ids", "encode", "plain_ids", "prepare_tokenizer"]
 
 _END = "<|endoftext|>"
 _TRAINING_CHARACTERS = 100_000_000  # enough for merges to settle; more only takes longer
@@ -55,24 +54,60 @@ def prepare_tokenizer(config: DataConfig, documents: Callable[[], Iterator[str]]
     scratch.rename(folder)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> list[list[int]]:
-    """Token ids of each document, closed by the end-of-text token, which the text itself can never produce."""
-    return [[*ids, tokenizer.eos_token_id] for ids in _ids(tokenizer, documents)]
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: list[str],
+    *,
+    special_tokens: bool = False,
+    bos: bool | None = None,
+) -> list[list[int]]:
+    """Token ids of each document, closed by the end-of-text token.
+
+    Args:
+        tokenizer: with an end-of-text token.
+        documents: plain text.
+        special_tokens: whether names of special tokens in the text stand for these tokens; otherwise they are split, so
+            that text can never produce the end of a document.
+        bos: whether each document begins with the BOS token; None: as the tokenizer does by itself.
+    """
+    first = bos_ids(tokenizer, bos)
+    return [[*first, *_closed(ids, tokenizer)] for ids in plain_ids(tokenizer, documents, special_tokens)]
 
 
-def encode_examples(tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> list[list[int]]:
-    """As ``encode``, the tokens of prompts stored as what is no label."""
-    prompts = _ids(tokenizer, [example.prompt for example in examples])
-    responses = encode(tokenizer, [example.response for example in examples])
-    return [[*map(unlabelled, prompt), *response] for prompt, response in zip(prompts, responses, strict=True)]
+def bos_ids(tokenizer: PreTrainedTokenizerBase, wanted: bool | None) -> list[int]:
+    """Return the BOS token in a list if every document begins with it, else an empty list.
+
+    Args:
+        tokenizer: asked what it does by itself.
+        wanted: None: as the tokenizer does.
+
+    Raises:
+        UserError: it is wanted, and the tokenizer has none.
+    """
+    bos = tokenizer.bos_token_id
+    if wanted and bos is None:
+        raise UserError("data.add_bos=true, but the tokenizer has no BOS token; leave data.add_bos out")
+    if wanted is None and bos is not None:
+        ids, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+        wanted = ids[:1] == [bos] != plain[:1]
+    return [bos] if wanted else []
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], special_tokens: bool) -> list[list[int]]:
+    """Token ids of texts, to which nothing is added; arguments as for ``encode``."""
     batch = tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, verbose=False, split_special_tokens=True
+        texts,
+        add_special_tokens=False,
+        return_attention_mask=False,
+        verbose=False,
+        split_special_tokens=not special_tokens,
     )
     ids: list[list[int]] = batch["input_ids"]
     return ids
+
+
+def _closed(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
 
 
 def _train_bpe(documents: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -22,10 +22,11 @@ from lowrank_train.clock import DeviceClock
 from lowrank_train.config import Config, load_config
 from lowrank_train.errors import Diverged, UserError
 from lowrank_train.evaluation import evaluate
-from lowrank_train.labels import count_labels, split
+from lowrank_train.labels import count_labels, positions, split
 from lowrank_train.memory_check import check_fits, device_bytes, in_words
 from lowrank_train.memory_terms import StepMemory, predict
 from lowrank_train.metrics import Metrics
+from lowrank_train.notes import data_notes, model_notes
 from lowrank_train.record import RunRecord, peak_memory_gib, perplexity, provenance
 from lowrank_train.report import write_report
 from lowrank_train.run import Progress, Run, build_run, check_settings, micro_batches, predicted_state_bytes
@@ -58,7 +59,8 @@ def train(config: Config) -> RunRecord:
         metrics = Metrics(run.folder, start=run.progress.step, steps=config.steps, active=ranks.is_first)
         predicted = _predicted_memory(run)
         peak = [f"a step will need {in_words(predicted)} on rank 0"] if predicted else []
-        for note in [_greeting(run, checkpoint), *_adapter(run), *peak, *notes, *_cuts(run)]:
+        about = [*data_notes(config, run.data.description), *model_notes(config, run.model.config)]
+        for note in [_greeting(run, checkpoint), *_adapter(run), *peak, *notes, *about]:
             metrics.say(note)
         with stop_signals() as stop:
             try:
@@ -79,12 +81,6 @@ def _settle(folder: RunFolder, config: Config, progress: Progress) -> list[str]:
         )
     folder.write_config(config)
     return [f"changed since the last session: {key} {then} -> {now}" for key, (then, now) in changes.items()]
-
-
-def _cuts(run: Run) -> list[str]:
-    """What was lost of the data, if anything."""
-    cut = run.data.description.get("examples_cut")
-    return [f"{cut} examples are longer than seq_len={run.config.seq_len} tokens and were cut"] if cut else []
 
 
 def _adapter(run: Run) -> list[str]:
@@ -247,7 +243,8 @@ def _losses(run: Run) -> Iterator[Tensor]:
     share = counted / ranks.world_size if counted else 1.0
     parts = blocks.to(ranks.device).chunk(micro_batches(config, ranks.world_size))
     for part in parts:
-        loss = run.model.token_loss(*split(part), config.loss_chunk) / share
+        apart = positions(part) if config.data.separates else None
+        loss = run.model.token_loss(*split(part), config.loss_chunk, apart) / share
         if run.adapted is not None and run.adapted.has_penalty:  # some are of what forward has just drawn
             loss = loss + run.model.adapter_penalty() / len(parts)
         yield loss

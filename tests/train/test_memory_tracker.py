@@ -32,6 +32,9 @@ SETTINGS = [
     (2, "opt_125m seq_len=256 micro_batch=4 precision=bfloat16 model.checkpointing=full model.checkpointed_layers=2"),
     (8, "llama_130m seq_len=256 micro_batch=4 precision=bfloat16 weights=int8 tokens_per_step=8192"),
     (8, "llama_60m seq_len=128 precision=bfloat16 fused_backward=true optimizer.name=dct_adamw optimizer.rank=64"),
+    (1, "llama_60m seq_len=512 micro_batch=4 precision=bfloat16 data.separate_documents=true"),
+    (1, "llama_60m seq_len=256 model.overrides.num_key_value_heads=2 micro_batch=4 data.separate_documents=true"),
+    (2, "opt_125m seq_len=512 micro_batch=4 precision=bfloat16 data.separate_documents=true"),
     (1, f"llama_7b {LEAN} weights=bfloat16 tokens_per_step=1024 optimizer.name=scale"),
     (1, f"llama_7b {LEAN} weights=int8 tokens_per_step=4096 optimizer.name=galore_adamw optimizer.rank=512"),
 ]

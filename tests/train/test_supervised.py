@@ -26,7 +26,7 @@ from lowrank_train.blocks import TokenFile
 from lowrank_train.config import load_config
 from lowrank_train.data import Data, prepare_data
 from lowrank_train.errors import UserError
-from lowrank_train.labels import count_labels, lay_out, split, unlabelled
+from lowrank_train.labels import count_labels, lay_out, positions, split, starting, unlabelled
 from lowrank_train.loss import IGNORED
 from lowrank_train.metrics import read_metrics
 from lowrank_train.text import Example, lot
@@ -83,11 +83,16 @@ def stored(folder: Path, name: str) -> list[int]:
 
 
 def token(stored: int) -> int:
-    return max(stored, IGNORED - 1 - stored)
+    return int(split(torch.tensor([[stored, 0]]))[0])
 
 
 def hidden(*tokens: int) -> list[int]:
     return [unlabelled(t) for t in tokens]
+
+
+def marked(tokens: Sequence[int]) -> list[int]:
+    """The first token starts an example."""
+    return [starting(tokens[0]), *tokens[1:]]
 
 
 # ---------------------------------------------------------------------------------------------------------- what counts
@@ -95,14 +100,18 @@ def hidden(*tokens: int) -> list[int]:
 
 def test_stored_tokens_become_inputs_and_labels() -> None:
     """An id of 0 and padding stay apart, though both are the input 0."""
-    assert len({0, *hidden(0, 1, 2**31 - 200), IGNORED}) == 5
-    blocks = torch.tensor([[*hidden(7, 0), 5, 0, *hidden(9)], [3, IGNORED, *hidden(4), 6, IGNORED]])
+    highest = 2**30 - 200
+    some = [0, *hidden(0, 1, highest), starting(0), starting(1), starting(unlabelled(highest)), IGNORED]
+    assert len(set(some)) == len(some)
+    assert all(np.int32(one) == one for one in some)
+    assert starting(unlabelled(1)) == starting(1) == starting(starting(1))
+    blocks = torch.tensor([[starting(7), *hidden(0), 5, 0, *hidden(9)], [3, IGNORED, starting(4), 6, IGNORED]])
     inputs, labels = split(blocks)
     assert inputs.tolist() == [[7, 0, 5, 0], [3, 0, 4, 6]]
     assert labels.tolist() == [[IGNORED, 5, 0, IGNORED], [IGNORED, IGNORED, 6, IGNORED]]
     assert count_labels(blocks) == 3
     assert max(hidden(0)) < IGNORED
-    assert np.int32(unlabelled(2**31 - 200)) == unlabelled(2**31 - 200)
+    assert positions(blocks).tolist() == [[0, 1, 2, 3], [0, 1, 0, 1]]
 
 
 def test_blocks_of_plain_text_are_split_as_ever() -> None:
@@ -125,10 +134,10 @@ BY_HAND = [
     row("w23", "w24"),
 ]
 LAID_OUT = [
-    [*hidden(*ids("w1 w2")), *ids("w3 w4"), END, *hidden(*ids("w5")), END, *hidden(END)],
-    [*hidden(*ids("w6")), *ids("w7"), END, *hidden(*ids("w10")), *ids("w11 w12 w13"), END],
-    [*hidden(*ids("w14")), *ids("w15 w16 w17 w18 w19 w20 w21")],
-    [*hidden(*ids("w23")), *ids("w24"), END, *hidden(END, END, END, END, END)],
+    [*marked([*hidden(*ids("w1 w2")), *ids("w3 w4"), END]), *marked([*ids("w5"), END]), *hidden(END)],
+    [*marked([*hidden(*ids("w6")), *ids("w7"), END]), *marked([*ids("w10"), *ids("w11 w12 w13"), END])],
+    marked([*hidden(*ids("w14")), *ids("w15 w16 w17 w18 w19 w20 w21")]),
+    [*marked([*hidden(*ids("w23")), *ids("w24"), END]), *hidden(END, END, END, END, END)],
 ]
 
 
@@ -195,7 +204,7 @@ def many(count: int, seed: int = 0) -> list[dict[str, object]]:
 
 
 def as_stored(one: dict[str, object]) -> list[int]:
-    return [*hidden(*ids(str(one["prompt"]))), *ids(str(one["response"])), END]
+    return marked([*hidden(*ids(str(one["prompt"]))), *ids(str(one["response"])), END])
 
 
 def shown(one: Sequence[int]) -> list[int]:
