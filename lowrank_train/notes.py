@@ -36,8 +36,8 @@ def data_notes(config: Config, found: Mapping[str, Any]) -> list[str]:
         )
     if found.get("documents_with_split_names"):
         notes.append(
-            f"{found['documents_with_split_names']} documents hold names of special tokens, such as <|im_start|>, which "
-            "were split as any other text; data.special_tokens=true reads them as these tokens"
+            f"{found['documents_with_split_names']} documents hold names of special tokens, such as <|im_start|>, "
+            "which were split as any other text; data.special_tokens=true reads them as these tokens"
         )
     if found.get("adds_bos"):
         notes.append("every document begins with the tokenizer's BOS token; data.add_bos=false leaves it out")

@@ -83,7 +83,7 @@ def stored(folder: Path, name: str) -> list[int]:
 
 
 def token(stored: int) -> int:
-    return int(split(torch.tensor([[stored, 0]]))[0])
+    return -(2**30) - stored if stored <= -(2**30) else max(stored, IGNORED - 1 - stored)
 
 
 def hidden(*tokens: int) -> list[int]:
