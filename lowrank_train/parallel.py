@@ -23,6 +23,7 @@ import optim
 from lowrank_train.config import ParallelConfig
 from lowrank_train.errors import UserError
 from lowrank_train.loss import token_loss
+from lowrank_train.rendezvous import end_with_launcher, join, say_lost_ranks
 from optim.int8_weight import Int8Weight
 
 __all__ = ["Ranks", "fake_ranks", "fill", "gathered", "reduce_dtype", "reshard", "shard_dims", "shard_model", "start"]
@@ -132,7 +133,8 @@ def start(config: ParallelConfig, device: str) -> Iterator[Ranks]:
     """Join the ranks torchrun started (or be the only one) and lay out the mesh; leaves the group on exit.
 
     Raises:
-        UserError: no CUDA where it was asked for, more ranks than GPUs, replicas x shards is not the world size.
+        UserError: no CUDA where it was asked for, more ranks than GPUs, replicas x shards is not the world size; or,
+            later, another rank died.
     """
     launched = "RANK" in os.environ
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -145,19 +147,20 @@ def start(config: ParallelConfig, device: str) -> Iterator[Ranks]:
         )
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     joined = not dist.is_initialized()
-    if joined and launched:
-        dist.init_process_group(backend)
-    elif joined:
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
-    try:
-        mesh = _mesh(place.type, shards, config.replicas)
-        patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-        assert patient is not None
-        yield Ranks(dist.get_rank(), world_size, place, mesh, patient)
-    finally:
-        if joined:
-            dist.destroy_process_group()
+    with end_with_launcher(), say_lost_ranks():
+        if joined and launched:
+            join(backend)
+        elif joined:
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        try:
+            mesh = _mesh(place.type, shards, config.replicas)
+            patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+            assert patient is not None
+            yield Ranks(dist.get_rank(), world_size, place, mesh, patient)
+        finally:
+            if joined:
+                dist.destroy_process_group()
 
 
 @contextmanager

@@ -19,6 +19,7 @@ OPTIM_MAY_IMPORT = {"torch", "geoopt", "optim"}
 DISTRIBUTED_ALLOWED = {
     "optim/sharding.py",
     "lowrank_train/parallel.py",
+    "lowrank_train/rendezvous.py",
     "lowrank_train/checkpoint.py",
     "lowrank_train/trainer.py",
     "lowrank_train/memory_tracker.py",  # torch's memory tracker for FSDP2 lives in torch.distributed._tools
