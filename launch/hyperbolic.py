@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 try:
     from lowrank_train.command import run_command
-    from lowrank_train.config import flags_to_keys, given_value
     from lowrank_train.errors import UserError
     from lowrank_train.hyperbolic.graph_config import GraphConfig, graph_help_text, load_graph_config
     from lowrank_train.hyperbolic.graph_training import train_graph
@@ -21,6 +20,7 @@ try:
         translation_help_text,
     )
     from lowrank_train.hyperbolic.translation_training import train_translation
+    from lowrank_train.loading import flags_to_keys, given_value
     from lowrank_train.signals import resume_command
 except ModuleNotFoundError as error:
     if error.name not in ("lowrank_train", "optim"):

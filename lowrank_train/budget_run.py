@@ -17,11 +17,13 @@ from transformers import PreTrainedModel
 
 from lowrank_train import methods, models
 from lowrank_train.budget_records import StepTime, step_time
-from lowrank_train.config import Config, ModelConfig, flags_to_keys, key_help, load_config, load_schema, setting
+from lowrank_train.config import Config, ModelConfig, load_config
 from lowrank_train.errors import UserError
+from lowrank_train.loading import flags_to_keys, load_schema
 from lowrank_train.memory_measured import measure
 from lowrank_train.memory_terms import Fixed, StepMemory, fixed, predict
 from lowrank_train.run import unsharded
+from lowrank_train.settings import key_help, setting
 from lowrank_train.units import parse_bytes, show_bytes
 from optim.table import aligned
 
@@ -48,12 +50,16 @@ class BudgetConfig:
 
     budget: str = setting("24GiB", "memory of one device, with its unit: 24GiB or 24G (2^30 bytes each), 80GB (10^9)")
     models: list[str] = setting(["llama"], "families (llama, opt), or sizes: --models llama opt")  # noqa: RUF009
-    model: str | None = setting(None, "one model to explain, or to solve for; null: the table")
+    model: str | None = setting(None, "one model to explain, or to solve for; null: the table", path=True)
     optimizers: list[str] = setting([], "of the table; empty: ten, four of them in 8 bits too")  # noqa: RUF009
     optimizer: str = setting("adamw", "the optimizer of --model")
-    rank: int | None = setting(None, "of low-rank methods; null: their own, a quarter of a matrix's smaller side")
+    rank: int | None = setting(
+        None, "of low-rank methods; null: their own, a quarter of a matrix's smaller side", at_least=1, at_most=10**6
+    )
     recipe: str | None = setting(
-        None, "a YAML of launch/pretrain.py to explain, in place of --model: configs/budget/llama_7b_16gib.yaml"
+        None,
+        "a YAML of launch/pretrain.py to explain, in place of --model: configs/budget/llama_7b_16gib.yaml",
+        path=True,
     )
     state_dtype: str | None = setting(
         None, "of the moments of --model: null (as the weights), float32, bfloat16, 8bit or 4bit"
@@ -64,23 +70,27 @@ class BudgetConfig:
         "full", "in which they are kept: full (float32); bfloat16 or int8, rounded stochastically"
     )
     fused_backward: bool = setting(False, "update parameters in backward, without clipping; no model of gradients")
-    seq_len: int = setting(1024, "tokens per sequence")
-    micro_batch: int | None = setting(None, "sequences per rank in one forward pass; null: 1, or what is solved for")
-    accumulate: int = setting(2, "micro-batches in a step; from 2 on gradients are there in forward too")
-    world_size: int = setting(1, "ranks the model is sharded over")
-    replicas: int = setting(1, "sharded copies of it (HSDP)")
+    seq_len: int = setting(1024, "tokens per sequence", at_least=1, at_most=10**9)
+    micro_batch: int | None = setting(
+        None, "sequences per rank in one forward pass; null: 1, or what is solved for", at_least=1, at_most=10**6
+    )
+    accumulate: int = setting(
+        2, "micro-batches in a step; from 2 on gradients are there in forward too", at_least=1, at_most=10**6
+    )
+    world_size: int = setting(1, "ranks the model is sharded over", at_least=1, at_most=10**5)
+    replicas: int = setting(1, "sharded copies of it (HSDP)", at_least=1, at_most=10**5)
     precision: Literal["float32", "bfloat16"] = setting("bfloat16", "of the arithmetic")
     checkpointing: Literal["none", "selective", "full"] = setting(
         "full", "activations that backward computes again: none, all but outputs of products and attention, all"
     )
-    loss_chunk: int = setting(1024, "tokens whose logits exist at one time")
+    loss_chunk: int = setting(1024, "tokens whose logits exist at one time", at_least=1, at_most=10**9)
     largest: Literal["model", "batch", "rank"] | None = setting(
         None, "solve for it: batch or rank of --model, or its family's largest model; null: explain --model"
     )
     device: Literal["cuda", "cpu"] = setting("cuda", "whose blocks an update works in")
-    records: str = setting("runs", "folder of runs whose record.json tell how long a step took")
+    records: str = setting("runs", "folder of runs whose record.json tell how long a step took", path=True)
     measure: bool = setting(False, "also make two real steps of --model, on --device, and compare phase by phase")
-    out: str = setting("runs/memory_budget", "folder of the CSV, the JSON and the plot")
+    out: str = setting("runs/memory_budget", "folder of the CSV, the JSON and the plot", path=True)
 
 
 @dataclass(frozen=True)
@@ -140,10 +150,6 @@ def load_budget(arguments: Sequence[str]) -> BudgetConfig:
             methods.find(name)
         except ValueError as error:
             raise UserError(str(error)) from None
-    for key in ("seq_len", "accumulate", "world_size", "replicas", "loss_chunk", "micro_batch", "rank"):
-        got = getattr(config, key)
-        if got is not None and got < 1:
-            raise UserError(f"{key}={got}; expected a number >= 1")
     if config.recipe is not None and (config.model is not None or config.largest is not None):
         raise UserError(f"recipe={config.recipe} says which model; leave out --model and --largest")
     if config.recipe is not None:

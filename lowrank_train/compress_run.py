@@ -19,13 +19,15 @@ from transformers import AutoTokenizer, PreTrainedModel
 from lowrank_train.calibration import input_energies, input_moments, outlier_shares
 from lowrank_train.compress_report import Compression, write_report
 from lowrank_train.compressed_folder import is_compressed, save_model
-from lowrank_train.config import ParallelConfig, flags_to_keys, key_help, load_schema, setting
+from lowrank_train.config import ParallelConfig
 from lowrank_train.errors import UserError
 from lowrank_train.layer_choice import BLOCK_MATRICES, linear_layers
+from lowrank_train.loading import flags_to_keys, load_schema
 from lowrank_train.model_folder import load_model, model_folder
 from lowrank_train.parallel import Ranks, start
 from lowrank_train.pruning import TextConfig, evaluation_blocks, text_loss
 from lowrank_train.record import provenance
+from lowrank_train.settings import key_help, setting
 from lowrank_train.spectrum import spectrum_of
 from lowrank_train.units import parse_bytes
 from lowrank_train.welore import PlannedMatrix, compress, merge, plan_ranks, planned
@@ -43,9 +45,11 @@ class CompressConfig:
         "ranks by: welore (one threshold for all singular values), uniform (the same share of every matrix), "
         "owl (a share per decoder block, from outliers among its weights and inputs)",
     )
-    rank_reduction: float | None = setting(None, "share of all ranks to remove, above 0 and below 1")
+    rank_reduction: float | None = setting(None, "share of all ranks to remove", above=0, below=1)
     size: str | None = setting(None, "instead: bytes of the whole model's parameters, such as 600MiB or 60%")
-    ranks: str | None = setting(None, "instead: ranks as they are in a compress.json, or a JSON file of name: rank")
+    ranks: str | None = setting(
+        None, "instead: ranks as they are in a compress.json, or a JSON file of name: rank", path=True
+    )
     merge: bool = setting(False, "instead: make the plain model of a compressed folder")
     score: str = setting("minmax", "of welore: minmax (the paper), relative, energy or energy_per_cost")
     classification: Literal["break_even", "half", "all"] = setting(
@@ -53,19 +57,25 @@ class CompressConfig:
         "which matrices are of low rank: those whose factors are smaller (break_even), of a rank below half (the "
         "paper's fine-tuning), or all, truncated even where they do not get smaller (the paper's compression)",
     )
-    multiple: int = setting(1, "ranks are multiples of it")
-    floor: int = setting(1, "least rank")
-    ceiling: int | None = setting(None, "largest rank of factors; a matrix for which that is too large stays whole")
+    multiple: int = setting(1, "ranks are multiples of it", at_least=1)
+    floor: int = setting(1, "least rank", at_least=1)
+    ceiling: int | None = setting(
+        None, "largest rank of factors; a matrix for which that is too large stays whole", at_least=1
+    )
     whiten: bool = setting(False, "factors that lose least on the layers' inputs (calibration text), not on weights")
-    calibration_tokens: int = setting(16384, "tokens for whiten and owl, from the text that follows the evaluated one")
-    owl_strength: float = setting(0.08, "of owl: shares of two blocks differ by at most twice this")
+    calibration_tokens: int = setting(
+        16384, "tokens for whiten and owl, from the text that follows the evaluated one", at_least=1
+    )
+    owl_strength: float = setting(0.08, "of owl: shares of two blocks differ by at most twice this", above=0, below=1)
     data: TextConfig = field(default_factory=TextConfig)
     perplexity: bool = setting(True, "measure perplexity before and after")
-    micro_batch: int = setting(8, "sequences in one forward pass")
+    micro_batch: int = setting(8, "sequences in one forward pass", at_least=1, at_most=10**6)
     layers: str = setting(BLOCK_MATRICES, "regular expression: which linear layers, by name")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
-    cache: str | None = setting(None, "folder of spectra by the model's hash; null: ~/.cache/lowrank_train/spectra")
-    out: str | None = setting(None, "folder of the compressed model and its report; must not exist yet")
+    cache: str | None = setting(
+        None, "folder of spectra by the model's hash; null: ~/.cache/lowrank_train/spectra", path=True
+    )
+    out: str | None = setting(None, "folder of the compressed model and its report; must not exist yet", path=True)
 
 
 def help_text() -> str:
@@ -99,20 +109,8 @@ def load_settings(arguments: Sequence[str]) -> tuple[Path, CompressConfig]:
         raise UserError(f"give one of rank_reduction, size, ranks and merge; got {', '.join(given) or 'none'}")
     if config.size is not None:
         _bytes(config.size, 2**40)  # its unit, before a model is read
-    if config.rank_reduction is not None and not 0 < config.rank_reduction < 1:
-        raise UserError(f"rank_reduction={config.rank_reduction}; expected a share of the ranks, above 0 and below 1")
-    at_least_1 = {key: getattr(config, key) for key in ("multiple", "floor", "micro_batch", "calibration_tokens")}
-    at_least_1 |= {"data.tokens": config.data.tokens, "data.seq_len": config.data.seq_len}
-    for key, got in at_least_1.items():
-        if got < 1:
-            raise UserError(f"{key}={got}; expected a number >= 1")
-    fraction = config.data.validation_fraction
-    if fraction is not None and not 0 < fraction <= 1:
-        raise UserError(f"data.validation_fraction={fraction}; expected a share above 0, at most 1")
     if config.score not in SCORES:
         raise UserError(f"score={config.score!r}; expected one of {', '.join(SCORES)}")
-    if not 0 < config.owl_strength < 1:
-        raise UserError(f"owl_strength={config.owl_strength}; expected a number above 0 and below 1")
     return model_folder(folders[0]), config
 
 

@@ -13,14 +13,16 @@ from typing import Any, Literal
 import matplotlib
 
 from lowrank_train.compress_run import CompressConfig, compressed
-from lowrank_train.config import ParallelConfig, key_help, load_schema, setting
+from lowrank_train.config import ParallelConfig
 from lowrank_train.errors import UserError
 from lowrank_train.layer_choice import BLOCK_MATRICES
+from lowrank_train.loading import load_schema
 from lowrank_train.model_folder import load_model, model_folder
 from lowrank_train.parallel import start
 from lowrank_train.progress import show_progress
 from lowrank_train.pruning import TextConfig
 from lowrank_train.record import perplexity, provenance
+from lowrank_train.settings import key_help, setting
 from lowrank_train.welore import rank_reduction
 from optim.table import aligned
 
@@ -40,16 +42,18 @@ _LOGARITHMIC = 3.0
 class CompressionConfig:
     """What is compared."""
 
-    model: str = setting("", "Hugging Face folder, or the folder of a finished run")
+    model: str | None = setting(None, "Hugging Face folder, or the folder of a finished run", path=True)
     ways: dict[str, Any] = setting({}, f"label -> settings of launch/compress.py: {', '.join(_OF_A_ROW)}")
-    rank_reductions: list[float] = setting([0.1, 0.3, 0.5], "targets")
+    rank_reductions: list[float] = setting([0.1, 0.3, 0.5], "targets", above=0, below=1)
     sizes: list[str] = setting([], "further targets: bytes of the model's parameters, e.g. [80%, 60%]")
     data: TextConfig = field(default_factory=TextConfig)
-    calibration_tokens: int = setting(16384, "tokens for whiten and owl, from the text that follows the evaluated one")
-    micro_batch: int = setting(8, "sequences in one forward pass")
+    calibration_tokens: int = setting(
+        16384, "tokens for whiten and owl, from the text that follows the evaluated one", at_least=1
+    )
+    micro_batch: int = setting(8, "sequences in one forward pass", at_least=1, at_most=10**6)
     layers: str = setting(BLOCK_MATRICES, "regular expression: which linear layers, by name")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
-    output: str = setting("runs/compression", "folder of the results")
+    output: str = setting("runs/compression", "folder of the results", path=True)
 
 
 def help_text() -> str:
@@ -61,7 +65,7 @@ def help_text() -> str:
 def load_settings(arguments: Sequence[str]) -> CompressionConfig:
     """Read YAML files and overrides. Raises UserError for anything that does not fit."""
     settings = load_schema(CompressionConfig, arguments)
-    if not settings.model:
+    if settings.model is None:
         raise UserError("no model given; expected model=FOLDER")
     settings.model = str(model_folder(settings.model, "model="))
     if not settings.ways:
@@ -90,9 +94,9 @@ def measure_compression(settings: CompressionConfig) -> str:
         jobs = [(label, key, value) for label in settings.ways for key, value in targets]
         for label, key, value in show_progress(jobs, "compressing", "models"):
             config = _config(settings, label, key, value)
-            model = load_model(Path(settings.model)).to(ranks.device)
+            model = load_model(Path(str(settings.model))).to(ranks.device)
             try:
-                result = compressed(model, Path(settings.model), config, ranks)
+                result = compressed(model, Path(str(settings.model)), config, ranks)
             except ValueError as error:
                 cells.append({"way": label, key: value, "perplexity": None, "why": str(error)})
                 continue

@@ -18,6 +18,7 @@ class DataConfig:
         None,
         "parquet, JSON, arrow or text file (.gz, .zst, .bz2, .xz too), a folder of them or of save_to_disk, or a "
         "Hugging Face dataset such as allenai/c4; null: the sources and documentation of the running Python",
+        path=True,
     )
     name: str | None = setting(None, "configuration of a Hugging Face dataset, e.g. en")
     text_key: str = setting("text", "column that holds the text")
@@ -44,19 +45,25 @@ class DataConfig:
     validation: str | None = setting(
         None,
         "file or folder of held-out text, or a split of the Hugging Face dataset; null: documents held out by hash",
+        path=True,
     )
-    validation_fraction: float = setting(0.02, "share of documents held out when data.validation is null")
+    validation_fraction: float = setting(
+        0.02, "share of documents held out when data.validation is null", at_least=0, at_most=1
+    )
     tokenizer: str | None = setting(
         None,
         "Hugging Face tokenizer, by name or folder; null: the model folder's, or a BPE trained on the text",
+        path=True,
     )
-    vocab_size: int = setting(32000, "entries of the trained BPE, at least 257")
+    vocab_size: int = setting(32000, "entries of the trained BPE", at_least=257, at_most=10**7)
     streaming: bool | None = setting(
         None, "tokenize on the fly instead of once into the run folder; null: only for Hugging Face datasets"
     )
-    streams: int = setting(8, "parallel streams of a streamed dataset; a multiple of the world size")
+    streams: int = setting(
+        8, "parallel streams of a streamed dataset; a multiple of the world size", at_least=1, at_most=10**5
+    )
     folder: str | None = setting(
-        None, "folder of the tokens, which runs on the same text share; null: in the run folder"
+        None, "folder of the tokens, which runs on the same text share; null: in the run folder", path=True
     )
 
     @property

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lowrank_train.adapter_names import describe_adapters
-from lowrank_train.config import Config, complete, help_text, load_schema
+from lowrank_train.config import Config, complete, help_text
 from lowrank_train.errors import UserError
+from lowrank_train.loading import load_schema
 from lowrank_train.model_folder import model_folder
 from lowrank_train.models import SIZES
 

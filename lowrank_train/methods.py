@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import optim
 from lowrank_train.adapters import LowRankAdapters
+from lowrank_train.errors import UserError
 from lowrank_train.parametrization import Dense, Parametrization, Spectral
 
-__all__ = ["Method", "describe", "find", "names"]
+__all__ = ["Method", "check", "describe", "find", "names"]
 
 
 class Method(NamedTuple):
@@ -71,6 +73,29 @@ def find(name: str, arguments: Iterable[str] = ()) -> Method:
                 f"optimizer {name!r} takes no argument {argument!r}; {_suggestion(argument, method.arguments())}"
             )
     return method
+
+
+def check(settings: dict[str, Any], rates: Iterable[str], others: Iterable[str] = ()) -> None:
+    """Check the keys of a section ``optimizer``, and the rates among them that are no arguments of the optimizer.
+
+    Args:
+        settings: of the section.
+        rates: keys of learning rates that some of the parameters have instead of ``lr``.
+        others: further keys that are no arguments of the optimizer.
+
+    Raises:
+        UserError: an unknown name or key, or a rate that is no number >= 0.
+    """
+    rates = tuple(rates)
+    for key in rates:
+        rate = settings.get(key)
+        is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
+        if rate is not None and not (is_number and 0 <= rate < math.inf):
+            raise UserError(f"optimizer.{key}={rate!r}; expected a number >= 0")
+    try:
+        find(str(settings.get("name")), [key for key in settings if key not in ("name", *rates, *others)])
+    except ValueError as error:
+        raise UserError(f"in optimizer: {error}") from None
 
 
 def describe(name: str) -> str:

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from lowrank_train.config import Config, setting
+from lowrank_train.config import Config
 from lowrank_train.errors import UserError
 from lowrank_train.evaluation import evaluate
 from lowrank_train.loss import IGNORED, token_loss
 from lowrank_train.parallel import Ranks
 from lowrank_train.progress import show_progress
 from lowrank_train.record import perplexity
+from lowrank_train.settings import setting
 from lowrank_train.spectrum import count_at_share
 from lowrank_train.text import embedded_documents, local_documents, lot
 from lowrank_train.tokenizer import encode
@@ -43,16 +44,18 @@ class TextConfig:
     """The text perplexity is measured on."""
 
     path: str | None = setting(
-        None, "parquet, JSONL or text file, or a folder of them; null: the library of the running Python"
+        None, "parquet, JSONL or text file, or a folder of them; null: the library of the running Python", path=True
     )
     text_key: str = setting("text", "column that holds the text")
     validation_fraction: float | None = setting(
         None,
         "share of the documents to read, the same that training with this fraction holds out; "
         f"null: all of data.path, {_EMBEDDED_FRACTION} of the embedded text",
+        above=0,
+        at_most=1,
     )
-    tokens: int = setting(65536, "tokens predicted, at most")
-    seq_len: int = setting(512, "tokens per sequence, at most the model's positions")
+    tokens: int = setting(65536, "tokens predicted, at most", at_least=1)
+    seq_len: int = setting(512, "tokens per sequence, at most the model's positions", at_least=1, at_most=10**9)
 
 
 @dataclass(frozen=True)

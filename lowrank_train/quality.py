@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -13,11 +14,13 @@ import torch
 
 import optim
 from lowrank_train import methods
-from lowrank_train.config import Config, complete, key_help, load_schema, setting
+from lowrank_train.config import Config, complete
 from lowrank_train.errors import UserError
+from lowrank_train.loading import load_schema
 from lowrank_train.models import architecture, skeleton
 from lowrank_train.quality_report import write_quality_report
 from lowrank_train.run import check_settings, predicted_state_bytes, unsharded
+from lowrank_train.settings import key_help, setting
 from lowrank_train.sweep import Trial, compare, rate, summarize
 from lowrank_train.trainings import Outcome, train_each
 
@@ -51,9 +54,14 @@ class QualityConfig:
     other_lr: float | None = setting(
         None, "learning rate of all but the matrices (embeddings, head, norms), in all rows; null: as lr"
     )
-    seeds: list[int] = setting([0], "every rate is trained once with each: initial weights and order of the data")
-    output: str = setting("runs/quality", "folder of the trainings, their tokens and the results")
-    jobs: int = setting(1, "trainings at one time, each on one thread")
+    seeds: list[int] = setting(
+        [0],
+        "every rate is trained once with each: initial weights and order of the data",
+        at_least=0,
+        at_most=2**32 - 1,
+    )
+    output: str = setting("runs/quality", "folder of the trainings, their tokens and the results", path=True)
+    jobs: int = setting(1, "trainings at one time, each on one thread", at_least=1, at_most=1000)
 
 
 def load_quality(arguments: Sequence[str]) -> QualityConfig:
@@ -142,8 +150,6 @@ def _check(quality: QualityConfig) -> None:
         raise UserError(f"learning rates must be swept equally for all; got rates per optimizer: {got}")
     if not quality.seeds or len(set(quality.seeds)) < len(quality.seeds):
         raise UserError(f"seeds={quality.seeds}; expected at least one, each once")
-    if quality.jobs < 1:
-        raise UserError(f"jobs={quality.jobs}; expected a number >= 1")
 
 
 def _check_row(label: str, row: Any) -> None:
@@ -162,7 +168,7 @@ def _check_row(label: str, row: Any) -> None:
         raise UserError(f"{where}.model={row['model']}; expected the name of a size, or a folder")
     lrs = row["lr"]
     numbers = isinstance(lrs, list) and all(isinstance(lr, int | float) and not isinstance(lr, bool) for lr in lrs)
-    if not numbers or not lrs or not all(lr > 0 for lr in lrs):
+    if not numbers or not lrs or not all(0 < lr < math.inf for lr in lrs):
         raise UserError(f"{where}.lr={lrs}; expected a list of numbers > 0, e.g. [5e-4,1e-3,2e-3]")
     if len({rate(lr) for lr in lrs}) < len(lrs):
         raise UserError(f"{where}.lr={lrs}; expected each rate once")

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from lowrank_train.config import changed_keys, save_config
 from lowrank_train.errors import UserError
+from lowrank_train.loading import changed_keys, save_config
 
 __all__ = ["RunFolder", "changed_settings"]
 

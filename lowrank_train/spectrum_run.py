@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowrank_train.config import ParallelConfig, key_help, load_schema, setting
+from lowrank_train.config import ParallelConfig
 from lowrank_train.errors import UserError
 from lowrank_train.layer_choice import BLOCK_MATRICES, linear_layers
+from lowrank_train.loading import load_schema
 from lowrank_train.loss import IGNORED
 from lowrank_train.model_folder import is_export_of_run, load_model, model_folder, model_label
 from lowrank_train.parallel import Ranks, start
 from lowrank_train.pruning import Prunable, TextConfig, evaluation_blocks, pruning_curve
 from lowrank_train.record import provenance
+from lowrank_train.settings import key_help, setting
 from lowrank_train.spectrum import best_cosines, decompositions, factors_of_weight
 from lowrank_train.spectrum_history import history
 from lowrank_train.spectrum_plots import ModelSpectra
@@ -36,23 +38,32 @@ class SpectrumConfig:
     """What is measured on the models."""
 
     before: str | None = setting(
-        None, "folder of the model before training: counts intruder dimensions against it; null: not counted"
+        None, "folder of the model before training: counts intruder dimensions against it; null: not counted", path=True
     )
-    top_k: int = setting(10, "leading left singular vectors of each matrix that are looked at for intruders")
-    epsilon: float = setting(0.5, "largest |cosine| with the vectors before below which one is an intruder")
+    top_k: int = setting(
+        10, "leading left singular vectors of each matrix that are looked at for intruders", at_least=1
+    )
+    epsilon: float = setting(
+        0.5, "largest |cosine| with the vectors before below which one is an intruder", above=0, at_most=1
+    )
     prune: bool | None = setting(
         None, "measure perplexity with the smallest singular values dropped; null: if data.path is given"
     )
     keep: list[float] = setting(  # noqa: RUF009
-        [100, 99, 98, 97, 96, 95, 93, 90], "per cent of the sum of singular values that pruning keeps in each matrix"
+        [100, 99, 98, 97, 96, 95, 93, 90],
+        "per cent of the sum of singular values that pruning keeps in each matrix",
+        above=0,
+        at_most=100,
     )
     data: TextConfig = field(default_factory=TextConfig)
-    micro_batch: int = setting(8, "sequences in one forward pass")
+    micro_batch: int = setting(8, "sequences in one forward pass", at_least=1, at_most=10**6)
     layers: str = setting(BLOCK_MATRICES, "regular expression: which linear layers, by name; . for all")
     checkpoints: bool = setting(False, "of one run folder: how the spectra changed over its checkpoints, and no more")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
     out: str | None = setting(
-        None, "folder of the results; null: spectrum/ in the run folder, or runs/spectrum/<model> for other models"
+        None,
+        "folder of the results; null: spectrum/ in the run folder, or runs/spectrum/<model> for other models",
+        path=True,
     )
 
 
@@ -98,7 +109,8 @@ def load_settings(arguments: Sequence[str]) -> tuple[dict[str, Path], SpectrumCo
         own = first.parent / "spectrum" if is_export_of_run(first) and len(folders) == 1 else None
         own = first / "spectrum" if config.checkpoints else own
         config.out = str(own or Path("runs", "spectrum", "-vs-".join(folders)))
-    _check(config)
+    if not config.keep:
+        raise UserError("keep=[]; expected at least one of the per cents that pruning keeps")
     return folders, config
 
 
@@ -215,23 +227,3 @@ def _notes(texts: dict[str, tuple[Tensor, dict[str, int]]]) -> list[str]:
             if other != vocabulary
         ),
     ]
-
-
-def _check(config: SpectrumConfig) -> None:
-    at_least_1 = {
-        "top_k": config.top_k,
-        "micro_batch": config.micro_batch,
-        "data.tokens": config.data.tokens,
-        "data.seq_len": config.data.seq_len,
-    }
-    for key, got in at_least_1.items():
-        if got < 1:
-            raise UserError(f"{key}={got}; expected a number >= 1")
-    if not 0 < config.epsilon <= 1:
-        raise UserError(f"epsilon={config.epsilon}; expected a cosine above 0, at most 1")
-    wrong = [percent for percent in config.keep if not 0 < percent <= 100]
-    if wrong or not config.keep:
-        raise UserError(f"keep={config.keep}; expected per cents above 0, at most 100")
-    fraction = config.data.validation_fraction
-    if fraction is not None and not 0 < fraction <= 1:
-        raise UserError(f"data.validation_fraction={fraction}; expected a share above 0, at most 1")

@@ -23,6 +23,7 @@ from torch.optim.optimizer import ParamsT
 
 from optim import points, rules
 from optim.blocks import row_blocks
+from optim.hyperparameters import check_finite
 from optim.quantization import as_stored, read, write
 from optim.rounding import store
 from optim.sharding import StateTensor, allocate, first_column, is_distributed, local, max_over_shards
@@ -300,6 +301,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
             self._check_storage(group)
             for name, param in _named_parameters(group):
                 self._allocate(name, param, group)
+            check_finite(group, len(self.param_groups) - 1)
         except Exception:
             self.param_groups.pop()
             for param in group["params"]:

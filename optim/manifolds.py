@@ -332,6 +332,10 @@ def _built(description: Description) -> Manifold:
     return _TABLE[str(description[0])][0](*description[1:])
 
 
+_LARGEST_CONSTANT = 1e12
+"""Of k and c: beyond it, or below its inverse, products of coordinates leave the range of float32."""
+
+
 def _checked(description: Description) -> Description:
     name = description[0] if description else None
     if name not in _TABLE:
@@ -347,6 +351,11 @@ def _checked(description: Description) -> Description:
         raise ValueError(
             f"manifold={description!r}: {constant}={value!r}; expected a number > 0: the curvature is "
             f"{'-1/k' if constant == 'k' else '-c'}, negative by itself"
+        )
+    if not 1 / _LARGEST_CONSTANT <= value <= _LARGEST_CONSTANT:
+        raise ValueError(
+            f"manifold={description!r}: {constant}={value!r}; expected a number from {1 / _LARGEST_CONSTANT:g} to "
+            f"{_LARGEST_CONSTANT:g}, whose square float32 can hold"
         )
     return (str(name), float(value))
 

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lowrank_train.config import key_help, load_schema, setting
 from lowrank_train.errors import UserError
 from lowrank_train.hyperbolic.finished_record import finished_record
 from lowrank_train.hyperbolic.graph_config import GraphConfig, load_graph_config
@@ -24,7 +23,9 @@ from lowrank_train.hyperbolic.graph_report import SCORE_NAMES
 from lowrank_train.hyperbolic.graph_splits import PROTOCOLS
 from lowrank_train.hyperbolic.graph_training import train_graph
 from lowrank_train.hyperbolic.graphs import load_graph
+from lowrank_train.loading import load_schema
 from lowrank_train.record import provenance
+from lowrank_train.settings import key_help, setting
 from lowrank_train.step_benchmark import output_folder
 
 __all__ = ["PUBLISHED", "GraphBenchmark", "help_text", "load_benchmark", "measure_graphs"]
@@ -44,16 +45,23 @@ PUBLISHED: dict[str, dict[str, float]] = {
 class GraphBenchmark:
     """What is trained."""
 
-    folder: str = setting("data/graphs", "folder of the .npz files of graphs")
-    recipes: dict[str, str] = setting({}, "name of a column -> its recipe, a YAML file of launch/hyperbolic.py")
+    folder: str = setting("data/graphs", "folder of the .npz files of graphs", path=True)
+    recipes: dict[str, str] = setting(
+        {}, "name of a column -> its recipe, a YAML file of launch/hyperbolic.py", path=True
+    )
     rows: dict[str, list[str]] = setting(
         {}, "name of a row -> its overrides, e.g. [optimizer.name=sst, optimizer.rank=2]"
     )
     seeds: dict[str, list[int]] = setting(
-        {}, "protocol of the splits -> seeds of initial weights, dropout and negatives; the splits stay the same"
+        {},
+        "protocol of the splits -> seeds of initial weights, dropout and negatives; the splits stay the same",
+        at_least=0,
+        at_most=2**32 - 1,
     )
     overrides: list[str] = setting([], "for all trainings, e.g. [epochs=100]")
-    output: str = setting("runs/hyperbolic", "folder of all trainings, and of hyperbolic.json and hyperbolic.md")
+    output: str = setting(
+        "runs/hyperbolic", "folder of all trainings, and of hyperbolic.json and hyperbolic.md", path=True
+    )
 
 
 class _Run(NamedTuple):

@@ -10,10 +10,10 @@ from torch import nn
 
 import optim
 from lowrank_train import methods
-from lowrank_train.config import key_help, load_schema, setting
 from lowrank_train.errors import UserError
-from lowrank_train.hyperbolic.lorentz import check_curvature
+from lowrank_train.loading import load_schema
 from lowrank_train.parametrization import Parametrization
+from lowrank_train.settings import key_help, setting, settle
 
 __all__ = ["RecipeConfig", "build_method", "check_recipe", "load_recipe", "recipe_help"]
 
@@ -31,17 +31,23 @@ class RecipeConfig:
     for_optimizer: dict[str, Any] = setting(
         {}, "optimizer.name -> keys that hold with it unless given: for_optimizer.sst={optimizer.resample_every: 100}"
     )
-    clip: float | None = setting(None, "largest gradient norm; null: no clipping")
+    clip: float | None = setting(None, "largest gradient norm; null: no clipping", above=0)
     precision: Literal["float32", "float64"] = setting("float32", "of weights and arithmetic")
-    seed: int = setting(1234, "of initial weights, of the order of the data, of dropout and of negatives")
+    seed: int = setting(
+        1234, "of initial weights, of the order of the data, of dropout and of negatives", at_least=0, at_most=2**32 - 1
+    )
     run_dir: str | None = setting(
-        None, "folder of everything the run writes; null: in runs/, named after data, space and optimizer"
+        None, "folder of everything the run writes; null: in runs/, named after data, space and optimizer", path=True
     )
     resume: str = setting(
-        "auto", "auto: continue the run in run_dir if it has a checkpoint; never; or a checkpoint's path"
+        "auto", "auto: continue the run in run_dir if it has a checkpoint; never; or a checkpoint's path", path=True
     )
-    checkpoint_every: int = setting(500, "steps (of a graph: epochs) between two checkpoints; 0: only at the end")
-    log_every: int = setting(10, "steps (of a graph: epochs) between two rows of metrics.jsonl and TensorBoard")
+    checkpoint_every: int = setting(
+        500, "steps (of a graph: epochs) between two checkpoints; 0: only at the end", at_least=0
+    )
+    log_every: int = setting(
+        10, "steps (of a graph: epochs) between two rows of metrics.jsonl and TensorBoard", at_least=1
+    )
 
 
 C = TypeVar("C", bound=RecipeConfig)
@@ -69,38 +75,18 @@ def recipe_help(schema: type[RecipeConfig], usage: str) -> str:
     return "\n".join([*lines, "", *key_help(schema)])
 
 
-def check_recipe(
-    config: RecipeConfig, at_least: dict[str, tuple[float, float]], *, seeds: dict[str, int], rates: Sequence[str] = ()
-) -> None:
-    """Raise UserError for the first value that is out of range.
+def check_recipe(config: RecipeConfig, rates: Sequence[str] = ()) -> None:
+    """Check a whole configuration, once its run has a name.
 
     Args:
         config: of the run.
-        at_least: key -> (value, smallest allowed), beside those that all recipes have.
-        seeds: likewise, key -> value.
         rates: keys of ``optimizer`` that are not arguments of it.
+
+    Raises:
+        UserError: a value out of range, an unknown optimizer or an argument that it does not take.
     """
-    at_least = {
-        **at_least,
-        "checkpoint_every": (config.checkpoint_every, 0),
-        "log_every": (config.log_every, 1),
-    }
-    for key, (got, low) in at_least.items():
-        if got < low:
-            raise UserError(f"{key}={got}; expected a number >= {low}")
-    for key, seed in {"seed": config.seed, **seeds}.items():
-        if not 0 <= seed < 2**32:
-            raise UserError(f"{key}={seed}; expected a number from 0 to {2**32 - 1}")
-    if config.clip is not None and not config.clip > 0:
-        raise UserError(f"clip={config.clip}; expected a number > 0, or null")
-    try:
-        check_curvature(config.model.curvature)
-    except UserError as error:
-        raise UserError(f"model.{error}") from None
-    try:
-        methods.find(str(config.optimizer.get("name")), [k for k in config.optimizer if k not in ("name", *rates)])
-    except ValueError as error:
-        raise UserError(f"in optimizer: {error}") from None
+    settle(config)
+    methods.check(config.optimizer, rates)
 
 
 def build_method(

@@ -18,14 +18,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lowrank_train.config import key_help, load_schema, setting
 from lowrank_train.errors import UserError
 from lowrank_train.hyperbolic.finished_record import finished_record
 from lowrank_train.hyperbolic.translation_config import TranslationConfig, load_translation_config
 from lowrank_train.hyperbolic.translation_record import TranslationRecord
 from lowrank_train.hyperbolic.translation_training import train_translation
 from lowrank_train.hyperbolic.translator import SPACES
+from lowrank_train.loading import load_schema
 from lowrank_train.record import provenance
+from lowrank_train.settings import key_help, setting
 from lowrank_train.step_benchmark import output_folder
 
 __all__ = ["TranslationBenchmark", "help_text", "load_benchmark", "measure_translation"]
@@ -35,14 +36,14 @@ __all__ = ["TranslationBenchmark", "help_text", "load_benchmark", "measure_trans
 class TranslationBenchmark:
     """What is trained."""
 
-    folder: str = setting("data/multi30k", "folder of the pairs")
-    recipe: str = setting("configs/hyperbolic/multi30k.yaml", "YAML file of launch/hyperbolic.py")
+    folder: str = setting("data/multi30k", "folder of the pairs", path=True)
+    recipe: str = setting("configs/hyperbolic/multi30k.yaml", "YAML file of launch/hyperbolic.py", path=True)
     rows: dict[str, list[str]] = setting({}, "name of a row -> its overrides, e.g. [optimizer.name=sst]")
-    rates: dict[str, list[float]] = setting({}, "row -> values of optimizer.lr, equally many for every row")
+    rates: dict[str, list[float]] = setting({}, "row -> values of optimizer.lr, equally many for every row", above=0)
     geometries: list[str] = setting(["euclidean", "lorentz"], "spaces")
-    seeds: list[int] = setting([1234], "of initial weights, order and dropout")
+    seeds: list[int] = setting([1234], "of initial weights, order and dropout", at_least=0, at_most=2**32 - 1)
     overrides: list[str] = setting([], "for all trainings, e.g. [steps=100]")
-    output: str = setting("runs/translation", "folder of all trainings, of multi30k.json and multi30k.md")
+    output: str = setting("runs/translation", "folder of all trainings, of multi30k.json and multi30k.md", path=True)
 
 
 class _Run(NamedTuple):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lowrank_train.config import ScheduleConfig, setting
-from lowrank_train.errors import UserError
+from lowrank_train.config import ScheduleConfig
 from lowrank_train.hyperbolic.recipes import RecipeConfig, check_recipe, load_recipe, recipe_help
+from lowrank_train.settings import setting
 
 __all__ = [
     "TranslationConfig",
@@ -28,14 +27,16 @@ class TranslationDataConfig:
     """Pairs of sentences, and how they become batches."""
 
     task: Literal["translation"] = setting("translation", "what is learned; other tasks have other keys")
-    folder: str = setting("data/multi30k", "folder of train.parquet, validation.parquet and test.parquet")
+    folder: str = setting("data/multi30k", "folder of train.parquet, validation.parquet and test.parquet", path=True)
     source: str = setting("de", "column that is translated from")
     target: str = setting("en", "column that is translated into")
-    vocab_size: int = setting(4000, "entries of the byte-level BPE that is trained on both")
-    tokenizer_folder: str | None = setting(
-        None, "where that BPE is, or is put, for several runs to share; null: run_dir/tokenizer"
+    vocab_size: int = setting(
+        4000, "entries of the byte-level BPE that is trained on both", at_least=257, at_most=10**7
     )
-    batch_tokens: int = setting(4096, "of a batch, sources and targets with their padding")
+    tokenizer_folder: str | None = setting(
+        None, "where that BPE is, or is put, for several runs to share; null: run_dir/tokenizer", path=True
+    )
+    batch_tokens: int = setting(4096, "of a batch, sources and targets with their padding", at_least=1, at_most=10**9)
 
 
 @dataclass
@@ -43,14 +44,20 @@ class TranslationModelConfig:
     """The network."""
 
     geometry: Literal["lorentz", "euclidean"] = setting("lorentz", "the space it computes in")
-    curvature: float = setting(1.0, "k > 0: points have <x, x> = -k, and space curvature -1/k")
-    max_time: float = setting(10.0, "times of points are up to this + 1.1 sqrt(k) at first: how far out they may be")
-    width: int = setting(64, "coordinates, of which one in each head is a time in the Lorentz model")
-    inner_width: int = setting(256, "of the feed-forward layers")
-    layers: int = setting(2, "of the encoder, and of the decoder")
-    heads: int = setting(4, "of attention")
-    places: int = setting(128, "the longest sentence that fits, in tokens")
-    dropout: float = setting(0.0, "of what enters the last linear map of a layer")
+    curvature: float = setting(
+        1.0, "k > 0: points have <x, x> = -k, and space curvature -1/k", at_least=1e-6, at_most=1e6
+    )
+    max_time: float = setting(
+        10.0, "times of points are up to this + 1.1 sqrt(k) at first: how far out they may be", above=0
+    )
+    width: int = setting(
+        64, "coordinates, of which one in each head is a time in the Lorentz model", at_least=2, at_most=10**6
+    )
+    inner_width: int = setting(256, "of the feed-forward layers", at_least=1, at_most=10**6)
+    layers: int = setting(2, "of the encoder, and of the decoder", at_least=1, at_most=1000)
+    heads: int = setting(4, "of attention", at_least=1, at_most=1000)
+    places: int = setting(128, "the longest sentence that fits, in tokens", at_least=1, at_most=10**6)
+    dropout: float = setting(0.0, "of what enters the last linear map of a layer", at_least=0, below=1)
 
 
 @dataclass
@@ -66,10 +73,10 @@ class TranslationConfig(RecipeConfig):
         "(both as lr unless given)",
     )
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    label_smoothing: float = setting(0.1, "share of the target that is spread over all words")
-    steps: int = setting(3000, "batches")
-    evaluate_every: int = setting(200, "steps between two losses on validation; 0: only at the end")
-    longest: int = setting(60, "tokens of a translation, at most")
+    label_smoothing: float = setting(0.1, "share of the target that is spread over all words", at_least=0, below=1)
+    steps: int = setting(3000, "batches", at_least=1)
+    evaluate_every: int = setting(200, "steps between two losses on validation; 0: only at the end", at_least=0)
+    longest: int = setting(60, "tokens of a translation, at most", at_least=1, at_most=10**6)
 
 
 def load_translation_config(arguments: Sequence[str]) -> TranslationConfig:
@@ -81,31 +88,10 @@ def load_translation_config(arguments: Sequence[str]) -> TranslationConfig:
     config = load_recipe(TranslationConfig, arguments)
     if config.run_dir is None:
         config.run_dir = f"runs/translation-{config.model.geometry}-{config.optimizer.get('name')}"
-    _check(config)
+    check_recipe(config, RATES)
     return config
 
 
 def translation_help_text() -> str:
     """Every key with its default and meaning."""
     return recipe_help(TranslationConfig, "data.task=translation ")
-
-
-def _check(config: TranslationConfig) -> None:
-    at_least: dict[str, tuple[float, float]] = {
-        "steps": (config.steps, 1),
-        "evaluate_every": (config.evaluate_every, 0),
-        "longest": (config.longest, 1),
-        "data.vocab_size": (config.data.vocab_size, 257),
-        "data.batch_tokens": (config.data.batch_tokens, 1),
-        "schedule.warmup_steps": (config.schedule.warmup_steps, 0),
-    }
-    check_recipe(config, at_least, seeds={}, rates=RATES)
-    if not 0 < config.model.max_time < math.inf:
-        raise UserError(f"model.max_time={config.model.max_time}; expected a number > 0")
-    if not 0 <= config.label_smoothing < 1:
-        raise UserError(f"label_smoothing={config.label_smoothing}; expected a number from 0 to below 1")
-    for key in RATES:
-        rate = config.optimizer.get(key)
-        is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
-        if rate is not None and not (is_number and 0 <= rate < math.inf):
-            raise UserError(f"optimizer.{key}={rate!r}; expected a number >= 0")

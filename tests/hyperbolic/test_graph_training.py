@@ -288,7 +288,7 @@ def test_a_graph_in_pieces_is_refused_unless_expected(folder: Path, tmp_path: Pa
     ("change", "message"),
     [
         ("data.graph=oak", r"there is no .*oak\.npz; the folder has tree"),
-        ("model.curvature=-1", r"model\.curvature=-1\.0; expected k > 0"),
+        ("model.curvature=-1", r"model\.curvature=-1\.0; expected a number from 1e-06"),
         ("model.widht=3", r"unknown key 'model\.widht' .*did you mean 'model\.width'\?"),
         ("optimizer.name=sts", r"in optimizer: unknown optimizer 'sts'; did you mean 'sst'\?"),
         ("optimizer.rank=2", r"in optimizer: optimizer 'adamw' takes no argument 'rank'"),
@@ -298,7 +298,7 @@ def test_a_graph_in_pieces_is_refused_unless_expected(folder: Path, tmp_path: Pa
         ("epochs=0", r"epochs=0; expected a number >= 1"),
         ("margin=0", r"margin=0\.0; expected a number > 0"),
         ("clip=-1", r"clip=-1\.0; expected a number > 0, or null"),
-        ("data.split_seed=-1", r"data\.split_seed=-1; expected a number from 0"),
+        ("data.split_seed=-1", r"data\.split_seed=-1; expected a number >= 0"),
         ("model.geometry=spherical", r"wrong value .*model\.geometry"),
         ("data.protocol=dirty", r"wrong value .*data\.protocol"),
         ("data.root=500", r"data\.root=500; expected a node of tree, 0 to 120"),

@@ -17,7 +17,6 @@ import torch
 from matplotlib.figure import Figure
 from pyarrow import parquet
 
-from lowrank_train.config import given_value
 from lowrank_train.errors import UserError
 from lowrank_train.hyperbolic import lorentz, translation_benchmark, translation_training
 from lowrank_train.hyperbolic.bleu import bleu
@@ -26,6 +25,7 @@ from lowrank_train.hyperbolic.translation_data import load_translation_data
 from lowrank_train.hyperbolic.translation_record import TranslationRecord
 from lowrank_train.hyperbolic.translation_run import load_translator
 from lowrank_train.hyperbolic.translator import Translator
+from lowrank_train.loading import given_value
 from lowrank_train.metrics import read_metrics
 from tests.distributed import run_distributed
 from tests.train.helpers import ROOT, Launched, assert_equal_tensors, checkpoint_tensors, checkpoints, send
@@ -274,9 +274,9 @@ def test_a_finished_run_is_not_trained_again(folder: Path, tmp_path: Path) -> No
         ("data.vocab_size=256", r"data\.vocab_size=256; expected a number >= 257"),
         ("data.task=summaries", r"wrong value .*data\.task"),
         ("clip=0", r"clip=0\.0; expected a number > 0, or null"),
-        ("model.curvature=0", r"model\.curvature=0\.0; expected k > 0"),
+        ("model.curvature=0", r"model\.curvature=0\.0; expected a number from 1e-06 to 1e\+06"),
         ("model.max_time=0", r"model\.max_time=0\.0; expected a number > 0"),
-        ("seed=-1", r"seed=-1; expected a number from 0"),
+        ("seed=-1", r"seed=-1; expected a number >= 0"),
     ],
 )
 def test_settings_that_are_wrong(folder: Path, tmp_path: Path, change: str, message: str) -> None:

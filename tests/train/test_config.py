@@ -9,8 +9,9 @@ import pytest
 from omegaconf import OmegaConf
 
 import optim
-from lowrank_train.config import Config, help_text, load_config, save_config
+from lowrank_train.config import Config, help_text, load_config
 from lowrank_train.errors import UserError
+from lowrank_train.loading import save_config
 from tests.train.helpers import ROOT
 
 RECIPES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*.yaml"))
