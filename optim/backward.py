@@ -19,12 +19,14 @@ nor clip, and have one optimizer and one schedule per parameter. Here there is o
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from optim.base import MatrixOptimizer, Slot, dense_gradient, is_number
+from optim.placements import reshard
 from optim.sharding import laid_out_as, local, sum_over_shards
 from optim.surroundings import without_autocast
 from optim.wrapped import bare_model, bare_optimizer, is_replicated
@@ -75,7 +77,6 @@ class BackwardUpdates:
         self, model: nn.Module, optimizer: MatrixOptimizer, accumulation_steps: int, max_norm: float | None, clip: str
     ) -> None:
         _check(model, optimizer, accumulation_steps, max_norm, clip)
-        optimizer.ensure_state()
         self.grad_norm: Tensor | None = None
         self._model, self._checked = model, False
         self._optimizer = optimizer
@@ -97,6 +98,24 @@ class BackwardUpdates:
         self._slots = {slot.param: slot for slot in slots}
         self._hooks = [slot.param.register_post_accumulate_grad_hook(self._hook) for slot in slots]
         optimizer.in_backward = self
+
+    def check_replaceable(self, replaced: Set[Tensor], changed: Set[Tensor]) -> None:
+        """Raise RuntimeError for parameters that cannot be exchanged, or change, any more.
+
+        The hooks are on those that were attached, and what was summed of a gradient has its parameter's old shape.
+        """
+        lost = [slot.name for param, slot in self._slots.items() if param in replaced]
+        if lost:
+            raise RuntimeError(
+                f"{lost[0]!r} was replaced (sharded) after attach_to_backward, so its gradients were not used; shard "
+                "the model first, then call attach_to_backward"
+            )
+        summed = [slot.name for param, slot in self._slots.items() if param in changed and param in self._passes]
+        if summed:
+            raise RuntimeError(
+                f"{summed[0]!r} was resized, moved or converted after a backward pass whose gradient waits for step(); "
+                "call discard() on the handle of attach_to_backward, and run backward() again"
+            )
 
     def detach(self) -> None:
         """Back to gradients that wait for ``step()``."""
@@ -131,6 +150,8 @@ class BackwardUpdates:
     @without_autocast()
     def _hook(self, param: Tensor) -> None:
         slot = self._slots[param]
+        if self._optimizer.has_changed(param):
+            self._optimizer.ensure_state()
         first = param not in self._passes
         self._passes[param] = self._passes.get(param, 0) + 1
         last = self._passes[param] == self._accumulation_steps
@@ -240,6 +261,8 @@ def _check(model: nn.Module, optimizer: MatrixOptimizer, accumulation_steps: Any
         raise ValueError(f"clip={clip!r}; expected 'global' or 'parameter'")
     if optimizer.in_backward is not None:
         raise ValueError("the optimizer is attached to a backward pass already; detach() that handle first")
+    reshard(model)  # after an evaluation FSDP2 shows whole parameters, whose gradients are not reduced
+    optimizer.ensure_state()
     own = set(model.parameters())
     for slot in optimizer.slots():
         if slot.param not in own:

@@ -15,7 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from torch.optim.optimizer import ParamsT
 from optim import points, rules
 from optim.blocks import row_blocks
 from optim.hyperparameters import check_finite
+from optim.present import PresentParameters, check_gradients, updated_too_early
 from optim.quantization import as_stored, read, write
 from optim.rounding import store
 from optim.sharding import StateTensor, allocate, first_column, is_distributed, local, max_over_shards
@@ -106,6 +107,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
     """Whether ``step_matrices`` reads moments of any type by itself; if not it is handed them in float32 or wider."""
 
     in_backward: BackwardUpdates | None = None  # of the class, because torch's copies and pickles drop attributes
+    _present_parameters: PresentParameters | None = None
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         everywhere = {"role": None if self.needs_roles else "vector", **SHARED_SETTINGS}
@@ -135,18 +137,25 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One update of every parameter that has a gradient; returns the closure's loss, if any.
 
-        Raises RuntimeError if the parameters were replaced (sharded) after updates had been made.
+        The parameters are the model's at this time: those that ``fully_shard``, ``to_empty`` or a new layer put in the
+        place of others are found by their names, and where the model was moved, converted or resized state is allocated
+        anew.
+
+        Raises RuntimeError if that happened to a parameter after it had been updated, if a gradient has not its
+        parameter's shape and device, and if no parameter has a gradient because the model has others by now.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         with without_autocast():
-            self._adopt_replaced_parameters()
+            self._follow_model()
+            slots = list(self.slots())
+            check_gradients(slots, self._present)
             if self.in_backward is not None:
                 self.in_backward.finish()
             else:
-                self.step_slots(list(self.slots()))
+                self.step_slots(slots)
             self.end_step()
         return loss
 
@@ -299,6 +308,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         try:
             _check_group(group, len(self.param_groups) - 1)
             self._check_storage(group)
+            self._present.learn(group["params"])
             for name, param in _named_parameters(group):
                 self._allocate(name, param, group)
             check_finite(group, len(self.param_groups) - 1)
@@ -319,9 +329,12 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         return counted(as_stored(layout, group["state_dtype"]), param, group)
 
     def _allocate(self, name: str, param: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[param]  # the same object as before: updates fused into backward hold it
+        state.clear()
         layout = self.state_layout(name, param, group)
         on_host = group["offload_state"]
-        self.state[param] = {key: allocate(spec, param, on_host=on_host) for key, spec in layout.items()}
+        state.update({key: allocate(spec, param, on_host=on_host) for key, spec in layout.items()})
+        self._present.allocated(param)
         if first_column(param) is not None and local(param).shape[1] % 2:
             packed = [key for key, spec in layout.items() if spec.layout == "parameter" and spec.shape != param.shape]
             if packed:
@@ -337,24 +350,49 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
             for name, param in _named_parameters(group):
                 yield Slot(name, param, self.state.get(param, {}), group)  # indexing would make an entry
 
-    def _adopt_replaced_parameters(self) -> None:
-        """Allocate anew if a framework sharded the model, and swapped the parameters, after building the optimizer."""
-        current = {param for group in self.param_groups for param in group["params"]}
-        if all(param in self.state for param in current):
+    @property
+    def _present(self) -> PresentParameters:
+        if self._present_parameters is None:
+            self._present_parameters = PresentParameters()
+        return self._present_parameters
+
+    def _follow_model(self, *, if_updated: Literal["refuse", "leave"] = "refuse") -> None:
+        """Take the model's present parameters (``optim.present``); allocate state anew where it does not fit them.
+
+        ``if_updated``: what to do where these parameters have been updated already; "refuse" raises RuntimeError.
+        """
+        slots, present = list(self.slots()), self._present
+        params = [slot.param for slot in slots]
+        replaced = present.replacements(params)
+        orphans = self.state.keys() - set(params)
+        changed = {slot.param: change for slot in slots if slot.state and (change := present.change(slot.param))}
+        if not replaced and not orphans and not changed and all(param in self.state for param in params):
             return
-        orphans = [param for param in self.state if param not in current]
-        if any(self.state[param]["step"].item() > 0 for param in orphans if self.state[param]):
-            raise RuntimeError(
-                "the parameters of this optimizer were replaced after it had made updates, so its state belongs to "
-                "tensors that no longer exist; shard the model first, or before the first step()"
-            )
-        for param in orphans:
-            del self.state[param]
+        updated = [param for param in (*changed, *replaced, *orphans) if _is_updated(self.state[param])]
+        if updated and if_updated == "leave" and orphans.isdisjoint(updated):
+            return
+        if updated:
+            name = next((slot.name for slot in slots if slot.param is updated[0]), None)
+            raise RuntimeError(updated_too_early(name, changed.get(updated[0])))
+        if self.in_backward is not None:
+            self.in_backward.check_replaceable(replaced.keys() | orphans, changed.keys())
         for group in self.param_groups:
-            for name, param in _named_parameters(group):
-                if param not in self.state:
-                    _check_not_flattened(name, param, group)
-                    self._allocate(name, param, group)
+            group["params"][:] = [replaced.get(param, param) for param in group["params"]]
+        for param in [*orphans, *replaced]:
+            self.state.pop(param, None)
+        present.accept(replaced, [param for group in self.param_groups for param in group["params"]])
+        anew = [slot for slot in self.slots() if slot.param not in self.state or slot.param in changed]
+        for name, param, _, group, *_ in anew:
+            _check_not_flattened(name, param, group)
+            self._allocate(name, param, group)
+        self.state_allocated([slot for slot in self.slots() if any(slot.param is new.param for new in anew)])
+
+    def has_changed(self, param: Tensor) -> bool:
+        """Whether a parameter has another shape, dtype, device or placement than when its state was allocated."""
+        return self._present.change(param) is not None
+
+    def state_allocated(self, slots: list[Slot]) -> None:
+        """Called when state was allocated for parameters that a group had before."""
 
     def defer_state(self) -> None:
         """Free the state, before any update, until ``step()`` needs it or the parameters are sharded.
@@ -365,14 +403,24 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         self.state.clear()
 
     def ensure_state(self) -> None:
-        """Allocate what is missing, after ``defer_state`` or for parameters that were replaced (sharded)."""
-        self._adopt_replaced_parameters()
+        """Allocate what is missing or no longer fits, after ``defer_state`` and for parameters that were replaced.
+
+        Raises RuntimeError as ``step`` does.
+        """
+        self._follow_model()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's, of the model's present parameters, see ``step``."""
+        if self.state:  # deferred state stays deferred
+            self._follow_model(if_updated="leave")
+        super().zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; raises RuntimeError as ``step`` does."""
+        """As torch's; raises RuntimeError if a framework replaced parameters that had been updated."""
         if not self.state and not any(is_distributed(slot.param) for slot in self.slots()):
             return super().state_dict()
-        self._adopt_replaced_parameters()  # torch looks every key of the state up among the parameters of the groups
+        # torch looks every key of the state up among the parameters of the groups
+        self._follow_model(if_updated="leave")
         self._wait_for_offloaded()
         return super().state_dict()
 
@@ -392,7 +440,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
         if self.state or state_dict["state"]:
-            self._adopt_replaced_parameters()
+            self._follow_model()
             self._wait_for_offloaded()
         load(self, state_dict, tuple(SHARED_SETTINGS))
         for after in self._optimizer_load_state_dict_post_hooks.values():
@@ -414,6 +462,10 @@ def adamw_state(param: Tensor) -> dict[str, StateTensor]:
         "exp_avg": StateTensor(tuple(param.shape), param.dtype, "parameter"),
         "exp_avg_sq": StateTensor(tuple(param.shape), param.dtype, "parameter"),
     }
+
+
+def _is_updated(state: Mapping[str, Tensor]) -> bool:
+    return "step" in state and not state["step"].is_meta and state["step"].item() > 0
 
 
 def _is_plain(slot: Slot) -> bool:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from optim.base import ROLES
 from optim.manifolds import Description, describe_manifold, same_manifold
+from optim.placements import reshard
+from optim.present import remember
 from optim.wrapped import bare_model, plain_name
 
 __all__ = ["keep_manifolds", "param_groups"]
@@ -47,6 +49,8 @@ def param_groups(
             ``optim.manifolds`` or two of them for one parameter, or a rule that would lose one.
     """
     rules, model = dict(rules or {}), bare_model(model)
+    reshard(model)  # after an evaluation FSDP2 shows whole parameters, which are not those that get gradients
+    remember(model)
     manifolds = _manifolds(model)
     roles = {**_roles(model), **dict.fromkeys(manifolds, "points")}
     matched: set[str] = set()

@@ -231,15 +231,12 @@ class WeLoreAdamW(LowRankOptimizer):
         group, slots = self.param_groups[-1], self._matrices()
         new = [slot for slot in slots if slot.group is group]
         try:
-            if new:
-                self._set_initial_ranks(new if self._clock() else slots)
+            self.state_allocated(new)
         except Exception:
             self.param_groups.pop()
             for param in group["params"]:
                 self.state.pop(param, None)
             raise
-        for slot in new:
-            slot.state["model_step"].fill_(self._clock())
 
     def prepare_to_load(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
         """Give the state of every matrix the rank it was saved with; its values are lost.
@@ -270,11 +267,13 @@ class WeLoreAdamW(LowRankOptimizer):
         """Steps since any matrix was first updated."""
         return max((int(state["model_step"]) for state in self.state.values() if "model_step" in state), default=0)
 
-    def _adopt_replaced_parameters(self) -> None:
-        before = set(self.state)
-        super()._adopt_replaced_parameters()
-        if any(param not in before for param in self.state):
-            self._set_initial_ranks(self._matrices())
+    def state_allocated(self, slots: list[Slot]) -> None:
+        """Ranks under the budget again; once updates have been made, of the new matrices alone."""
+        new, clock = [slot for slot in slots if slot.group["role"] in self.method_roles], self._clock()
+        if new:
+            self._set_initial_ranks(new if clock else self._matrices())
+        for slot in new:
+            slot.state["model_step"].fill_(clock)
 
     def _set_initial_ranks(self, slots: list[Slot]) -> None:
         """The given ones, or the uniform one; less if the budget does not allow it.

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["bare_model", "bare_optimizer", "is_replicated", "plain_name"]
+__all__ = ["WRAPPERS", "bare_model", "bare_optimizer", "is_replicated", "plain_name"]
 
-_SEGMENTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
+WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 """What torch.compile and activation checkpointing insert into a name."""
 
 _HOLDERS = frozenset({"DistributedDataParallel", "DataParallel", "OptimizedModule"})
@@ -83,4 +83,4 @@ def bare_optimizer(optimizer: Any) -> Any:
 
 def plain_name(name: str) -> str:
     """A parameter's name without what torch.compile and activation checkpointing insert."""
-    return ".".join(part for part in name.split(".") if part not in _SEGMENTS)
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)

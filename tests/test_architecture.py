@@ -17,6 +17,7 @@ LAYERS = {"optim": (), "lowrank_train": ("optim",), "launch": ("optim", "lowrank
 
 OPTIM_MAY_IMPORT = {"torch", "geoopt", "optim"}
 DISTRIBUTED_ALLOWED = {
+    "optim/placements.py",
     "optim/sharding.py",
     "lowrank_train/parallel.py",
     "lowrank_train/rendezvous.py",
