@@ -409,6 +409,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         """
         self._follow_model()
 
+    @eagerly
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's, of the model's present parameters, see ``step``."""
         if self.state:  # deferred state stays deferred

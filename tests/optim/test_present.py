@@ -1,4 +1,4 @@
-"""Built before the model is sharded, filled, moved, converted or resized, an optimizer trains what the model has then."""
+"""Built before the model is sharded, moved, converted or resized, an optimizer trains what the model has then."""
 
 from __future__ import annotations
 
