@@ -12,6 +12,7 @@ from lowrank_train.adapted_model import AdaptedModel, changes_frozen_weights
 from lowrank_train.checkpoint import whole_state
 from lowrank_train.compressed_folder import save_model
 from lowrank_train.errors import UserError
+from lowrank_train.finite import name_not_finite
 from lowrank_train.parallel import Ranks
 
 __all__ = ["export_adapter"]
@@ -40,6 +41,9 @@ def export_adapter(
     whole = whole_state(adapted.model)
 
     def write() -> str | None:
+        bad = name_not_finite(whole)
+        if bad is not None:
+            raise UserError(f"{bad!r} holds a number that is not finite; no adapter is written to {run_folder}")
         dtype = next(iter(adapted.model.parameters())).dtype
         wrapper = adapted.with_values(whole)
         wrapper.peft_config.update(adapted.wrapper.peft_config)  # AdaLoRA's ranks are known only after training
@@ -53,6 +57,8 @@ def export_adapter(
                     return (str(error).splitlines() or [type(error).__name__])[0]
             save_model(merged.to(dtype), run_folder / "huggingface")
             tokenizer.save_pretrained(run_folder / "huggingface")
+        except UserError:
+            raise
         except Exception as error:  # the writers in Rust raise errors of their own
             raise UserError(f"cannot write the model to {run_folder}: {error!r}; free space and resume") from None
         return None

@@ -11,6 +11,7 @@ from typing import Any
 from lowrank_train.budget_run import Fit, Outcome
 from lowrank_train.errors import UserError
 from lowrank_train.memory_check import in_words
+from lowrank_train.small_files import write_text
 from lowrank_train.units import show_bytes
 
 __all__ = ["check_budget", "table", "write_budget"]
@@ -71,8 +72,8 @@ def write_budget(outcome: Outcome, folder: Path) -> None:
             for fit in outcome.fits
         ]
         document = {"question": outcome.question, "fits": full, "nothing_fits": outcome.missing}
-        (folder / "budget.json").write_text(json.dumps(document, indent=2) + "\n")
-        (folder / "budget.md").write_text(table(outcome) + "\n")
+        write_text(folder / "budget.json", json.dumps(document, indent=2) + "\n")
+        write_text(folder / "budget.md", table(outcome) + "\n")
         _plot(outcome, folder / "budget.png")
     except OSError as error:
         raise UserError(f"cannot write to out={folder}: {error}") from None

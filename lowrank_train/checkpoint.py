@@ -20,36 +20,39 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_state_dict,
     set_state_dict,
 )
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import optim
+from lowrank_train.checkpoint_files import ChecksumWriter, load_plain, read_index
+from lowrank_train.checkpoint_folder import (
+    checkpoints_of,
+    clear_leftovers,
+    delete_checkpoint,
+    error_cause,
+    last_good,
+    read_about,
+    write_about,
+)
+from lowrank_train.checksums import damage_in, has_checksums
 from lowrank_train.compressed_folder import save_model
-from lowrank_train.errors import UserError
+from lowrank_train.errors import Diverged, UserError
+from lowrank_train.finite import name_not_finite
 from lowrank_train.parallel import Ranks
 from lowrank_train.parametrization import Parametrization
 from optim.int8_weight import Int8Weight
 from optim.sharding import laid_out_as, local
 
-__all__ = [
-    "Checkpoints",
-    "checkpoints_of",
-    "export_huggingface",
-    "find_checkpoint",
-    "last_good",
-    "read_weights",
-    "whole_state",
-]
+__all__ = ["Checkpoints", "export_huggingface", "read_weights", "whole_state"]
 
 
 class Checkpoints:
@@ -66,7 +69,7 @@ class Checkpoints:
         self.folder, self.ranks, self.keep, self.asynchronous = folder, ranks, keep, asynchronous
         self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30)) if asynchronous else None
         self._pending: tuple[Path, Future[Any]] | None = None
-        ranks.first(lambda: _clear_leftovers(folder))
+        ranks.first(lambda: clear_leftovers(folder))
 
     def save(
         self,
@@ -86,23 +89,41 @@ class Checkpoints:
             about: plain facts kept beside it as ``about.json``.
 
         Raises:
+            Diverged: a number to be saved is not finite; nothing is written, and no earlier checkpoint deleted.
             UserError: an earlier or this write failed (disk full, no permission); the last good checkpoint is named.
         """
         self.wait()
-        scratch = self.folder / f"step-{step}.tmp"
-        self.ranks.first(lambda: _write_about(scratch, {"step": step, **about}))
         model_state, optimizer_state = get_state_dict(model, optimizer)
         state = {"model": _in_parts(model_state), "optimizer": optimizer_state, **extra}
+        self.check_finite(step, state)
+        scratch = self.folder / f"step-{step}.tmp"
+        self.ranks.first(lambda: write_about(scratch, {"step": step, **about}))
+        writer = ChecksumWriter(scratch)
         try:
             if self.asynchronous:
-                written = async_save(state, checkpoint_id=scratch, process_group=self.group)
+                stager = DefaultStager(StagingOptions(False, False, False, False))  # async_save's own
+                written = async_save(state, storage_writer=writer, process_group=self.group, async_stager=stager)
                 assert isinstance(written, Future)
+                written.add_done_callback(lambda _: stager.close())
                 self._pending = (scratch, written)
             else:
-                save(state, checkpoint_id=scratch)
+                save(state, storage_writer=writer)
                 self._publish(scratch)
         except (CheckpointException, OSError) as error:
             raise self._failure(scratch, error) from None
+
+    def check_finite(self, step: int, state: dict[str, Any]) -> None:
+        """Raise Diverged on all ranks if a tensor of a (nested) state holds a number that is not finite on one."""
+
+        def check() -> None:
+            name = name_not_finite(state)
+            if name is not None:
+                raise Diverged(
+                    f"at step {step} {_in_words(name)} holds a number that is not finite: no checkpoint of it is "
+                    f"written; {last_good(self.folder)}. Lower optimizer.lr or clip, and resume"
+                )
+
+        self.ranks.each(check)
 
     def poll(self) -> bool:
         """Publish a background checkpoint that is complete; True if writing it failed on this rank."""
@@ -141,7 +162,7 @@ class Checkpoints:
         Raises:
             UserError: not a checkpoint, damaged, or of another model, optimizer, rank or data.
         """
-        saved = _read_about(path)
+        saved = read_about(path)
         for key, value in _flat(json.loads(json.dumps(about))).items():
             got = _flat(saved).get(key)
             if got != value:
@@ -150,7 +171,7 @@ class Checkpoints:
                     "written with, or resume=never with another run_dir"
                 )
         try:
-            metadata = FileSystemReader(path).read_metadata().state_dict_metadata
+            metadata = read_index(path)
         except Exception as error:  # unpickling a damaged file may raise anything
             raise self._damage(path, error) from None
         optimizer.prepare_to_load(_state_shapes(metadata))
@@ -175,18 +196,19 @@ class Checkpoints:
                 "was written with, or resume=never with another run_dir"
             )
         extra: dict[str, dict[str, Any]] = {}
-        for key, entry in metadata.items():
-            section, _, name = key.partition(".")
-            if section not in ("model", "optimizer"):
-                empty = None
-                if isinstance(entry, TensorStorageMetadata):
-                    empty = torch.empty(entry.size, dtype=entry.properties.dtype)
-                extra.setdefault(section, {})[name] = empty
-        state: dict[str, Any] = {"model": parts, "optimizer": optimizer_state, **extra}
         try:
-            load(state, checkpoint_id=path)
+            for key, entry in metadata.items():
+                section, _, name = key.partition(".")
+                if section not in ("model", "optimizer"):
+                    empty = None
+                    if isinstance(entry, TensorStorageMetadata):
+                        empty = torch.empty(entry.size, dtype=entry.properties.dtype)
+                    extra.setdefault(section, {})[name] = empty
+            state: dict[str, Any] = {"model": parts, "optimizer": optimizer_state, **extra}
+            load_plain(state, path)
         except (CheckpointException, OSError, RuntimeError) as error:
             raise self._damage(path, error) from None
+        self.ranks.each(lambda: self._check_loaded(path, {"model": parts, "optimizer": optimizer_state}))
         try:
             set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=state["optimizer"])
         except ValueError as error:
@@ -200,91 +222,53 @@ class Checkpoints:
         final = scratch.with_suffix("")
         try:
             if final.exists():  # the same step, saved again after a resume
-                _delete(final)
+                delete_checkpoint(final)
             scratch.rename(final)
-            for old in _published(self.folder)[: -self.keep]:
-                _delete(old)
+            for old in checkpoints_of(self.folder)[: -self.keep]:
+                delete_checkpoint(old)
         except OSError as error:
             raise self._failure(scratch, error) from None
+
+    def _check_loaded(self, path: Path, state: dict[str, Any]) -> None:
+        name = name_not_finite(state)
+        if name is not None:
+            raise self._damage(path, ValueError(f"{_in_words(name)} holds a number that is not finite"))
 
     def _failure(self, scratch: Path, error: BaseException) -> UserError:
         free = shutil.disk_usage(self.folder).free / 2**20
         if self.ranks.is_first:
             shutil.rmtree(scratch, ignore_errors=True)
         return UserError(
-            f"cannot write the checkpoint {scratch.with_suffix('')}: {_cause(error)} ({free:,.0f} MiB were free); "
+            f"cannot write the checkpoint {scratch.with_suffix('')}: {error_cause(error)} ({free:,.0f} MiB were free); "
             f"{last_good(self.folder)}; free space and resume"
         )
 
     def _damage(self, path: Path, error: BaseException) -> UserError:
-        others = [other.name for other in _published(path.parent) if other != path]
+        others = [other.name for other in checkpoints_of(path.parent) if other != path]
         then = f"delete it, and resume=auto goes on from {others[-1]}" if others else "there is no other beside it"
-        return UserError(f"{path} is damaged ({_cause(error)}); {then}")
-
-
-def checkpoints_of(folder: Path) -> list[Path]:
-    """Complete checkpoints in a folder, oldest first."""
-    return _published(folder)
+        return UserError(f"{path} is damaged ({error_cause(error)}); {then}")
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The whole weights in a checkpoint, by parameter name, in one process. Raises UserError if it is damaged."""
+    damage = damage_in(path) if has_checksums(path) else None
+    if damage is not None:
+        raise UserError(f"{path} is damaged ({damage})")
     try:
-        metadata = FileSystemReader(path).read_metadata().state_dict_metadata
+        metadata = read_index(path)
         weights = {
             key.removeprefix("model."): torch.empty(entry.size, dtype=entry.properties.dtype)
             for key, entry in metadata.items()
             if key.startswith("model.") and isinstance(entry, TensorStorageMetadata)
         }
         with warnings.catch_warnings(action="ignore"):  # that it is one process, which is what was asked for
-            load({"model": weights}, checkpoint_id=path, no_dist=True)
+            load_plain({"model": weights}, path, alone=True)
         for name in [key.removesuffix(_CODES) for key in weights if key.endswith(_CODES)]:
             whole = Int8Weight(weights.pop(name + _CODES), weights.pop(name + _SCALE))
             weights[name] = whole.wide(torch.float32)
     except (CheckpointException, Exception) as error:  # a damaged file may raise anything
-        raise UserError(f"{path} is damaged ({_cause(error)})") from None
+        raise UserError(f"{path} is damaged ({error_cause(error)})") from None
     return weights
-
-
-def last_good(folder: Path) -> str:
-    """Which checkpoint a message can point to."""
-    good = _published(folder)
-    return f"the last good checkpoint is {good[-1]}" if good else "there is no earlier checkpoint"
-
-
-def find_checkpoint(resume: str, folder: Path) -> Path | None:
-    """The checkpoint a run starts from.
-
-    Args:
-        resume: auto (the newest in ``folder``, if any), never, or the path of a checkpoint or of a run folder.
-        folder: the run's own checkpoints.
-
-    Raises:
-        UserError: never, or another path, but there are checkpoints that the run would overwrite; or nothing at the
-            path given.
-    """
-    own = _published(folder)
-    if resume == "auto":
-        return own[-1] if own else None
-    if resume == "never":
-        if own:
-            raise UserError(
-                f"resume=never, but {folder} holds checkpoints of an earlier run; set another run_dir, delete "
-                "this one, or use resume=auto"
-            )
-        return None
-    path = Path(resume)
-    if not (path / "about.json").is_file():
-        found = _published(path / "checkpoints") or _published(path)
-        if not found:
-            raise UserError(f"resume={resume}: no checkpoint there; expected auto, never, a step-N or a run folder")
-        path = found[-1]
-    if own and path.resolve() != own[-1].resolve():
-        raise UserError(
-            f"resume={resume}, but {folder} holds checkpoints up to {own[-1].name} that the run would mix with its "
-            "own; set another run_dir, or use resume=auto to continue them"
-        )
-    return path
 
 
 def export_huggingface(
@@ -304,6 +288,8 @@ def export_huggingface(
         try:
             save_model(model, folder, layers.plain_state_dict(whole))
             tokenizer.save_pretrained(folder)
+        except UserError as error:
+            raise UserError(f"{error}; {last_good(folder.parent / 'checkpoints')}") from None
         except Exception as error:  # the writers in Rust raise errors of their own
             raise UserError(f"cannot write the Hugging Face folder {folder}: {error}; free space and resume") from None
 
@@ -349,11 +335,13 @@ def _state_shapes(metadata: Mapping[str, Any]) -> dict[str, dict[str, tuple[int,
     return shapes
 
 
-def _cause(error: BaseException) -> str:
-    """The first rank's reason inside a CheckpointException; the error itself otherwise."""
-    failures = list(getattr(error, "failures", {}).values())
-    reason = failures[0][0] if failures else error
-    return f"{type(reason).__name__}: {(str(reason).splitlines() or [''])[0]}"
+def _in_words(entry: str) -> str:
+    """What an entry of a checkpoint is."""
+    if entry.startswith("optimizer.state."):
+        name, _, key = entry.removeprefix("optimizer.state.").rpartition(".")
+        return f"{key} (optimizer state) of the parameter {name!r}"
+    section, _, name = entry.partition(".")
+    return f"the parameter {name!r}" if section == "model" else repr(entry)
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -365,43 +353,3 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def _clear_leftovers(folder: Path) -> None:
-    """Delete what a killed run left half written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob("*.tmp"):
-            shutil.rmtree(leftover)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error}; set run_dir to another folder") from None
-
-
-def _published(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    numbered = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
-    complete = [path for path in numbered if (path / ".metadata").is_file()]
-    return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def _delete(path: Path) -> None:
-    doomed = path.rename(path.with_name(path.name + ".old.tmp"))  # a kill while deleting must not leave half of it
-    shutil.rmtree(doomed)
-
-
-def _write_about(scratch: Path, about: dict[str, Any]) -> None:
-    try:
-        scratch.mkdir(parents=True)
-        (scratch / "about.json").write_text(json.dumps(about, indent=2))
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {scratch.parent}: {error}; {last_good(scratch.parent)}; free space and resume"
-        ) from None
-
-
-def _read_about(path: Path) -> dict[str, Any]:
-    try:
-        about: dict[str, Any] = json.loads((path / "about.json").read_text())
-        return about
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a checkpoint of this trainer ({error})") from None

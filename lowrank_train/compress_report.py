@@ -14,6 +14,7 @@ import matplotlib
 from torch import Tensor
 
 from lowrank_train.record import perplexity
+from lowrank_train.small_files import write_text
 from lowrank_train.units import show_bytes
 from lowrank_train.welore import PlannedMatrix, rank_reduction
 from optim.table import aligned
@@ -72,7 +73,7 @@ def write_report(result: Compression, settings: Mapping[str, Any], made: Mapping
         "perplexity_after": _finite(result.loss_after),
         "matrices": rows,
     }
-    (folder / "compress.json").write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
+    write_text(folder / "compress.json", json.dumps(figures, indent=2, allow_nan=False) + "\n")
     _plot(result.plan, folder / "ranks.png")
     notes = _notes(result, settings.get("rank_reduction"))
     return "\n\n".join([_table(result.plan), *notes, f"model, plot, CSV and JSON: {folder}"])

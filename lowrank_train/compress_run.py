@@ -25,6 +25,7 @@ from lowrank_train.layer_choice import BLOCK_MATRICES, linear_layers
 from lowrank_train.loading import flags_to_keys, load_schema
 from lowrank_train.model_folder import load_model, model_folder
 from lowrank_train.parallel import Ranks, start
+from lowrank_train.pretrained import read_pretrained
 from lowrank_train.pruning import TextConfig, evaluation_blocks, text_loss
 from lowrank_train.record import provenance
 from lowrank_train.settings import key_help, setting
@@ -359,7 +360,7 @@ def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def _tokenizer(folder: Path) -> Any:
     """Read before anything is written: the folder of the result is to have it too."""
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return read_pretrained(AutoTokenizer, folder)
     except Exception as error:  # the readers raise many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot load the tokenizer in {folder}: {reason}; put the model's own there") from None
@@ -370,6 +371,8 @@ def _write(model: PreTrainedModel, tokenizer: Any, out: Path) -> None:
     try:
         save_model(model, out)
         tokenizer.save_pretrained(out)
+    except UserError:
+        raise
     except Exception as error:  # the writers in Rust raise errors of their own
         raise UserError(f"cannot write to out={out}: {error}; set out to another folder") from None
 

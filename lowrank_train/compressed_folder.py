@@ -17,7 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils.logging import disable_progress_bar
 
 from lowrank_train.errors import UserError
+from lowrank_train.finite import name_not_finite
 from lowrank_train.low_rank_linear import shape_low_rank
+from lowrank_train.pretrained import read_pretrained
 
 __all__ = ["compressed_ranks", "is_compressed", "read_compressed", "save_model", "shaped"]
 
@@ -56,7 +58,7 @@ def read_compressed(folder: Path | str, dtype: torch.dtype | None = None) -> Pre
         UserError: it cannot be read, or the weights do not fit the configuration.
     """
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = read_pretrained(AutoConfig, folder)
         state = load_file(Path(folder, _WEIGHTS))
     except Exception as error:  # transformers and safetensors raise many kinds
         raise UserError(f"cannot load the model in {folder}: {str(error).splitlines()[0]}") from None
@@ -93,8 +95,12 @@ def save_model(model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor]
         state: its whole state dict; None for the model's own.
 
     Raises:
+        UserError: a number is not finite; nothing is written.
         Exception: whatever the writers raise.
     """
+    bad = name_not_finite(model.state_dict() if state is None else state)
+    if bad is not None:
+        raise UserError(f"{bad!r} holds a number that is not finite; no model is written to {folder}")
     arguments: dict[str, Any] = {} if state is None else {"state_dict": dict(state)}
     disable_progress_bar()  # of the library's own writer: one file is written
     if not compressed_ranks(model.config):

@@ -23,6 +23,7 @@ from lowrank_train.progress import show_progress
 from lowrank_train.pruning import TextConfig
 from lowrank_train.record import perplexity, provenance
 from lowrank_train.settings import key_help, setting
+from lowrank_train.small_files import write_text
 from lowrank_train.welore import rank_reduction
 from optim.table import aligned
 
@@ -121,7 +122,7 @@ def measure_compression(settings: CompressionConfig) -> str:
         out.mkdir(parents=True, exist_ok=True)
         figures = {"what": "perplexity of compressed models, not fine-tuned", "perplexity_before": before}
         figures |= {"settings": asdict(settings), "provenance": made, "cells": cells}
-        (out / "compression.json").write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
+        write_text(out / "compression.json", json.dumps(figures, indent=2, allow_nan=False) + "\n")
         if settings.rank_reductions:
             _plot(settings, cells, before, out / "compression.png")
     except OSError as error:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -25,13 +26,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lowrank_train.blocks import TokenFile, TokenStream, TrainingBlocks
 from lowrank_train.chat import Chat
-from lowrank_train.checkpoint import find_checkpoint
+from lowrank_train.checkpoint_folder import find_checkpoint
+from lowrank_train.checksums import CHECKSUMS, damage_in, has_checksums, write_checksums
 from lowrank_train.config import Config, DataConfig
 from lowrank_train.encoding import Encoder
 from lowrank_train.errors import UserError
 from lowrank_train.labels import lay_out
 from lowrank_train.loss import IGNORED
 from lowrank_train.parallel import Ranks
+from lowrank_train.pretrained import read_pretrained
 from lowrank_train.progress import show_progress
 from lowrank_train.text import (
     Document,
@@ -117,7 +120,8 @@ def prepare_data(config: Config, ranks: Ranks, folder: Path) -> Data:
             raise UserError(f"cannot write tokens to {folder}: {error}; free space, or set {key} elsewhere") from None
 
     found = ranks.first(write)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    ranks.each(lambda: _verify(folder, ranks))
+    tokenizer = read_pretrained(AutoTokenizer, folder / "tokenizer")
     train: TrainingBlocks
     if streaming:
         if config.data.streams % ranks.world_size:
@@ -133,6 +137,16 @@ def prepare_data(config: Config, ranks: Ranks, folder: Path) -> Data:
     return Data(tokenizer, train, _validation_blocks(held_out, config), {**description, **found})
 
 
+def _verify(folder: Path, ranks: Ranks) -> None:
+    """Raise UserError if a file of this rank's share is not as it was written; earlier versions wrote no checksums."""
+    if has_checksums(folder):
+        damage = damage_in(folder, rank=ranks.rank, world_size=ranks.world_size)
+        if damage is not None:
+            raise UserError(f"{folder} is damaged ({damage}); {_REMEDY.format(folder=folder)}")
+    elif ranks.is_first:
+        print(f"{folder} has no {CHECKSUMS}; damage in its tokens would not be noticed", file=sys.stderr)
+
+
 def _write_tokens(config: Config, folder: Path, description: dict[str, Any], streaming: bool) -> dict[str, Any]:
     """Make ``folder`` (tokenizer, token files, data.json) unless it is there; returns what was found in the text."""
     saved = _read_record(config, folder, description)
@@ -143,7 +157,7 @@ def _write_tokens(config: Config, folder: Path, description: dict[str, Any], str
     scratch.mkdir(parents=True)
     training, validation, held_out_below = _documents(config.data, streaming)
     prepare_tokenizer(config.data, lambda: _texts_of(training()), scratch / "tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(scratch / "tokenizer")
+    tokenizer = read_pretrained(AutoTokenizer, scratch / "tokenizer")
     encoder = Encoder(config.data, tokenizer)
     supervised = config.data.is_supervised
     dtype = "int32" if supervised or config.data.separates else "uint16" if len(tokenizer) <= 2**16 else "uint32"
@@ -170,6 +184,7 @@ def _write_tokens(config: Config, folder: Path, description: dict[str, Any], str
     found["documents_with_split_names"] = encoder.seen["split"]
     _check_found(config, found)
     (scratch / "data.json").write_text(json.dumps({"settings": description, "found": found}, indent=2))
+    write_checksums(scratch)
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
     return found

@@ -25,6 +25,7 @@ from lowrank_train.adapters import add_adapters
 from lowrank_train.errors import UserError
 from lowrank_train.progress import show_progress
 from lowrank_train.record import provenance
+from lowrank_train.small_files import write_text
 from lowrank_train.spectral import to_spectral
 from lowrank_train.step_benchmark import output_folder, positive
 
@@ -124,9 +125,9 @@ def measure_digits(arguments: Sequence[str]) -> str:
         accuracy, loss, trained = train_digits(name, data, lr=lr, epochs=given.epochs, seed=seed)
         runs.append({"method": name, "lr": lr, "seed": seed, "accuracy": accuracy, "loss": loss, "trained": trained})
     figures = {"what": __doc__, "provenance": provenance(torch.device("cpu")), **vars(given), "runs": runs}
-    (folder / "digits.json").write_text(json.dumps(figures, indent=2) + "\n")
+    write_text(folder / "digits.json", json.dumps(figures, indent=2) + "\n")
     table = _table(runs, given.lr)
-    (folder / "digits.md").write_text(f"# Digits\n\n{table}\n")
+    write_text(folder / "digits.md", f"# Digits\n\n{table}\n")
     return table
 
 

@@ -12,7 +12,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from lowrank_train.errors import UserError
+from lowrank_train.interpolation import refuse_interpolation
 from lowrank_train.settings import keys, settle
+from lowrank_train.small_files import write_text
 
 __all__ = ["changed_keys", "flags_to_keys", "given_value", "load_schema", "save_config"]
 
@@ -103,7 +105,7 @@ def flags_to_keys(arguments: Sequence[str], schema: type[Any]) -> list[str]:
 
 def save_config(config: Any, path: Path) -> None:
     """Write a resolved configuration, of any schema; loading it gives an equal object."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def changed_keys(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
@@ -141,6 +143,7 @@ def _read_yaml(file: str) -> Any:
         raise UserError(f"cannot read {_short(file)} as YAML: {reason}") from None
     if not OmegaConf.is_dict(loaded):
         raise UserError(f"{file!r} holds a list or a single value; expected keys and values")
+    refuse_interpolation(loaded, f"in {file}")
     return loaded
 
 
@@ -155,10 +158,12 @@ def _read_override(override: str) -> Any:
         if key.count(".") + key.count("[") > _DEEPEST:
             raise ValueError(f"its key has more than {_DEEPEST} levels")
         _check_shape(value)
-        return OmegaConf.from_dotlist([override])
+        parsed = OmegaConf.from_dotlist([override])
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, AssertionError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"cannot read the override {_short(override)}: {reason}; expected key=value") from None
+    refuse_interpolation(parsed, f"in {_short(override)}")
+    return parsed
 
 
 def _check_shape(text: str) -> None:

@@ -22,6 +22,7 @@ from lowrank_train.memory_terms import predict
 from lowrank_train.memory_tracker import track
 from lowrank_train.progress import show_progress
 from lowrank_train.record import provenance
+from lowrank_train.small_files import write_text
 from lowrank_train.step_benchmark import output_folder
 from lowrank_train.units import show_bytes
 
@@ -83,9 +84,9 @@ def measure_memory(arguments: Sequence[str]) -> str:
         rows.append(_row(config, world_size, words, given))
     device = torch.device(given.device or "cpu")
     figures = {"what": __doc__, "provenance": provenance(device), "measured_on": given.device, "settings": rows}
-    (folder / "memory.json").write_text(json.dumps(figures, indent=2) + "\n")
+    write_text(folder / "memory.json", json.dumps(figures, indent=2) + "\n")
     table = _table(rows)
-    (folder / "memory.md").write_text(f"# Memory of a training step\n\n{table}\n")
+    write_text(folder / "memory.md", f"# Memory of a training step\n\n{table}\n")
     return table
 
 

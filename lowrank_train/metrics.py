@@ -37,7 +37,8 @@ class Metrics:
         """What kept the last row from being written (a full disk); training may still reach a checkpoint."""
         if not active:
             return
-        kept = [row for row in read_metrics(folder) if row["step"] <= start] if start else []
+        rows, broken = _read_rows(folder / "metrics.jsonl") if start else ([], 0)
+        kept = [row for row in rows if row["step"] <= start]
         path, scratch = folder / "metrics.jsonl", folder / "metrics.jsonl.tmp"
         try:
             scratch.write_text("".join(_line(row) for row in kept))
@@ -53,6 +54,8 @@ class Metrics:
             bar_format="{desc}{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
             **bar_style(),
         )
+        if broken:
+            self.say(f"{path}: {broken} broken line(s) were left out; the rows after them are kept")
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
         """One row; values that are not finite are null in the file."""
@@ -89,15 +92,25 @@ class Metrics:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Rows of a run's metrics.jsonl; a last line cut short by a kill is left out."""
-    path = folder / "metrics.jsonl"
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+    """Rows of a run's metrics.jsonl; lines that are no rows, such as a last one cut short by a kill, are left out."""
+    return _read_rows(folder / "metrics.jsonl")[0]
+
+
+def _read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Rows, and how many lines before the last one are none."""
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    rows = [_row(line) for line in lines]
+    broken = sum(row is None and bool(line.strip()) for row, line in zip(rows[:-1], lines[:-1], strict=True))
+    return [row for row in rows if row is not None], broken
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    return row if isinstance(step, int) and not isinstance(step, bool) else None
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 from lowrank_train.compressed_folder import is_compressed, read_compressed
 from lowrank_train.errors import UserError
+from lowrank_train.pretrained import read_pretrained
 
 __all__ = ["is_export_of_run", "load_model", "model_folder", "model_label"]
 
@@ -59,7 +60,7 @@ def load_model(folder: Path) -> PreTrainedModel:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        model, found = read_pretrained(AutoModelForCausalLM, folder, dtype="auto", output_loading_info=True)
     except Exception as error:  # transformers and safetensors raise many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot load the model in {folder}: {reason}") from None

@@ -18,8 +18,10 @@ from lowrank_train.compressed_folder import is_compressed, read_compressed, shap
 from lowrank_train.config import ModelConfig
 from lowrank_train.embeddings import add_rows, train_every_row
 from lowrank_train.errors import UserError
+from lowrank_train.finite import name_not_finite
 from lowrank_train.parallel import Ranks, fill
 from lowrank_train.parametrization import Parametrization
+from lowrank_train.pretrained import read_pretrained
 
 __all__ = ["SIZES", "architecture", "initialize", "load_weights", "parameter_count", "skeleton"]
 
@@ -114,7 +116,7 @@ def architecture(
         config = _valid(lambda: build(*numbers, **{**others, **changes}))
     elif Path(model.name, "config.json").is_file():
         try:
-            config = AutoConfig.from_pretrained(model.name)
+            config = read_pretrained(AutoConfig, model.name)
         except Exception as error:  # transformers checks values by raising many kinds
             raise UserError(f"cannot read model.name={model.name}: {_last_line(error)}") from None
         if config.model_type not in ("llama", "opt"):
@@ -238,6 +240,9 @@ def load_weights(
         if name not in values or values[name].shape != expected.shape:
             got = tuple(values[name].shape) if name in values else "nothing"
             raise UserError(f"model.name={folder} has {got} for {name!r}; expected shape {tuple(expected.shape)}")
+    bad = name_not_finite(values)
+    if bad is not None:
+        raise UserError(f"model.name={folder} holds a number that is not finite in {bad!r}; start from other weights")
     _fill(model, plain, lambda name: copy.deepcopy(source.get_submodule(name)).to(ranks.device), layers, ranks)
 
 
@@ -245,7 +250,7 @@ def _read_plain(folder: str, dtype: torch.dtype) -> PreTrainedModel:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        source, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        source, found = read_pretrained(AutoModelForCausalLM, folder, dtype=dtype, output_loading_info=True)
     except Exception as error:  # transformers and safetensors raise many kinds
         raise UserError(f"cannot load the weights of model.name={folder}: {error}") from None
     finally:

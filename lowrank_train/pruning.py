@@ -26,6 +26,7 @@ from lowrank_train.errors import UserError
 from lowrank_train.evaluation import evaluate
 from lowrank_train.loss import IGNORED, token_loss
 from lowrank_train.parallel import Ranks
+from lowrank_train.pretrained import read_pretrained
 from lowrank_train.progress import show_progress
 from lowrank_train.record import perplexity
 from lowrank_train.settings import setting
@@ -178,7 +179,7 @@ def evaluation_blocks(text: TextConfig, folder: Path) -> tuple[Tensor, dict[str,
             short.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = read_pretrained(AutoTokenizer, folder)
     except Exception as error:  # the readers raise many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot load the tokenizer in {folder}, which perplexity needs: {reason}") from None

@@ -14,6 +14,7 @@ import numpy as np
 
 from lowrank_train.metrics import read_metrics
 from lowrank_train.signals import typed_command
+from lowrank_train.small_files import write_text
 from lowrank_train.sweep import Row, Trial, rate
 from lowrank_train.trainings import Outcome
 
@@ -36,9 +37,9 @@ def write_quality_report(
         folder: where the files go.
     """
     figures = _figures(rows, trials, outcomes)
-    (folder / "quality.json").write_text(json.dumps(_finite(figures), indent=2) + "\n")
+    write_text(folder / "quality.json", json.dumps(_finite(figures), indent=2) + "\n")
     lines = ["# Quality at equal tokens", "", table(rows), "", *_notes(rows, figures), "", "![curves](quality.png)", ""]
-    (folder / "quality.md").write_text("\n".join(lines))
+    write_text(folder / "quality.md", "\n".join(lines))
     _plot(rows, trials, folder / "quality.png")
     return table(rows)
 

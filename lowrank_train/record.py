@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from lowrank_train.signals import typed_command
+from lowrank_train.small_files import write_text
 
 __all__ = ["RunRecord", "peak_memory_gib", "perplexity", "provenance"]
 
@@ -78,7 +79,7 @@ class RunRecord:
     def write(self, path: Path) -> None:
         """As JSON."""
         figures = {**asdict(self), "perplexity": self.perplexity, "initial_perplexity": self.initial_perplexity}
-        path.write_text(json.dumps(figures, indent=2) + "\n")
+        write_text(path, json.dumps(figures, indent=2) + "\n")
 
 
 def perplexity(loss: float) -> float:

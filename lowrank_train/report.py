@@ -11,6 +11,7 @@ import numpy as np
 
 from lowrank_train.metrics import read_metrics
 from lowrank_train.record import RunRecord
+from lowrank_train.small_files import write_text
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -70,7 +71,7 @@ def write_report(record: RunRecord, folder: Path, checkpoint: Path | None) -> st
     lines += [f"Command: `{made.get('command')}`; commit {made.get('commit')}; seed {record.seed}; "]
     lines += [f"{record.world_size} rank(s) on {made.get('device')}, {record.precision};"]
     lines += [f"Python {made.get('python')}, {versions}."]
-    (folder / "report.md").write_text("\n".join(lines) + "\n")
+    write_text(folder / "report.md", "\n".join(lines) + "\n")
     width = max(len(what) for what, _ in rows)
     return "\n".join(f"  {what:<{width}}  {value}" for what, value in rows)
 

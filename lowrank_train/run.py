@@ -107,6 +107,10 @@ class Run:
             extra["budget"] = self.adapted.budget.state_dict()
         self.checkpoints.save(self.progress.step, self.model, self.optimizer, extra, self.about)
 
+    def check_finite(self) -> None:
+        """Raise Diverged on all ranks if a weight is not finite on one of them, and name its parameter."""
+        self.checkpoints.check_finite(self.progress.step, {"model": self.model.state_dict()})
+
     def restore(self, checkpoint: Path) -> None:
         """Continue where a checkpoint was written; hyperparameters stay as configured now."""
         extra = self.checkpoints.load(checkpoint, self.model, self.optimizer, self.about)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 from lowrank_train.errors import UserError
 from lowrank_train.loading import changed_keys, save_config
+from lowrank_train.saved_config import read_saved
 
 __all__ = ["RunFolder", "changed_settings"]
-
-C = TypeVar("C")
 
 _PLACES = ("run_dir", "resume", "data.folder", "data.tokenizer_folder")
 """Keys that say where things are, not what a run computes."""
@@ -47,13 +45,18 @@ class RunFolder:
             raise UserError(f"cannot write to run_dir={self.path}: {error}; free space and resume") from None
 
 
-def changed_settings(folder: Path, config: C, load: Callable[[Sequence[str]], C]) -> dict[str, tuple[Any, Any]]:
-    """Keys whose value differs from the settings of the last session in a run folder: (then, now).
+def changed_settings(folder: Path, config: Any) -> tuple[dict[str, tuple[Any, Any]], list[str]]:
+    """What differs from the settings of the last session in a run folder.
 
-    ``load`` reads a configuration such as ``config`` from files.
+    Returns:
+        Key -> (then, now); and notes on what of the earlier settings could not be read.
     """
     file = folder / "config.yaml"
     if not file.exists():
-        return {}
-    differing = changed_keys(load([str(file)]), config)
-    return {key: values for key, values in differing.items() if key not in _PLACES}
+        return {}, []
+    try:
+        saved, notes = read_saved(file, type(config))
+    except UserError as error:
+        return {}, [f"{error}: what changed since the last session is not known"]
+    differing = changed_keys(saved, config)
+    return {key: values for key, values in differing.items() if key not in _PLACES}, notes

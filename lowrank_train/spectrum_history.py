@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,13 @@ from statistics import fmean
 from torch import Tensor
 
 from lowrank_train import methods
-from lowrank_train.checkpoint import checkpoints_of, read_weights
-from lowrank_train.config import load_config
+from lowrank_train.checkpoint import read_weights
+from lowrank_train.checkpoint_folder import checkpoints_of, unverified
+from lowrank_train.config import Config
 from lowrank_train.errors import UserError
 from lowrank_train.low_rank_linear import merged_state_dict
 from lowrank_train.progress import show_progress
+from lowrank_train.saved_config import read_saved
 from lowrank_train.spectrum import Summary, spectrum_of, summarize
 from optim.table import aligned
 
@@ -46,8 +49,14 @@ def history(run: Path, layers: str) -> list[Snapshot]:
     found = checkpoints_of(run / "checkpoints")
     if not found:
         raise UserError(f"{run}/checkpoints holds no checkpoint; keep some with checkpoint.every and checkpoint.keep")
-    settings = load_config([str(run / "config.yaml")]).optimizer
-    kind = methods.find(settings["name"]).parametrization(settings)
+    config, notes = read_saved(run / "config.yaml", Config)
+    settings = config.optimizer
+    for note in [*notes, *(note for path in found for note in unverified(path))]:
+        print(note, file=sys.stderr)
+    try:
+        kind = methods.find(str(settings.get("name"))).parametrization(settings)
+    except ValueError as error:
+        raise UserError(f"in {run / 'config.yaml'}: {error}") from None
     snapshots = []
     for path in show_progress(found, "singular values", "checkpoints"):
         weights = merged_state_dict(kind.plain_state_dict(read_weights(path)))

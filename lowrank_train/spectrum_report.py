@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lowrank_train.pruning import Point
+from lowrank_train.small_files import write_text
 from lowrank_train.spectrum import Summary
 from lowrank_train.spectrum_history import Snapshot, history_table
 from lowrank_train.spectrum_plots import ModelSpectra, plot_cosines, plot_history, plot_pruning, plot_spectra
@@ -75,7 +76,7 @@ def write_report(
         "notes": list(notes),
         "models": [_figures(model, epsilon) for model in models],
     }
-    (folder / "spectrum.json").write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
+    write_text(folder / "spectrum.json", json.dumps(figures, indent=2, allow_nan=False) + "\n")
     return tables(models, epsilon, notes)
 
 
@@ -87,7 +88,7 @@ def write_history(
     _write_csv(folder / "history.csv", rows)
     plot_history(label, snapshots, folder / "history.png")
     figures = {"what": "spectra over the checkpoints of a run", "settings": dict(settings), "provenance": dict(made)}
-    (folder / "history.json").write_text(json.dumps({**figures, "rows": rows}, indent=2, allow_nan=False) + "\n")
+    write_text(folder / "history.json", json.dumps({**figures, "rows": rows}, indent=2, allow_nan=False) + "\n")
     return history_table(snapshots)
 
 

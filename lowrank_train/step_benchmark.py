@@ -21,6 +21,7 @@ from lowrank_train.config import ModelConfig
 from lowrank_train.errors import UserError
 from lowrank_train.models import SIZES, architecture, skeleton
 from lowrank_train.record import provenance
+from lowrank_train.small_files import write_text
 from optim.communication import FORMULAS, communicated_bytes, model_shapes
 from optim.table import aligned, size_text
 from optim.timing import BASELINES, StepTime, rank_argument, time_steps
@@ -82,8 +83,8 @@ def measure_steps(arguments: Sequence[str]) -> str:
         "rows": sorted(rows, key=lambda row: row["amortised_ratio"]["fused"]),
     }
     folder = output_folder(given.out)
-    (folder / "step.json").write_text(json.dumps(figures, indent=2) + "\n")
-    (folder / "step.md").write_text("\n".join(["# One optimizer step", "", _table(figures), "", *_notes(figures), ""]))
+    write_text(folder / "step.json", json.dumps(figures, indent=2) + "\n")
+    write_text(folder / "step.md", "\n".join(["# One optimizer step", "", _table(figures), "", *_notes(figures), ""]))
     return _table(figures)
 
 

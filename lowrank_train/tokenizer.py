@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from lowrank_train.config import DataConfig
 from lowrank_train.errors import UserError
+from lowrank_train.pretrained import read_pretrained
 from lowrank_train.progress import show_progress
 from lowrank_train.text import check_exists
 
@@ -38,7 +39,7 @@ def prepare_tokenizer(config: DataConfig, documents: Callable[[], Iterator[str]]
     else:
         check_exists(config.tokenizer, "data.tokenizer")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+            tokenizer = read_pretrained(AutoTokenizer, config.tokenizer)
         except Exception as error:  # the hub client and the readers raise many kinds
             reason = (str(error).splitlines() or [""])[0]
             raise UserError(f"cannot load data.tokenizer={config.tokenizer}: {reason}") from None

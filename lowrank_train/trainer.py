@@ -17,9 +17,10 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 import optim
 from lowrank_train import models, parallel
 from lowrank_train.adapter_export import export_adapter
-from lowrank_train.checkpoint import export_huggingface, find_checkpoint, last_good
+from lowrank_train.checkpoint import export_huggingface
+from lowrank_train.checkpoint_folder import choose_checkpoint, find_checkpoint, last_good
 from lowrank_train.clock import DeviceClock
-from lowrank_train.config import Config, load_config
+from lowrank_train.config import Config
 from lowrank_train.errors import Diverged, UserError
 from lowrank_train.evaluation import evaluate
 from lowrank_train.labels import count_labels, positions, split
@@ -51,7 +52,7 @@ def train(config: Config) -> RunRecord:
         shards = ranks.mesh.size(ranks.mesh.ndim - 1)
         check_fits(config, device_bytes(ranks.device), world_size=shards, replicas=ranks.world_size // shards)
         folder = ranks.on_first(lambda: RunFolder(Path(str(config.run_dir))))
-        checkpoint = ranks.first(lambda: find_checkpoint(config.resume, Path(str(config.run_dir)) / "checkpoints"))
+        checkpoint, found = choose_checkpoint(config.resume, Path(str(config.run_dir)) / "checkpoints", ranks)
         run = build_run(config, ranks)
         if checkpoint is not None:
             run.restore(checkpoint)
@@ -60,7 +61,7 @@ def train(config: Config) -> RunRecord:
         predicted = _predicted_memory(run)
         peak = [f"a step will need {in_words(predicted)} on rank 0"] if predicted else []
         about = [*data_notes(config, run.data.description), *model_notes(config, run.model.config)]
-        for note in [_greeting(run, checkpoint), *_adapter(run), *peak, *notes, *about]:
+        for note in [_greeting(run, checkpoint), *found, *_adapter(run), *peak, *notes, *about]:
             metrics.say(note)
         with stop_signals() as stop:
             try:
@@ -72,7 +73,7 @@ def train(config: Config) -> RunRecord:
 
 def _settle(folder: RunFolder, config: Config, progress: Progress) -> list[str]:
     """Write the settings of this session; returns what changed since the last. A finished run must not change."""
-    changes = changed_settings(folder.path, config, load_config) if progress.step > 0 else {}
+    changes, notes = changed_settings(folder.path, config) if progress.step > 0 else ({}, [])
     if changes and progress.step >= config.steps:
         key, (then, now) = next(iter(changes.items()))
         raise UserError(
@@ -80,7 +81,8 @@ def _settle(folder: RunFolder, config: Config, progress: Progress) -> list[str]:
             "run_dir to another folder, or raise steps to train on"
         )
     folder.write_config(config)
-    return [f"changed since the last session: {key} {then} -> {now}" for key, (then, now) in changes.items()]
+    changed = [f"changed since the last session: {key} {then} -> {now}" for key, (then, now) in changes.items()]
+    return [*notes, *changed]
 
 
 def _adapter(run: Run) -> list[str]:
@@ -340,6 +342,7 @@ def _check_written(run: Run, metrics: Metrics) -> None:
 
 def _give_up(run: Run) -> None:
     run.checkpoints.wait()
+    run.check_finite()
     raise Diverged(
         f"the loss or the gradient was not finite for {run.progress.bad_in_a_row} steps in a row, up to step "
         f"{run.progress.step}; these steps changed nothing; {last_good(run.checkpoints.folder)}. Lower "

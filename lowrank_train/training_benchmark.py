@@ -23,6 +23,7 @@ from lowrank_train.loss import token_loss
 from lowrank_train.models import SIZES, architecture, skeleton
 from lowrank_train.progress import show_progress
 from lowrank_train.record import provenance
+from lowrank_train.small_files import write_text
 from lowrank_train.spectral import SpectralLinear
 from lowrank_train.step_benchmark import find_device, output_folder, positive
 
@@ -87,9 +88,9 @@ def measure_training(arguments: Sequence[str]) -> str:
         "rows": rows,
         "rounds_of_svd": [_round(each, device) for each in trained if isinstance(each.optimizer, optim.SST)],
     }
-    (folder / "training.json").write_text(json.dumps(figures, indent=2) + "\n")
+    write_text(folder / "training.json", json.dumps(figures, indent=2) + "\n")
     table = _table(figures)
-    (folder / "training.md").write_text(f"# Whole training steps\n\n{table}\n")
+    write_text(folder / "training.md", f"# Whole training steps\n\n{table}\n")
     return table
 
 

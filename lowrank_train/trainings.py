@@ -20,11 +20,12 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from lowrank_train.checkpoint import find_checkpoint
-from lowrank_train.config import Config, load_config
+from lowrank_train.checkpoint_folder import find_checkpoint
+from lowrank_train.config import Config
 from lowrank_train.errors import Diverged, UserError
 from lowrank_train.progress import bar_style
 from lowrank_train.run_folder import changed_settings
+from lowrank_train.small_files import write_text
 from lowrank_train.trainer import train
 
 __all__ = ["Outcome", "train_each"]
@@ -105,7 +106,7 @@ def _train(config: Config) -> None:
     try:
         train(config)
     except Diverged as error:
-        (folder / _DIVERGED).write_text(str(error).split(";")[0] + "\n")
+        write_text(folder / _DIVERGED, str(error).split(";")[0] + "\n")
     except UserError as error:
         sys.exit(f"error: {error}")
 
@@ -124,7 +125,7 @@ def _earlier(config: Config) -> Outcome | None:
     ended = [name for name in ("record.json", _DIVERGED) if (folder / name).exists()]
     if not ended and find_checkpoint("auto", folder / "checkpoints") is None:
         return None
-    for key, (then, now) in changed_settings(folder, config, load_config).items():
+    for key, (then, now) in changed_settings(folder, config)[0].items():
         raise UserError(
             f"{folder} holds a training with other settings: {key} was {then}, is {now}; write to another folder, or "
             "delete this one to train it again"

@@ -25,6 +25,7 @@ import optim
 from lowrank_train.errors import UserError
 from lowrank_train.progress import show_progress
 from lowrank_train.record import provenance
+from lowrank_train.small_files import write_text
 from lowrank_train.step_benchmark import output_folder, positive
 
 __all__ = ["METHODS", "embed_tree", "mean_average_precision", "measure_tree", "tree_edges"]
@@ -162,9 +163,9 @@ def measure_tree(arguments: Sequence[str]) -> str:
     about = {"provenance": provenance(torch.device("cpu")), "geoopt": geoopt.__version__}
     finite = [{key: None if value != value else value for key, value in run.items()} for run in runs]
     figures = {"what": __doc__, **about, **vars(given), "runs": finite}  # JSON has no nan
-    (folder / "tree.json").write_text(json.dumps(figures, indent=2) + "\n")
+    write_text(folder / "tree.json", json.dumps(figures, indent=2) + "\n")
     table = _table(runs, given.lr)
-    (folder / "tree.md").write_text(f"# A tree in hyperbolic space\n\n{table}\n")
+    write_text(folder / "tree.md", f"# A tree in hyperbolic space\n\n{table}\n")
     return table
 
 

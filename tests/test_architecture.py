@@ -22,6 +22,7 @@ DISTRIBUTED_ALLOWED = {
     "lowrank_train/parallel.py",
     "lowrank_train/rendezvous.py",
     "lowrank_train/checkpoint.py",
+    "lowrank_train/checkpoint_files.py",
     "lowrank_train/trainer.py",
     "lowrank_train/memory_tracker.py",  # torch's memory tracker for FSDP2 lives in torch.distributed._tools
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,32 +18,31 @@ C = TypeVar("C", bound=RecipeConfig)
 R = TypeVar("R", bound=NetworkRecord)
 
 
-def finished_record(config: C, kind: type[R], *, load: Callable[[Sequence[str]], C], train: Callable[[C], R]) -> R:
+def finished_record(config: C, kind: type[R], *, train: Callable[[C], R]) -> R:
     """The record of a training: what record.json in its folder says if it finished earlier, else it is trained now.
 
     Args:
         config: of the training.
         kind: of record.
-        load: reads a configuration such as ``config`` from files.
         train: does it.
 
     Raises:
         UserError: the folder holds another training; this one was stopped; as ``train``.
     """
-    earlier = _earlier(config, load)
+    earlier = _earlier(config)
     record = train(config) if earlier is None else kind(**earlier)
     if record.status != "finished":
         raise UserError(f"{config.run_dir} was stopped; start the benchmark again to go on")
     return record
 
 
-def _earlier(config: C, load: Callable[[Sequence[str]], C]) -> dict[str, Any] | None:
+def _earlier(config: RecipeConfig) -> dict[str, Any] | None:
     folder = Path(str(config.run_dir))
     try:
         saved: dict[str, Any] = json.loads((folder / "record.json").read_text())
     except (OSError, ValueError):  # none, or cut short by a kill
         return None
-    for key, (then, now) in changed_settings(folder, config, load).items():
+    for key, (then, now) in changed_settings(folder, config)[0].items():
         raise UserError(
             f"{folder} holds a training with other settings: {key} was {then}, is {now}; give another output, or "
             "delete that folder"

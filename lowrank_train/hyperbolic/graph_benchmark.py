@@ -26,6 +26,7 @@ from lowrank_train.hyperbolic.graphs import load_graph
 from lowrank_train.loading import load_schema
 from lowrank_train.record import provenance
 from lowrank_train.settings import key_help, setting
+from lowrank_train.small_files import write_text
 from lowrank_train.step_benchmark import output_folder
 
 __all__ = ["PUBLISHED", "GraphBenchmark", "help_text", "load_benchmark", "measure_graphs"]
@@ -113,9 +114,7 @@ def measure_graphs(settings: GraphBenchmark) -> str:
         for row in settings.rows
         for seed in seeds
     ]
-    records = [
-        (run, finished_record(run.config, GraphRecord, load=load_graph_config, train=train_graph)) for run in runs
-    ]
+    records = [(run, finished_record(run.config, GraphRecord, train=train_graph)) for run in runs]
     figures = {
         "what": __doc__,
         "provenance": provenance(torch.device("cpu")),
@@ -123,9 +122,9 @@ def measure_graphs(settings: GraphBenchmark) -> str:
         "published": PUBLISHED,
         "runs": [_kept(run, record) for run, record in records],
     }
-    (folder / "hyperbolic.json").write_text(json.dumps(figures, indent=1) + "\n")
+    write_text(folder / "hyperbolic.json", json.dumps(figures, indent=1) + "\n")
     tables = _tables(settings, records)
-    (folder / "hyperbolic.md").write_text(f"# Graphs\n\n{tables}\n")
+    write_text(folder / "hyperbolic.md", f"# Graphs\n\n{tables}\n")
     return tables
 
 

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from lowrank_train.hyperbolic.graph_config import GraphConfig, load_graph_config
+from lowrank_train.hyperbolic.graph_config import GraphConfig
 from lowrank_train.hyperbolic.graph_record import GraphRecord
 from lowrank_train.hyperbolic.graph_report import write_graph_report
 from lowrank_train.hyperbolic.graph_run import GraphRun, build_graph_run
@@ -26,9 +26,7 @@ def train_graph(config: GraphConfig) -> GraphRecord:
     Raises:
         UserError: bad input, more than one rank, a failed checkpoint, a loss that is not finite.
     """
-    return hold_session(
-        config, config.epochs, load=load_graph_config, build=build_graph_run, loop=_loop, finish=_finish
-    )
+    return hold_session(config, config.epochs, build=build_graph_run, loop=_loop, finish=_finish)
 
 
 def _loop(run: GraphRun, metrics: Metrics, stop: Stop) -> None:

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lowrank_train.small_files import write_text
+
 __all__ = ["NetworkRecord"]
 
 
@@ -42,4 +44,4 @@ class NetworkRecord(ABC):
 
     def write(self, path: Path) -> None:
         """As JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_text(path, json.dumps(asdict(self), indent=2) + "\n")

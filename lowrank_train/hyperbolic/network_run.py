@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 
 import optim
 from lowrank_train import methods
-from lowrank_train.checkpoint import Checkpoints, last_good
+from lowrank_train.checkpoint import Checkpoints
+from lowrank_train.checkpoint_folder import last_good
 from lowrank_train.errors import Diverged, UserError
+from lowrank_train.finite import name_not_finite
 from lowrank_train.hyperbolic.recipes import RecipeConfig
 from lowrank_train.metrics import Metrics
 from lowrank_train.parametrization import Parametrization
@@ -159,8 +162,16 @@ class NetworkRun(ABC):
         """
         plain = self.layers.plain_state_dict(state)
         file = self.folder / "network.pt"
+        bad = name_not_finite(plain)
+        if bad is not None:
+            raise Diverged(
+                f"{bad!r} holds a number that is not finite; {file} is not written; "
+                f"{last_good(self.checkpoints.folder)}"
+            )
+        scratch = file.with_name(file.name + ".tmp")
         try:
-            torch.save({"network": self.arguments(), "precision": self.config.precision, "state": plain}, file)
+            torch.save({"network": self.arguments(), "precision": self.config.precision, "state": plain}, scratch)
+            scratch.replace(file)
         except (OSError, RuntimeError) as error:
             raise UserError(f"cannot write {file}: {error}; free space and resume") from None
 
@@ -196,8 +207,9 @@ def load_saved(folder: Path, build: Callable[[dict[str, Any]], N]) -> N:
     file = folder / "network.pt"
     try:
         saved: dict[str, Any] = torch.load(file, weights_only=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot read {file}: {error}; expected the run_dir of a finished run") from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:  # the last for what is not plain
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot read {file}: {reason}; expected the run_dir of a finished run") from None
     try:
         network = build(saved["network"]).to(DTYPES[saved["precision"]])
         network.load_state_dict(saved["state"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lowrank_train.small_files import write_text
+
 __all__ = ["write_table"]
 
 
@@ -33,6 +35,6 @@ def write_table(
     lines += ["", *more, ""]
     lines += [f"Command: `{made['command']}`; commit {made['commit']}; seed {seed}; "]
     lines += [f"{made['device']}, {made['threads']} thread(s), {precision}; Python {made['python']}, {versions}."]
-    (folder / "report.md").write_text("\n".join(lines) + "\n")
+    write_text(folder / "report.md", "\n".join(lines) + "\n")
     width = max(len(what) for what, _ in rows)
     return "\n".join(f"  {what:<{width}}  {value}" for what, value in rows)

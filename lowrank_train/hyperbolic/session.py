@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from lowrank_train import parallel
-from lowrank_train.checkpoint import find_checkpoint, last_good
+from lowrank_train.checkpoint_folder import choose_checkpoint, last_good
 from lowrank_train.config import ParallelConfig
 from lowrank_train.errors import UserError
 from lowrank_train.hyperbolic.network_run import CPU, NetworkRun
@@ -29,7 +29,6 @@ def hold_session(
     config: C,
     steps: int,
     *,
-    load: Callable[[Sequence[str]], C],
     build: Callable[[C, Ranks], R],
     loop: Callable[[R, Metrics, Stop], None],
     finish: Callable[[R], Record],
@@ -39,7 +38,6 @@ def hold_session(
     Args:
         config: of the run.
         steps: or epochs, of the progress bar.
-        load: reads a configuration such as ``config`` from files.
         build: makes the run, as if there were no checkpoint.
         loop: trains until the run is finished or the stop requested.
         finish: makes the record.
@@ -55,11 +53,11 @@ def hold_session(
                 "with python"
             )
         folder = RunFolder(Path(str(config.run_dir)))
-        checkpoint = find_checkpoint(config.resume, folder.path / "checkpoints")
+        checkpoint, notes = choose_checkpoint(config.resume, folder.path / "checkpoints", ranks)
         run = build(config, ranks)
         if checkpoint is not None:
             run.restore(checkpoint)
-        changes = changed_settings(folder.path, config, load) if run.progress.done else {}
+        changes, unknown = changed_settings(folder.path, config) if run.progress.done else ({}, [])
         if changes and run.finished:
             key, (then, now) = next(iter(changes.items()))
             raise UserError(
@@ -71,6 +69,8 @@ def hold_session(
         settings = ", ".join(f"{key} {value}" for key, value in config.optimizer.items())
         start = f"resuming from {checkpoint}" if checkpoint else f"writing to {run.folder}"
         metrics.say(f"{run.greeting()}; {config.model.geometry}; optimizer {settings}; {start}")
+        for note in [*notes, *unknown]:
+            metrics.say(note)
         for key, (then, now) in changes.items():
             metrics.say(f"changed since the last session: {key} {then} -> {now}")
         with stop_signals() as stop:

@@ -27,6 +27,7 @@ from lowrank_train.hyperbolic.translator import SPACES
 from lowrank_train.loading import load_schema
 from lowrank_train.record import provenance
 from lowrank_train.settings import key_help, setting
+from lowrank_train.small_files import write_text
 from lowrank_train.step_benchmark import output_folder
 
 __all__ = ["TranslationBenchmark", "help_text", "load_benchmark", "measure_translation"]
@@ -111,14 +112,14 @@ def measure_translation(settings: TranslationBenchmark) -> str:
         "data": records[0][1].data,
         "runs": [_kept(run, record) for run, record in records],
     }
-    (folder / "multi30k.json").write_text(json.dumps(figures, indent=1) + "\n")
+    write_text(folder / "multi30k.json", json.dumps(figures, indent=1) + "\n")
     table = _table(settings, records)
-    (folder / "multi30k.md").write_text(f"# Translation\n\n{table}\n")
+    write_text(folder / "multi30k.md", f"# Translation\n\n{table}\n")
     return table
 
 
 def _record(run: _Run) -> TranslationRecord:
-    return finished_record(run.config, TranslationRecord, load=load_translation_config, train=train_translation)
+    return finished_record(run.config, TranslationRecord, train=train_translation)
 
 
 def _run(settings: TranslationBenchmark, geometry: str, row: str, rate: float, seed: int) -> _Run:

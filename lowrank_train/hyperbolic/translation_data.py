@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lowrank_train.config import DataConfig
 from lowrank_train.errors import UserError
+from lowrank_train.pretrained import read_pretrained
 from lowrank_train.tokenizer import encode, prepare_tokenizer
 
 __all__ = ["PARTS", "Batch", "Pairs", "TranslationData", "batches", "load_translation_data", "padded"]
@@ -99,7 +100,7 @@ def load_translation_data(
         lambda: (f" {s}" for side in sides for s in side),
         tokenizer_folder,
     )
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
+    tokenizer = read_pretrained(PreTrainedTokenizerFast, tokenizer_folder)
     digest, parts = hashlib.sha1(), {}
     for part, (sources, targets) in texts.items():
         for text in (*sources, *targets):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lowrank_train.hyperbolic.bleu import bleu, load_sacrebleu
 from lowrank_train.hyperbolic.session import hold_session, show_report
-from lowrank_train.hyperbolic.translation_config import TranslationConfig, load_translation_config
+from lowrank_train.hyperbolic.translation_config import TranslationConfig
 from lowrank_train.hyperbolic.translation_data import IGNORED, Batch, Pairs, padded
 from lowrank_train.hyperbolic.translation_record import TranslationRecord
 from lowrank_train.hyperbolic.translation_report import write_translation_report
@@ -36,9 +36,7 @@ def train_translation(config: TranslationConfig) -> TranslationRecord:
             finite.
     """
     load_sacrebleu()
-    return hold_session(
-        config, config.steps, load=load_translation_config, build=build_translation_run, loop=_loop, finish=_finish
-    )
+    return hold_session(config, config.steps, build=build_translation_run, loop=_loop, finish=_finish)
 
 
 def translate(network: Translator, pairs: Pairs, *, end: int, longest: int) -> list[list[int]]:

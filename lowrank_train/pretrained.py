@@ -1,0 +1,65 @@
+"""Models, configurations and tokenizers of Hugging Face folders, read without running code that comes with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePath
+from typing import Any
+
+from lowrank_train.errors import UserError
+
+__all__ = ["read_pretrained"]
+
+
+def read_pretrained(reader: Any, source: Path | str, **arguments: Any) -> Any:
+    """What ``reader.from_pretrained`` makes of a folder or a name on the hub.
+
+    Args:
+        reader: a class of transformers, such as ``AutoConfig``.
+        source: a local folder, or a name.
+        arguments: of its ``from_pretrained``.
+
+    Raises:
+        UserError: the folder wants code of its own to be run, or names files that are not in it.
+        Exception: whatever the library raises.
+    """
+    _check_indices(Path(source))
+    try:
+        return reader.from_pretrained(source, trust_remote_code=False, **arguments)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise UserError(
+            f"{source} wants code of its own to be run{_named(Path(source))}, and no code of a model folder is run; "
+            "use a model and a tokenizer of a kind that transformers knows"
+        ) from None
+
+
+def _named(folder: Path) -> str:
+    """The code that the configurations of a folder name."""
+    for name in ("config.json", "tokenizer_config.json"):
+        found = _json(folder / name)
+        wanted = found.get("auto_map") if isinstance(found, dict) else None
+        if wanted:
+            return f" ({name} has auto_map {json.dumps(wanted)[:200]})"
+    return ""
+
+
+def _check_indices(folder: Path) -> None:
+    """Refuse paths out of the folder in the files that say which weight is where."""
+    for index in sorted(folder.glob("*.index.json")) if folder.is_dir() else []:
+        found = _json(index)
+        places = found.get("weight_map") if isinstance(found, dict) else None
+        for file in places.values() if isinstance(places, dict) else []:
+            path = PurePath(str(file))
+            if path.is_absolute() or ".." in path.parts:
+                raise UserError(
+                    f"{index} names the file {str(file)!r}, which is not in the folder; fetch the model anew"
+                )
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # the reader says what is wrong with it
+        return None
