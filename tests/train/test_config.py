@@ -150,8 +150,8 @@ def test_broken_yaml_names_the_file(tmp_path: Path, content: str) -> None:
     assert file in error(file)
 
 
-def test_a_reference_to_nothing_names_the_key() -> None:
-    assert "'steps'" in error("steps=${nothing}")
+def test_a_reference_names_the_key() -> None:
+    assert error("steps=${nothing}").startswith("steps=${nothing}")
 
 
 def test_files_that_are_not_text(tmp_path: Path) -> None:
