@@ -6,16 +6,14 @@ last one is only a label). Prompts with responses are laid into rows of ``seq_le
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import json
 import math
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +24,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lowrank_train.blocks import TokenFile, TokenStream, TrainingBlocks
 from lowrank_train.chat import Chat
-from lowrank_train.checkpoint_folder import find_checkpoint
 from lowrank_train.checksums import CHECKSUMS, damage_in, has_checksums, write_checksums
 from lowrank_train.config import Config, DataConfig
 from lowrank_train.encoding import Encoder
@@ -36,6 +33,7 @@ from lowrank_train.loss import IGNORED
 from lowrank_train.parallel import Ranks
 from lowrank_train.pretrained import read_pretrained
 from lowrank_train.progress import show_progress
+from lowrank_train.sources import KEYS, describe_source, difference, sources
 from lowrank_train.text import (
     Document,
     chats,
@@ -49,14 +47,12 @@ from lowrank_train.text import (
     open_stream,
     texts,
 )
+from lowrank_train.token_folder import REMEDY, TokenRecord, is_gone, locked, read_record, still_valid
 from lowrank_train.tokenizer import prepare_tokenizer
 
 __all__ = ["Data", "prepare_data"]
 
 _BATCH_OF_DOCUMENTS = 64  # tokenized at one time; larger batches only hold more memory
-_ORDER = ("seq_len", "seed")  # settings of how tokens are read; the others say which they are
-_ORDER_OF_ROWS = ("seed",)  # rows of examples were laid out for one seq_len
-_REMEDY = "delete {folder} and run again: the same text gives the same tokens"
 
 T = TypeVar("T")
 _Opener = Callable[[], Iterator[Document]]
@@ -71,7 +67,11 @@ class Data:
     validation: Tensor
     """Blocks (n, seq_len + 1) int64, as stored; a last block that is not full is padded with ``IGNORED``."""
     description: dict[str, Any]
-    """What the text is and how it is cut: equal for runs that read the same data, kept in checkpoints."""
+    """What the text is and how it is cut, for the record of the run."""
+    identity: dict[str, Any]
+    """Of the description, what is equal for runs that read the same data; kept in checkpoints."""
+    notes: list[str]
+    """What the user must know about the text, on the first rank and all others."""
 
 
 def prepare_data(config: Config, ranks: Ranks, folder: Path) -> Data:
@@ -83,15 +83,39 @@ def prepare_data(config: Config, ranks: Ranks, folder: Path) -> Data:
         UserError: text that cannot be read, is empty or too short; ``folder`` holds other data; streams that do not
             divide by the ranks; prompts and responses that would be streamed.
     """
-    streaming = _is_streamed(config.data)
-    if streaming and config.data.is_supervised:
-        check_exists(str(config.data.path), "data.path")
-        key = "response_key" if config.data.messages_key is None else "messages_key"
-        raise UserError(
-            f"data.{key}={getattr(config.data, key)} with streamed data.path={config.data.path}; supervised data "
-            "is not streamed: set data.streaming=false"
-        )
-    description: dict[str, Any] = {
+
+    def write() -> TokenRecord:
+        shared = config.data.folder is not None
+        try:
+            with locked(folder) if shared else nullcontext():
+                return _write_tokens(config, folder)
+        except OSError as error:
+            key = "data.folder" if shared else "run_dir"
+            raise UserError(f"cannot write tokens to {folder}: {error}; free space, or set {key} elsewhere") from None
+
+    record = ranks.first(write)
+    found = record.found
+    ranks.each(lambda: _verify(folder, ranks))
+    tokenizer = read_pretrained(AutoTokenizer, folder / "tokenizer")
+    train: TrainingBlocks
+    if record.streaming:
+        if config.data.streams % ranks.world_size:
+            raise UserError(
+                f"data.streams={config.data.streams} does not divide by the world size {ranks.world_size}; "
+                f"set it to a multiple, e.g. {ranks.world_size * max(1, round(8 / ranks.world_size))}"
+            )
+        train = TokenStream(config, tokenizer, found["held_out_below"])
+    else:
+        tokens = _open(folder / "train.bin", found["dtype"], found["train_tokens"])
+        train = TokenFile(tokens, config.seq_len, config.seed)
+    held_out = _open(folder / "validation.bin", found["dtype"], found["validation_tokens"])
+    validation = _validation_blocks(held_out, config)
+    return Data(tokenizer, train, validation, record.description, record.identity, record.notes)
+
+
+def _settings(config: Config, streaming: bool) -> dict[str, Any]:
+    """What the tokens of a run depend on, beside the content of its text."""
+    return {
         "data.path": _absolute(config.data.path) or "embedded",
         "data.name": config.data.name,
         "data.text_key": config.data.text_key,
@@ -110,52 +134,40 @@ def prepare_data(config: Config, ranks: Ranks, folder: Path) -> Data:
         "seed": config.seed,
     }
 
-    def write() -> dict[str, Any]:
-        shared = config.data.folder is not None
-        try:
-            with _locked(folder) if shared else nullcontext():
-                return _write_tokens(config, folder, description, streaming)
-        except OSError as error:
-            key = "data.folder" if shared else "run_dir"
-            raise UserError(f"cannot write tokens to {folder}: {error}; free space, or set {key} elsewhere") from None
-
-    found = ranks.first(write)
-    ranks.each(lambda: _verify(folder, ranks))
-    tokenizer = read_pretrained(AutoTokenizer, folder / "tokenizer")
-    train: TrainingBlocks
-    if streaming:
-        if config.data.streams % ranks.world_size:
-            raise UserError(
-                f"data.streams={config.data.streams} does not divide by the world size {ranks.world_size}; "
-                f"set it to a multiple, e.g. {ranks.world_size * max(1, round(8 / ranks.world_size))}"
-            )
-        train = TokenStream(config, tokenizer, found["held_out_below"])
-    else:
-        tokens = _open(folder / "train.bin", found["dtype"], found["train_tokens"])
-        train = TokenFile(tokens, config.seq_len, config.seed)
-    held_out = _open(folder / "validation.bin", found["dtype"], found["validation_tokens"])
-    return Data(tokenizer, train, _validation_blocks(held_out, config), {**description, **found})
-
 
 def _verify(folder: Path, ranks: Ranks) -> None:
     """Raise UserError if a file of this rank's share is not as it was written; earlier versions wrote no checksums."""
     if has_checksums(folder):
         damage = damage_in(folder, rank=ranks.rank, world_size=ranks.world_size)
         if damage is not None:
-            raise UserError(f"{folder} is damaged ({damage}); {_REMEDY.format(folder=folder)}")
+            raise UserError(f"{folder} is damaged ({damage}); {REMEDY.format(folder=folder)}")
     elif ranks.is_first:
         print(f"{folder} has no {CHECKSUMS}; damage in its tokens would not be noticed", file=sys.stderr)
 
 
-def _write_tokens(config: Config, folder: Path, description: dict[str, Any], streaming: bool) -> dict[str, Any]:
+def _write_tokens(config: Config, folder: Path) -> TokenRecord:
     """Make ``folder`` (tokenizer, token files, data.json) unless it is there; returns what was found in the text."""
-    saved = _read_record(config, folder, description)
+    saved = read_record(folder)
+    streaming = _is_streamed(config.data, saved)
+    if streaming and config.data.is_supervised:
+        check_exists(str(config.data.path), "data.path")
+        key = "response_key" if config.data.messages_key is None else "messages_key"
+        raise UserError(
+            f"data.{key}={getattr(config.data, key)} with streamed data.path={config.data.path}; supervised data "
+            "is not streamed: set data.streaming=false"
+        )
+    settings = _settings(config, streaming)
+    notes: list[str] = []
     if saved is not None:
-        return saved
+        valid, notes = still_valid(config, folder, saved, settings)
+        if valid:
+            places = {key: saved.settings.get(key) for key in KEYS}
+            return TokenRecord({**settings, **places}, saved.found, saved.text, [*_reads(saved.text), *notes])
     scratch = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     training, validation, held_out_below = _documents(config.data, streaming)
+    text = sources(config.data, {}, sampled=streaming)
     prepare_tokenizer(config.data, lambda: _texts_of(training()), scratch / "tokenizer")
     tokenizer = read_pretrained(AutoTokenizer, scratch / "tokenizer")
     encoder = Encoder(config.data, tokenizer)
@@ -183,11 +195,19 @@ def _write_tokens(config: Config, folder: Path, description: dict[str, Any], str
         found["examples_cut"], found["examples_left_out"] = seen["cut"], seen["left_out"]
     found["documents_with_split_names"] = encoder.seen["split"]
     _check_found(config, found)
-    (scratch / "data.json").write_text(json.dumps({"settings": description, "found": found}, indent=2))
+    for key, source in sources(config.data, text, sampled=streaming).items():
+        if difference(text[key], source):
+            raise UserError(f"{key} changed while it was tokenized; run again when it is complete")
+    record = TokenRecord(settings, found, text)
+    record.write(scratch)
     write_checksums(scratch)
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
-    return found
+    return replace(record, notes=[*_reads(text), *notes])
+
+
+def _reads(text: dict[str, Any]) -> list[str]:
+    return [line for key in ("data.path", "data.validation") for line in describe_source(key, text.get(key, {}))]
 
 
 def _check_found(config: Config, found: dict[str, Any]) -> None:
@@ -202,38 +222,6 @@ def _check_found(config: Config, found: dict[str, Any]) -> None:
                 )
     if found["validation_tokens"] < 2:
         raise UserError(f"there is no held-out text; {held_out}")
-
-
-def _read_record(config: Config, folder: Path, description: dict[str, Any]) -> dict[str, Any] | None:
-    """What an earlier session found in the same text; None if the tokens are still, or again, to be made."""
-    record = folder / "data.json"
-    if not record.exists():
-        return None
-    try:
-        saved = json.loads(record.read_text())
-        settings, found = dict(saved["settings"]), dict(saved["found"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{record} is damaged ({error}); {_REMEDY.format(folder=folder)}") from None
-    other = [key for key, value in description.items() if settings.get(key) != value]
-    if config.data.folder is not None:
-        other = [key for key in other if key not in (_ORDER_OF_ROWS if config.data.is_supervised else _ORDER)]
-    if not other:
-        return found
-    differs = f"{other[0]} was {settings.get(other[0])!r}, is {description[other[0]]!r}"
-    if config.data.folder is not None:
-        raise UserError(f"data.folder={folder} holds other tokens: {differs}; set it to another folder")
-    if find_checkpoint("auto", folder.parent / "checkpoints") is None:
-        return None  # no training was done with it
-    raise UserError(f"{folder.parent} holds a run on other data: {differs}; set run_dir to another folder")
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Alone at work on a folder that is yet to be made; a lock ends with its process, however that ends."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(folder.name + ".lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _documents(config: DataConfig, streaming: bool) -> tuple[_Opener, _Opener, float]:
@@ -317,9 +305,11 @@ def _absolute(path: str | None) -> str | None:
     return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
 
 
-def _is_streamed(config: DataConfig) -> bool:
+def _is_streamed(config: DataConfig, saved: TokenRecord | None) -> bool:
     if config.streaming is not None and config.path is not None:
         return config.streaming
+    if saved is not None and is_gone("data.path", config, saved):
+        return saved.streaming
     return config.path is not None and not Path(config.path).exists()
 
 
@@ -359,7 +349,7 @@ def _open(file: Path, dtype: str, tokens: int) -> np.ndarray[Any, Any]:
     expected = tokens * np.dtype(dtype).itemsize
     size = file.stat().st_size if file.exists() else 0
     if size != expected:
-        remedy = _REMEDY.format(folder=file.parent)
+        remedy = REMEDY.format(folder=file.parent)
         raise UserError(f"{file} is damaged: it has {size} bytes; expected {expected}; {remedy}")
     return np.memmap(file, dtype=dtype, mode="r") if size else np.empty(0, dtype=dtype)
 

@@ -132,7 +132,7 @@ class Run:
         trained = {} if self.config.train == "all" else {"train": self.config.train}
         kept = {} if self.config.weights == "full" else {"weights": self.config.weights}
         adapter = {} if self.config.adapter.name is None else {"adapter": asdict(self.config.adapter)}
-        return {"optimizer.name": name, **layers, **adapter, **trained, **kept, "model": model, **self.data.description}
+        return {"optimizer.name": name, **layers, **adapter, **trained, **kept, "model": model, **self.data.identity}
 
     def set_learning_rate(self, factor: float) -> None:
         """Give every group its configured hyperparameters, the learning rate times ``factor``."""

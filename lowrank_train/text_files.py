@@ -35,23 +35,6 @@ class TextFiles:
         """Return the name of a file within the folder."""
         return file.name if file == self.root else file.relative_to(self.root).as_posix()
 
-    def describe(self, key: str) -> list[str]:
-        """Say which files are read and which are not, where a folder leaves a choice."""
-        if self.files == [self.root]:
-            return []
-        lines = [f"{key}={self.root}: reads {self._some(self.files)}"]
-        if self.left_out:
-            lines.append(
-                f"{key}={self.root}: does not read {self._some(self.left_out)}, which by name is held-out text; "
-                "data.validation=FILE evaluates on it, and another name makes it training text"
-            )
-        return lines
-
-    def _some(self, files: list[Path]) -> str:
-        names = [self.name(file) for file in files]
-        shown = ", ".join(names if len(names) <= 5 else [*names[:3], "...", names[-1]])
-        return f"{len(names)} file{'s' * (len(names) > 1)} ({shown})"
-
 
 def find_files(path: str, key: str, *, without: str | None = None, training: bool = False) -> TextFiles:
     """Find the files to read in a folder, or take the one that is given.

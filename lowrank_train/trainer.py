@@ -61,7 +61,7 @@ def train(config: Config) -> RunRecord:
         predicted = _predicted_memory(run)
         peak = [f"a step will need {in_words(predicted)} on rank 0"] if predicted else []
         about = [*data_notes(config, run.data.description), *model_notes(config, run.model.config)]
-        for note in [_greeting(run, checkpoint), *found, *_adapter(run), *peak, *notes, *about]:
+        for note in [_greeting(run, checkpoint), *found, *_adapter(run), *peak, *notes, *run.data.notes, *about]:
             metrics.say(note)
         with stop_signals() as stop:
             try:
