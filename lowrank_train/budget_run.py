@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 
 from lowrank_train import methods, models
 from lowrank_train.budget_records import StepTime, step_time
-from lowrank_train.config import Config, ModelConfig, load_config
+from lowrank_train.config import Config, ModelConfig, complete, load_config
 from lowrank_train.errors import UserError
 from lowrank_train.loading import flags_to_keys, load_schema
 from lowrank_train.memory_measured import measure
 from lowrank_train.memory_terms import Fixed, StepMemory, fixed, predict
-from lowrank_train.run import unsharded
+from lowrank_train.run import check_settings, unsharded
 from lowrank_train.settings import key_help, setting
 from lowrank_train.units import parse_bytes, show_bytes
 from optim.table import aligned
@@ -332,6 +332,7 @@ def _fit(config: BudgetConfig, budget: int, name: str, state_dtype: str | None, 
         key = repr((replace(run, micro_batch=1, tokens_per_step=1, loss_chunk=1), config.world_size, config.replicas))
         ranks, copies = config.world_size, config.replicas
         if key not in _known:
+            check_settings(complete(run), ranks * copies, here=False)
             _known[key] = fixed(run, skeleton, world_size=ranks, replicas=copies)
         memory = predict(run, world_size=ranks, replicas=copies, model=skeleton, known=_known[key])
     except UserError:
@@ -349,6 +350,7 @@ def _timed(config: BudgetConfig, fit: Fit) -> Fit:
 def _of_recipe(config: BudgetConfig, budget: int) -> Outcome:
     """What a whole configuration of a run needs."""
     run = _recipe(config)
+    check_settings(run, config.world_size * config.replicas, here=False)
     try:
         memory = predict(run, world_size=config.world_size, replicas=config.replicas)
     except (ValueError, TypeError) as error:

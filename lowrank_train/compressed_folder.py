@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from lowrank_train.errors import UserError
 from lowrank_train.finite import name_not_finite
 from lowrank_train.low_rank_linear import shape_low_rank
-from lowrank_train.pretrained import read_pretrained
+from lowrank_train.model_values import read_config
 
 __all__ = ["compressed_ranks", "is_compressed", "read_compressed", "save_model", "shaped"]
 
@@ -57,14 +57,16 @@ def read_compressed(folder: Path | str, dtype: torch.dtype | None = None) -> Pre
     Raises:
         UserError: it cannot be read, or the weights do not fit the configuration.
     """
+    config = read_config(folder, str(folder))
     try:
-        config = read_pretrained(AutoConfig, folder)
         state = load_file(Path(folder, _WEIGHTS))
+        stored = dtype or config.dtype or torch.float32
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=stored)
     except Exception as error:  # transformers and safetensors raise many kinds
-        raise UserError(f"cannot load the model in {folder}: {str(error).splitlines()[0]}") from None
-    stored = dtype or config.dtype or torch.float32
-    with torch.device("meta"):
-        model = shaped(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=stored))
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot load the model in {folder}: {reason}") from None
+    shaped(model)
     model.to_empty(device="cpu")
     model.tie_weights()
     with torch.no_grad():

@@ -10,7 +10,9 @@ from transformers.utils import logging as transformers_logging
 
 from lowrank_train.compressed_folder import is_compressed, read_compressed
 from lowrank_train.errors import UserError
+from lowrank_train.model_values import check_weights_used, read_config
 from lowrank_train.pretrained import read_pretrained
+from lowrank_train.settings import path_of
 
 __all__ = ["is_export_of_run", "load_model", "model_folder", "model_label"]
 
@@ -25,7 +27,7 @@ def model_folder(word: str, key: str = "") -> Path:
     Raises:
         UserError: there is no such folder, or no model in it.
     """
-    folder = Path(word)
+    folder = Path(path_of(key.rstrip("=") or "model", word))
     if (folder / "config.json").is_file():
         return folder
     if (folder / "huggingface" / "config.json").is_file():
@@ -56,6 +58,7 @@ def load_model(folder: Path) -> PreTrainedModel:
     if is_compressed(folder):
         compressed = read_compressed(folder)
         return compressed if compressed.dtype == torch.float64 else compressed.float()
+    read_config(folder, str(folder))  # before anything of its size is built
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -69,5 +72,6 @@ def load_model(folder: Path) -> PreTrainedModel:
     missing = sorted(found["missing_keys"])
     if missing:
         raise UserError(f"{folder} lacks {len(missing)} weight(s) of its model, {missing[0]!r} for one; fetch it anew")
+    check_weights_used(found["unexpected_keys"], folder)
     loaded: PreTrainedModel = model if model.dtype == torch.float64 else model.float()
     return loaded.eval()

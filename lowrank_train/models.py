@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from lowrank_train.compressed_folder import is_compressed, read_compressed, shaped
@@ -19,6 +19,7 @@ from lowrank_train.config import ModelConfig
 from lowrank_train.embeddings import add_rows, train_every_row
 from lowrank_train.errors import UserError
 from lowrank_train.finite import name_not_finite
+from lowrank_train.model_values import check_known, check_model_values, check_weights_used, read_config
 from lowrank_train.parallel import Ranks, fill
 from lowrank_train.parametrization import Parametrization
 from lowrank_train.pretrained import read_pretrained
@@ -73,17 +74,6 @@ SIZES: dict[str, tuple[Callable[..., PretrainedConfig], tuple[int, ...], dict[st
 """Name -> builder of its Hugging Face configuration, with the vocabulary of the original."""
 
 
-_SIZE_KEYS = (
-    "hidden_size",
-    "intermediate_size",
-    "ffn_dim",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-)
-
-
 def architecture(
     model: ModelConfig,
     *,
@@ -107,22 +97,19 @@ def architecture(
     """
     if model.name in SIZES:
         build, numbers, others = SIZES[model.name]
-        _check_known(model.overrides, build(*numbers, **others))
+        check_known(model.overrides, build(*numbers, **others))
+        check_model_values(model.overrides, "model.overrides.")
         vocabulary = {} if vocab_size is None else {"vocab_size": vocab_size}
         # OPT's own pad id 1 would silence token 1 of any other tokenizer
         changes = {"pad_token_id": None, **vocabulary, **token_ids, **model.overrides}
-        _check_sizes(model.overrides)
         # all at once, because transformers derives other values (key-value heads, head_dim) from some
         config = _valid(lambda: build(*numbers, **{**others, **changes}))
     elif Path(model.name, "config.json").is_file():
-        try:
-            config = read_pretrained(AutoConfig, model.name)
-        except Exception as error:  # transformers checks values by raising many kinds
-            raise UserError(f"cannot read model.name={model.name}: {_last_line(error)}") from None
+        config = read_config(model.name, f"model.name={model.name}")
         if config.model_type not in ("llama", "opt"):
             raise UserError(f"model.name={model.name} is a {config.model_type!r} model; expected a LLaMA or an OPT")
-        _check_known(model.overrides, config)
-        _check_sizes(model.overrides)
+        check_known(model.overrides, config)
+        check_model_values(model.overrides, "model.overrides.")
         _valid(lambda: config.update(model.overrides))
     else:
         close = difflib.get_close_matches(model.name, SIZES, n=1)
@@ -154,22 +141,13 @@ def architecture(
                 f"seq_len={seq_len} exceeds the {config.max_position_embeddings} learned positions of {model.name}; "
                 "use at most that, or set model.overrides.max_position_embeddings"
             )
+        if "max_position_embeddings" in model.overrides:
+            raise UserError(
+                f"model.overrides.max_position_embeddings={config.max_position_embeddings} is less than seq_len="
+                f"{seq_len}, which needs as many positions; leave it out, or lower seq_len"
+            )
         config.max_position_embeddings = seq_len
     return config
-
-
-def _check_known(overrides: dict[str, Any], config: PretrainedConfig) -> None:
-    for key in overrides:
-        if not hasattr(config, key):
-            close = difflib.get_close_matches(key, list(config.to_dict()), n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise UserError(f"model.overrides.{key}: a {config.model_type} configuration has no such key{hint}")
-
-
-def _check_sizes(overrides: dict[str, Any]) -> None:
-    for key in _SIZE_KEYS:
-        if key in overrides and (not isinstance(overrides[key], int) or overrides[key] < 1):
-            raise UserError(f"model.overrides.{key}={overrides[key]}; expected a whole number >= 1")
 
 
 def _valid(make: Callable[[], Any]) -> Any:
@@ -257,6 +235,7 @@ def _read_plain(folder: str, dtype: torch.dtype) -> PreTrainedModel:
         transformers_logging.set_verbosity(verbosity)
     if found["missing_keys"]:  # transformers would leave them at random numbers
         raise UserError(f"model.name={folder} has no weights for {min(found['missing_keys'])!r}; it is not complete")
+    check_weights_used(found["unexpected_keys"], f"model.name={folder}")
     return source
 
 

@@ -23,6 +23,7 @@ from lowrank_train.embeddings import rows_needed
 from lowrank_train.errors import UserError
 from lowrank_train.layer_choice import freeze_vocabulary
 from lowrank_train.low_rank_linear import train_low_rank_only
+from lowrank_train.model_size import check_host_memory
 from lowrank_train.parallel import Ranks
 from lowrank_train.parametrization import Dense, Parametrization
 from lowrank_train.recompute import checkpoint_layers
@@ -140,13 +141,21 @@ class Run:
             group.update(configured, lr=configured["lr"] * factor)
 
 
-def check_settings(config: Config, world_size: int) -> None:
-    """Raise UserError for what can be known wrong before any text is read: names, shapes, ranks, batch."""
+def check_settings(config: Config, world_size: int, *, here: bool = True) -> None:
+    """Raise UserError for what can be known wrong before any text is read: names, shapes, ranks, batch.
+
+    ``here`` says whether the run is to start on this machine, and must fit its memory.
+    """
     micro_batches(config, world_size)
     if config.adapter.name is not None:
         _check_adapter(config)
+    if here:
+        check_host_memory(config, world_size)
     try:
-        predicted_state_bytes(config, unsharded(replace(config, adapter=AdapterConfig())))
+        model = unsharded(replace(config, adapter=AdapterConfig()))
+        predicted_state_bytes(config, model)
+        if config.fused_backward and config.adapter.name is None:
+            _attached(config, model, build_optimizer(config, model), world_size).detach()
     except UserError:  # says itself which key it is about
         raise
     except (ValueError, TypeError) as error:

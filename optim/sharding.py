@@ -146,7 +146,8 @@ def local_shape(spec: StateTensor, shard_dim: int, index: int, parts: int) -> tu
         return spec.shape
     dim = shard_dim if spec.layout == "parameter" else 0
     shape = list(spec.shape)
-    shape[dim] = chunk_sizes(shape[dim], parts)[index]
+    step = math.ceil(shape[dim] / parts)
+    shape[dim] = max(0, min(step, shape[dim] - index * step))  # as chunk_sizes, for any number of parts at once
     return tuple(shape)
 
 
