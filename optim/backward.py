@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from optim.base import MatrixOptimizer, Slot, dense_gradient, is_number
-from optim.placements import reshard
+from optim.placements import placed_as, reshard, work_copies
 from optim.sharding import laid_out_as, local, sum_over_shards
 from optim.surroundings import without_autocast
 from optim.wrapped import bare_model, bare_optimizer, is_replicated
@@ -152,6 +152,10 @@ class BackwardUpdates:
         slot = self._slots[param]
         if self._optimizer.has_changed(param):
             self._optimizer.ensure_state()
+        assert param.grad is not None
+        placed = placed_as(param.grad, param, slot.name)
+        if placed is not param.grad:
+            param.grad = placed
         first = param not in self._passes
         self._passes[param] = self._passes.get(param, 0) + 1
         last = self._passes[param] == self._accumulation_steps
@@ -182,7 +186,10 @@ class BackwardUpdates:
         coordinates = self._coordinates.pop(slot.param, None)
         gradient = coordinates if coordinates is not None or slot.grad is None else local(dense_gradient(slot))
         if gradient is not None and not self._waits_for_norm:
-            square = self._squares[slot.param] = _square_sum(gradient)
+            square = _square_sum(gradient)
+            if coordinates is not None:
+                square = square / work_copies(slot.param)
+            self._squares[slot.param] = square
             if self._max_norm is not None:
                 gradient.mul_(_factor(_norm([slot], [square]), self._max_norm))
         if coordinates is not None:
@@ -197,7 +204,7 @@ class BackwardUpdates:
         squares = []
         for slot in slots:
             if slot.param in self._coordinates and self._accumulation_steps > 1:
-                squares.append(_square_sum(self._coordinates[slot.param]))
+                squares.append(_square_sum(self._coordinates[slot.param]) / work_copies(slot.param))
             elif slot.param in self._squares:
                 squares.append(self._squares[slot.param])
             else:

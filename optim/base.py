@@ -24,6 +24,7 @@ from torch.optim.optimizer import ParamsT
 from optim import points, rules
 from optim.blocks import row_blocks
 from optim.hyperparameters import check_finite
+from optim.placements import check_even, check_not_scattered, in_work_layout, is_scattered
 from optim.present import PresentParameters, check_gradients, updated_too_early
 from optim.quantization import as_stored, read, write
 from optim.rounding import store
@@ -31,7 +32,17 @@ from optim.sharding import StateTensor, allocate, first_column, is_distributed, 
 from optim.slot import Slot, dense_gradient
 from optim.state_dict import load
 from optim.surroundings import eagerly, without_autocast
-from optim.working_copies import COUNTER, Handed, chunked, copied, counted, is_copied, rounding_seed
+from optim.working_copies import (
+    COUNTER,
+    Handed,
+    chunked,
+    copied,
+    counted,
+    gathered,
+    is_copied,
+    rounding_seed,
+    settled,
+)
 
 if TYPE_CHECKING:
     from optim.backward import BackwardUpdates
@@ -171,8 +182,9 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         as_they_are: list[Slot] = []
         as_copies: list[Slot] = []
         for slot in slots:
-            (as_copies if is_copied(slot, self.handed(slot)) else as_they_are).append(slot)
-        self._step_as_they_are(as_they_are)
+            needs_copy = self.is_gathered(slot) or is_copied(slot, self.handed(slot))
+            (as_copies if needs_copy else as_they_are).append(slot)
+        self._step_as_they_are([settled(slot) for slot in as_they_are])
         for chunk in chunked(as_copies):
             with self.at_work(chunk) as copies:
                 self._step_as_they_are(copies)
@@ -180,9 +192,22 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
     @contextmanager
     def at_work(self, slots: list[Slot]) -> Iterator[list[Slot]]:
         """Slots as their method works on them, see ``optim.working_copies``; stored again on leaving."""
-        layouts = [self.state_layout(slot.name, slot.param, slot.group) for slot in slots]
-        with copied(slots, layouts, [self.handed(slot) for slot in slots]) as copies:
-            yield copies
+        with gathered(slots, self.is_gathered) as ready:
+            layouts = [self.state_layout(slot.name, slot.param, slot.group) for slot in ready]
+            with copied(ready, layouts, [self.handed(slot) for slot in ready]) as copies:
+                yield copies
+
+    def is_gathered(self, slot: Slot) -> bool:
+        """Whether a step needs more of a parameter than the pieces that several mesh axes leave a rank.
+
+        AdamW works number by number, and needs no more unless moments share scales or rounding depends on the place.
+        """
+        group, param = slot.group, slot.param
+        if group["role"] == "frozen" or not is_scattered(param):
+            return False
+        rounded = group["stochastic_rounding"] and param.dtype == torch.bfloat16
+        in_bits = group["state_dtype"] not in (None, "float32", "bfloat16")
+        return not self.works_in_blocks(slot) or group["role"] == "points" or rounded or in_bits
 
     def works_in_blocks(self, slot: Slot) -> bool:
         """Whether the update of a parameter is AdamW's, which reads and stores anything, in blocks of rows."""
@@ -331,17 +356,23 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
     def _allocate(self, name: str, param: Tensor, group: dict[str, Any]) -> None:
         state = self.state[param]  # the same object as before: updates fused into backward hold it
         state.clear()
+        if not self.offloads_state and group["role"] in {*self.method_roles, "frozen"}:
+            check_not_scattered(name, param, type(self).__name__)
+        as_sharded = param
+        if self.is_gathered(Slot(name, param, state, group)):
+            check_even(name, param)
+            as_sharded = in_work_layout(param, param, values=False)
         layout = self.state_layout(name, param, group)
         on_host = group["offload_state"]
-        state.update({key: allocate(spec, param, on_host=on_host) for key, spec in layout.items()})
+        state.update({key: allocate(spec, as_sharded, on_host=on_host) for key, spec in layout.items()})
         self._present.allocated(param)
-        if first_column(param) is not None and local(param).shape[1] % 2:
+        if first_column(as_sharded) is not None and local(as_sharded).shape[1] % 2:
             packed = [key for key, spec in layout.items() if spec.layout == "parameter" and spec.shape != param.shape]
             if packed:
                 raise ValueError(
                     f"state_dtype='4bit' keeps two columns of {packed[0]!r} in a byte, and {name!r}, of shape "
-                    f"{tuple(param.shape)}, is sharded into {local(param).shape[1]} columns a rank: shard it along "
-                    "dimension 0, or use '8bit'"
+                    f"{tuple(param.shape)}, is sharded into {local(as_sharded).shape[1]} columns a rank: shard it "
+                    "along dimension 0, or use '8bit'"
                 )
 
     def slots(self) -> Iterator[Slot]:

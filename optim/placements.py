@@ -14,6 +14,7 @@ takes its part of the new weight back, which needs no communication along the ax
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -23,7 +24,19 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
-__all__ = ["from_work_layout", "in_work_layout", "is_scattered", "layout_key", "part_of", "placed_as", "reshard"]
+__all__ = [
+    "check_even",
+    "check_not_scattered",
+    "from_work_layout",
+    "in_work_layout",
+    "is_scattered",
+    "layout_key",
+    "part_of",
+    "placed_as",
+    "reshard",
+    "work_copies",
+    "work_dim",
+]
 
 
 def layout_key(tensor: Tensor) -> tuple[object, ...]:
@@ -92,6 +105,56 @@ def from_work_layout(tensor: Tensor, like: Tensor) -> Tensor:
     moved = _moved(tensor, like.placements)
     assert isinstance(moved, DTensor)
     return moved.to_local()
+
+
+def check_not_scattered(name: str, param: Tensor, method: str) -> None:
+    """Raise ValueError for a scattered parameter of a method that reads its parameters between steps too."""
+    if is_scattered(param):
+        raise ValueError(
+            f"{method} cannot train {name!r} of shape {tuple(param.shape)}, which is sharded over several mesh axes "
+            f"({', '.join(map(str, _placements(param)))}), as tensor parallelism with FSDP2 does; shard it over one, "
+            "or take a method that docs/swap.md lists for both"
+        )
+
+
+def check_even(name: str, param: Tensor) -> None:
+    """Raise ValueError where DTensor cannot gather a parameter: pieces that are strided and not equally long."""
+    placements, mesh = _placements(param), param.device_mesh  # type: ignore[attr-defined]
+    for strided in placements:
+        if type(strided) in (Replicate, Shard):
+            continue
+        dim = strided.dim % param.ndim  # type: ignore[attr-defined]
+        own = [mesh.size(axis) for axis, other in enumerate(placements) if getattr(other, "dim", None) == strided.dim]  # type: ignore[attr-defined]
+        if param.shape[dim] % math.prod(own):
+            ranks = " x ".join(map(str, own))
+            raise ValueError(
+                f"{name!r} of shape {tuple(param.shape)} is sharded along dimension {dim} over {ranks} ranks in pieces "
+                "of different lengths, which DTensor cannot gather; expected a dimension that their product divides, "
+                "or one mesh axis"
+            )
+
+
+def work_copies(param: Tensor) -> int:
+    """Return how many ranks hold the same piece of a scattered parameter in the work layout; 1 for any other."""
+    if not is_scattered(param):
+        return 1
+    assert isinstance(param, DTensor)
+    kept = _work_placements(param)
+    mesh = param.device_mesh
+    return math.prod(
+        mesh.size(axis)
+        for axis, placement in enumerate(param.placements)
+        if type(placement) is not Replicate and type(kept[axis]) is Replicate
+    )
+
+
+def work_dim(param: Tensor) -> tuple[int, int]:
+    """Return the dimension that a scattered parameter's work layout shards, and over how many ranks."""
+    assert isinstance(param, DTensor)
+    for axis, placement in enumerate(_work_placements(param)):
+        if isinstance(placement, Shard):
+            return placement.dim, param.device_mesh.size(axis)
+    raise AssertionError
 
 
 def part_of(whole: Tensor, target: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
+from optim.placements import is_scattered, part_of, work_dim
+
 __all__ = [
     "StateTensor",
     "accumulator",
@@ -163,7 +165,6 @@ def allocate(spec: StateTensor, param: Tensor, *, on_host: bool = False) -> Tens
     """
     if on_host and spec.layout != "host" and local(param).device.type != "cpu":
         return _on_host(allocate(spec, param))
-    info = _shard_info(param)
     if spec.layout == "host":
         return torch.zeros(spec.shape, dtype=spec.dtype)
     device = local(param).device
@@ -171,7 +172,11 @@ def allocate(spec: StateTensor, param: Tensor, *, on_host: bool = False) -> Tens
         return torch.zeros(spec.shape, dtype=spec.dtype, device=device)
     placements: list[Placement] = list(param.placements)
     shape = spec.shape
-    if info is not None:
+    if is_scattered(param):
+        assert spec.layout == "parameter"
+        assert spec.shape == tuple(param.shape)
+        shape = tuple(local(param).shape)
+    elif (info := _shard_info(param)) is not None:
         shape = local_shape(spec, info.dim, info.index, info.count)
         if spec.layout == "rows":
             placements[info.axis] = Shard(0)
@@ -201,7 +206,9 @@ def _on_host(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def copy_into(target: Tensor, value: Tensor) -> None:
     """Copy a loaded state tensor into an allocated one, dtype and placement of the target kept."""
-    if isinstance(target, DTensor) and not isinstance(value, DTensor):
+    if isinstance(target, DTensor) and not isinstance(value, DTensor) and is_scattered(target):
+        value = part_of(value, target)
+    elif isinstance(target, DTensor) and not isinstance(value, DTensor):
         for axis, placement in enumerate(target.placements):
             if isinstance(placement, Shard):
                 sizes = chunk_sizes(target.shape[placement.dim], target.device_mesh.size(axis))
@@ -220,21 +227,27 @@ def sum_over_shards(params: Sequence[Tensor], statistics: Sequence[Tensor]) -> l
     Every rank must call this with the same parameters in the same order.
     """
     totals = list(statistics)
-    buckets: dict[tuple[dist.ProcessGroup, torch.dtype], list[int]] = {}
-    for i, (param, statistic) in enumerate(zip(params, statistics, strict=True)):
-        info = _shard_info(param)
-        if info is not None and info.count > 1:
-            buckets.setdefault((info.group, statistic.dtype), []).append(i)
-    for (group, _), members in buckets.items():
-        flat = torch.cat([statistics[i].reshape(-1) for i in members])
-        dist.all_reduce(flat, group=group)
-        for i, total in zip(members, flat.split([statistics[i].numel() for i in members]), strict=True):
-            totals[i] = total.view_as(statistics[i])
+    axes = [_sharded_axes(param) for param in params]
+    for turn in range(max(map(len, axes), default=0)):  # more than one only for what several mesh axes shard
+        buckets: dict[tuple[dist.ProcessGroup, torch.dtype], list[int]] = {}
+        for i, own in enumerate(axes):
+            if turn < len(own):
+                buckets.setdefault((own[turn].group, statistics[i].dtype), []).append(i)
+        for (group, _), members in buckets.items():
+            flat = torch.cat([totals[i].reshape(-1) for i in members])
+            dist.all_reduce(flat, group=group)
+            for i, total in zip(members, flat.split([statistics[i].numel() for i in members]), strict=True):
+                totals[i] = total.view_as(statistics[i])
     return totals
 
 
 def first_column(param: Tensor) -> int | None:
-    """Where this rank's columns begin, if the parameter is sharded along its last dimension (and has another)."""
+    """Where this rank's columns begin, if the parameter is sharded along its last dimension (and has another).
+
+    None where several mesh axes shard it: what depends on columns works on it gathered (``optim.placements``).
+    """
+    if is_scattered(param):
+        return None
     info = _shard_info(param)
     if info is None or info.count == 1 or param.ndim != 2 or info.dim != 1:
         return None
@@ -361,13 +374,17 @@ def _broadcast(param: Tensor, info: _ShardInfo | None, value: Tensor, i: int) ->
 
 
 def sharded_dim(param: Tensor) -> int | None:
-    """The dimension a parameter is really split along; None if every rank holds it whole."""
+    """The dimension a parameter is really split along, in a step; None if every rank holds it whole."""
+    if is_scattered(param):
+        return work_dim(param)[0]
     info = _shard_info(param)
     return info.dim if info is not None and info.count > 1 else None
 
 
 def shard_count(param: Tensor) -> int:
-    """Over how many ranks a parameter is split."""
+    """Over how many ranks a parameter is split in a step."""
+    if is_scattered(param):
+        return work_dim(param)[1]
     info = _shard_info(param)
     return info.count if info is not None else 1
 
@@ -506,21 +523,30 @@ def _all_to_all(outgoing: Sequence[Tensor], arriving: list[tuple[int, int]], gro
 
 
 def _shard_info(param: Tensor) -> _ShardInfo | None:
-    """None for a tensor that every rank holds whole; raises ValueError for placements FSDP2 never makes."""
+    """None for a tensor that every rank holds whole; raises ValueError for one that is sharded over several axes."""
     if not isinstance(param, DTensor):
         return None
-    found: _ShardInfo | None = None
+    if is_scattered(param):
+        raise ValueError(
+            f"cannot work on a parameter of shape {tuple(param.shape)} with placements {tuple(param.placements)} on "
+            f"mesh {param.device_mesh}; expected Replicate and at most one Shard"
+        )
     for axis, placement in enumerate(param.placements):
-        if type(placement) is Replicate:
-            continue
-        if type(placement) is not Shard or found is not None:
-            raise ValueError(
-                f"cannot optimize a parameter of shape {tuple(param.shape)} with placements {tuple(param.placements)} "
-                f"on mesh {param.device_mesh}: expected Replicate and at most one Shard, as FSDP2 and HSDP make them; "
-                "tensor-parallel (doubly sharded) parameters are not supported"
-            )
-        found = _ShardInfo(placement.dim % param.ndim, param.device_mesh, axis)
-    return found
+        if isinstance(placement, Shard):
+            return _ShardInfo(placement.dim % param.ndim, param.device_mesh, axis)
+    return None
+
+
+def _sharded_axes(param: Tensor) -> list[_ShardInfo]:
+    """Every mesh axis over which the numbers of a parameter are spread."""
+    if not isinstance(param, DTensor):
+        return []
+    axes = [
+        _ShardInfo(placement.dim % param.ndim, param.device_mesh, axis)  # type: ignore[attr-defined]
+        for axis, placement in enumerate(param.placements)
+        if type(placement) is not Replicate
+    ]
+    return [info for info in axes if info.count > 1]
 
 
 def _contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:

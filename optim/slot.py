@@ -17,10 +17,13 @@ class Slot(NamedTuple):
     state: dict[str, Tensor]
     group: dict[str, Any]
     stands_for: Tensor | None = None  # the model's own parameter, where ``param`` is a copy to work on
+    moved: Tensor | None = None  # its gradient with the placements of ``param``, where backward left it with others
 
     @property
     def grad(self) -> Tensor | None:
-        """Of the model's parameter; its dtype is that one's."""
+        """The gradient of the model's own parameter, in that parameter's dtype."""
+        if self.moved is not None:
+            return self.moved
         return (self.param if self.stands_for is None else self.stands_for).grad
 
 

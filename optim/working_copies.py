@@ -4,6 +4,7 @@
     weight, moments in bfloat16, rounded stochastically    float32
     moments in fewer bits, of a method that knows of none  float32
     state in host memory                                   the same on the parameter's device
+    weight sharded over several mesh axes                  gathered to one of them (``optim.placements``)
 
 A copy has the shape, the shards and the gradient of what it stands for, so no method knows of it. Matrices are copied
 a few at a time; what a step holds beyond them does not grow with the model.
@@ -12,7 +13,7 @@ a few at a time; what a step holds beyond them does not grow with the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -20,12 +21,24 @@ import torch
 from torch import Tensor
 
 from optim.blocks import chunks
+from optim.placements import from_work_layout, in_work_layout, placed_as
 from optim.quantization import MOMENTS, read, write
 from optim.rounding import seed_of, store
 from optim.sharding import StateTensor, first_column, laid_out_as, local, max_over_shards, shard_count
 from optim.slot import Slot
 
-__all__ = ["AT_ONCE", "COUNTER", "Handed", "chunked", "copied", "counted", "is_copied", "rounding_seed"]
+__all__ = [
+    "AT_ONCE",
+    "COUNTER",
+    "Handed",
+    "chunked",
+    "copied",
+    "counted",
+    "gathered",
+    "is_copied",
+    "rounding_seed",
+    "settled",
+]
 
 COUNTER = "times_rounded"
 """State of what is rounded stochastically: () int32."""
@@ -69,6 +82,40 @@ def chunked(slots: Sequence[Slot]) -> Iterator[list[Slot]]:
     yield from chunks(list(slots), sizes, AT_ONCE)
 
 
+def settled(slot: Slot) -> Slot:
+    """Return a slot whose gradient has its parameter's placements; a collective where backward left it with others.
+
+    Raises ValueError if only one of the two is distributed.
+    """
+    gradient = slot.grad
+    if gradient is None:
+        return slot
+    placed = placed_as(gradient, slot.param, slot.name)
+    return slot if placed is gradient else slot._replace(moved=placed)
+
+
+@contextmanager
+def gathered(slots: Sequence[Slot], scattered: Callable[[Slot], bool]) -> Iterator[list[Slot]]:
+    """Yield slots in the layout that a step works in (``optim.placements``); weights are stored again on leaving.
+
+    Args:
+        slots: as they are kept.
+        scattered: whether a parameter is worked on in the work layout, in which its state is kept.
+    """
+    ready = []
+    for slot in slots:
+        if not scattered(slot):
+            ready.append(settled(slot))
+            continue
+        gradient, param = slot.grad, in_work_layout(slot.param.detach(), slot.param, values=True)
+        moved = None if gradient is None else in_work_layout(gradient, slot.param, values=True)
+        ready.append(slot._replace(param=param, stands_for=slot.param, moved=moved))
+    yield ready
+    for slot, worked_on in zip(slots, ready, strict=True):
+        if worked_on.param is not slot.param:
+            local(slot.param).copy_(from_work_layout(worked_on.param, slot.param))
+
+
 @contextmanager
 def copied(
     slots: Sequence[Slot], layouts: Sequence[Mapping[str, StateTensor]], handed: Sequence[Handed]
@@ -108,7 +155,7 @@ def _copy(slot: Slot, layout: Mapping[str, StateTensor], handed: Handed) -> Slot
     if handed.rounded:
         param = laid_out_as(slot.param, local(slot.param).to(exact))
         state[COUNTER] = state[COUNTER] + 1
-    return Slot(slot.name, param, state, slot.group, slot.param)
+    return slot._replace(param=param, state=state, stands_for=slot.param)
 
 
 def _store(slot: Slot, copy: Slot) -> None:
