@@ -12,6 +12,7 @@ from lowrank_train.adapted_model import AdaptedModel, changes_frozen_weights
 from lowrank_train.checkpoint import whole_state
 from lowrank_train.compressed_folder import save_model
 from lowrank_train.errors import UserError
+from lowrank_train.export_files import save_tokenizer
 from lowrank_train.finite import name_not_finite
 from lowrank_train.parallel import Ranks
 
@@ -19,7 +20,13 @@ __all__ = ["export_adapter"]
 
 
 def export_adapter(
-    adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase, run_folder: Path, ranks: Ranks
+    adapted: AdaptedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    run_folder: Path,
+    ranks: Ranks,
+    *,
+    source: Path,
+    dtype: torch.dtype | None,
 ) -> str | None:
     """Write ``adapter`` and, merged, ``huggingface`` into the folder of a run.
 
@@ -31,6 +38,8 @@ def export_adapter(
         tokenizer: written beside the merged model.
         run_folder: of the run.
         ranks: of the run; all must call.
+        source: folder the model came from, whose settings of generation are taken over.
+        dtype: of the merged model; None: as it was trained.
 
     Returns:
         Why there is no merged folder; None if there is one.
@@ -44,7 +53,7 @@ def export_adapter(
         bad = name_not_finite(whole)
         if bad is not None:
             raise UserError(f"{bad!r} holds a number that is not finite; no adapter is written to {run_folder}")
-        dtype = next(iter(adapted.model.parameters())).dtype
+        trained = next(iter(adapted.model.parameters())).dtype
         wrapper = adapted.with_values(whole)
         wrapper.peft_config.update(adapted.wrapper.peft_config)  # AdaLoRA's ranks are known only after training
         wrapper.eval()
@@ -55,9 +64,9 @@ def export_adapter(
                     merged = wrapper.merge_and_unload(safe_merge=True)
                 except (NotImplementedError, ValueError, AttributeError, TypeError) as error:
                     return (str(error).splitlines() or [type(error).__name__])[0]
-            save_model(merged.to(dtype), run_folder / "huggingface")
-            tokenizer.save_pretrained(run_folder / "huggingface")
-        except UserError:
+            save_model(merged.to(trained), run_folder / "huggingface", source=source, dtype=dtype)
+            save_tokenizer(tokenizer, run_folder / "huggingface")
+        except UserError:  # says itself what to do
             raise
         except Exception as error:  # the writers in Rust raise errors of their own
             raise UserError(f"cannot write the model to {run_folder}: {error!r}; free space and resume") from None

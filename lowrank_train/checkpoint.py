@@ -46,6 +46,7 @@ from lowrank_train.checkpoint_folder import (
 from lowrank_train.checksums import damage_in, has_checksums
 from lowrank_train.compressed_folder import save_model
 from lowrank_train.errors import Diverged, UserError
+from lowrank_train.export_files import save_tokenizer
 from lowrank_train.finite import name_not_finite
 from lowrank_train.parallel import Ranks
 from lowrank_train.parametrization import Parametrization
@@ -277,17 +278,30 @@ def export_huggingface(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     ranks: Ranks,
+    *,
+    source: Path | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write the whole, plain model and its tokenizer as a Hugging Face folder.
 
-    Raises UserError if it cannot be written.
+    Args:
+        model: sharded.
+        layers: what was converted of the plain model.
+        tokenizer: written beside the model.
+        folder: made if absent.
+        ranks: of the run; all must call.
+        source: folder the model came from, whose settings of generation are taken over.
+        dtype: of what is written; None: as it was trained.
+
+    Raises:
+        UserError: the folder cannot be written, or a number is too large for ``dtype``.
     """
     whole = whole_state(model)
 
     def write() -> None:
         try:
-            save_model(model, folder, layers.plain_state_dict(whole))
-            tokenizer.save_pretrained(folder)
+            save_model(model, folder, layers.plain_state_dict(whole), source=source, dtype=dtype)
+            save_tokenizer(tokenizer, folder)
         except UserError as error:
             raise UserError(f"{error}; {last_good(folder.parent / 'checkpoints')}") from None
         except Exception as error:  # the writers in Rust raise errors of their own

@@ -21,6 +21,7 @@ from lowrank_train.compress_report import Compression, write_report
 from lowrank_train.compressed_folder import is_compressed, save_model
 from lowrank_train.config import ParallelConfig
 from lowrank_train.errors import UserError
+from lowrank_train.export_files import save_tokenizer
 from lowrank_train.layer_choice import BLOCK_MATRICES, linear_layers
 from lowrank_train.loading import flags_to_keys, load_schema
 from lowrank_train.model_folder import load_model, model_folder
@@ -134,7 +135,7 @@ def compress_folder(folder: Path, config: CompressConfig) -> str:
             if is_compressed(folder):
                 raise UserError(f"{folder} is compressed already; give the model it was made of, or --merge")
             result = compressed(model, folder, config, ranks)
-            ranks.first(lambda: _write(model, tokenizer, out))
+            ranks.first(lambda: _write(model, tokenizer, folder, out))
             table: str = ranks.first(lambda: write_report(result, asdict(config), provenance(ranks.device), out))
         except ValueError as error:
             raise error if isinstance(error, UserError) else UserError(f"in {folder}: {error}") from None
@@ -341,7 +342,7 @@ def _write_cache(file: Path, found: dict[str, Tensor]) -> None:
 
 def _merge(model: PreTrainedModel, tokenizer: Any, folder: Path, out: Path, ranks: Ranks) -> str:
     merge(model)
-    ranks.first(lambda: _write(model, tokenizer, out))
+    ranks.first(lambda: _write(model, tokenizer, folder, out))
     return f"{out}: a plain Hugging Face folder with the outputs of {folder}"
 
 
@@ -366,11 +367,11 @@ def _tokenizer(folder: Path) -> Any:
         raise UserError(f"cannot load the tokenizer in {folder}: {reason}; put the model's own there") from None
 
 
-def _write(model: PreTrainedModel, tokenizer: Any, out: Path) -> None:
+def _write(model: PreTrainedModel, tokenizer: Any, folder: Path, out: Path) -> None:
     _cast(model, _stored_dtype(model))
     try:
-        save_model(model, out)
-        tokenizer.save_pretrained(out)
+        save_model(model, out, source=folder)
+        save_tokenizer(tokenizer, out)
     except UserError:
         raise
     except Exception as error:  # the writers in Rust raise errors of their own

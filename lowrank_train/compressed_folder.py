@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from lowrank_train.errors import UserError
+from lowrank_train.export_files import cast_state, complete_folder, keep_generation_config
 from lowrank_train.finite import name_not_finite
 from lowrank_train.low_rank_linear import shape_low_rank
 from lowrank_train.model_values import read_config
@@ -88,25 +89,38 @@ def read_compressed(folder: Path | str, dtype: torch.dtype | None = None) -> Pre
     return model.eval()
 
 
-def save_model(model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+def save_model(
+    model: PreTrainedModel,
+    folder: Path,
+    state: Mapping[str, Tensor] | None = None,
+    *,
+    source: Path | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Write a (plain or compressed) model as a folder that ``load_model`` reads.
 
     Args:
         model: its configuration says which it is.
         folder: made if absent.
         state: its whole state dict; None for the model's own.
+        source: folder whose ``generation_config.json`` is taken over, if it has one.
+        dtype: of the tensors that are written; None: as they are.
 
     Raises:
-        UserError: a number is not finite; nothing is written.
+        UserError: a number is not finite, or too large for ``dtype``; nothing is written.
         Exception: whatever the writers raise.
     """
     bad = name_not_finite(model.state_dict() if state is None else state)
     if bad is not None:
         raise UserError(f"{bad!r} holds a number that is not finite; no model is written to {folder}")
-    arguments: dict[str, Any] = {} if state is None else {"state_dict": dict(state)}
+    arguments: dict[str, Any] = {}
+    if state is not None or dtype is not None:
+        arguments["state_dict"] = cast_state(model.state_dict() if state is None else state, dtype)
     disable_progress_bar()  # of the library's own writer: one file is written
-    if not compressed_ranks(model.config):
+    keep_generation_config(model, source)
+    if compressed_ranks(model.config):
+        model.save_pretrained(folder, max_shard_size=_ONE_FILE, **arguments)
+        (folder / "model.safetensors").rename(folder / _WEIGHTS)
+    else:
         model.save_pretrained(folder, **arguments)
-        return
-    model.save_pretrained(folder, max_shard_size=_ONE_FILE, **arguments)
-    (folder / "model.safetensors").rename(folder / _WEIGHTS)
+    complete_folder(folder, dtype, source)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lowrank_train import methods
+from lowrank_train.chat_columns import find_messages_key
 from lowrank_train.data_config import DataConfig, check_data
 from lowrank_train.errors import UserError
 from lowrank_train.loading import load_schema
@@ -76,6 +77,15 @@ class CheckpointConfig:
 
 
 @dataclass
+class ExportConfig:
+    """The Hugging Face folder that a finished run writes."""
+
+    dtype: Literal["source", "float64", "float32", "bfloat16", "float16"] = setting(
+        "source", "of its weights; source: as in the folder given by model.name, or as they are trained from scratch"
+    )
+
+
+@dataclass
 class AdapterConfig:
     """What peft puts into a trained model (launch/finetune.py); everything else is frozen then."""
 
@@ -113,6 +123,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     train: Literal["all", "matrices", "low_rank"] = setting(
         "all",
         "all parameters; matrices: all but embeddings and head; low_rank: of a compressed model the factors, and the "
@@ -177,6 +188,7 @@ def complete(config: Config) -> Config:
         config.run_dir = f"runs/{Path(config.model.name).name}-{config.optimizer.get('name')}"
     if config.data.tokenizer is None and Path(config.model.name, "config.json").is_file():
         config.data.tokenizer = config.model.name  # a model to continue from knows only its own tokens
+    config.data.messages_key = config.data.messages_key or find_messages_key(config.data, config.run_dir)
     _check(config)
     return config
 

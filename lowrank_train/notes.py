@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import PreTrainedModel
 
 from lowrank_train.config import Config
+from lowrank_train.export_files import export_dtype, source_folder
 
 __all__ = ["data_notes", "model_notes"]
 
@@ -44,21 +45,37 @@ def data_notes(config: Config, found: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def model_notes(config: Config, model: PretrainedConfig) -> list[str]:
+def model_notes(config: Config, model: PreTrainedModel) -> list[str]:
     """Sentences about the model of a run, where it differs from the folder it was read from.
 
     Args:
         config: of the run.
-        model: the configuration of the model that is trained.
+        model: that is trained.
     """
+    folder = source_folder(config)
+    if folder is None:
+        return []
+    notes = []
+    dtype, trained = export_dtype(config), next(iter(model.parameters())).dtype
+    if dtype is not None and dtype != trained:
+        reason = f", as in {folder}" if config.export.dtype == "source" else ""
+        short, long = (str(kind).removeprefix("torch.") for kind in (dtype, trained))
+        notes.append(
+            f"huggingface/ will be written in {short}{reason}; the weights are trained in {long}, which "
+            f"export.dtype={long} keeps"
+        )
+    rows, needed = _rows(folder), model.config.vocab_size
+    if rows is not None and rows != needed:
+        notes.append(
+            f"the tokenizer has {needed - rows} added token(s) for which model.name={folder} has no row: embedding and "
+            f"head grow from {rows} to {needed} rows, the new ones as the mean of the others"
+        )
+    return notes
+
+
+def _rows(folder: Path) -> int | None:
     try:
-        folder = json.loads(Path(config.model.name, "config.json").read_text())
-    except (OSError, ValueError):
-        return []
-    rows = folder.get("vocab_size", model.vocab_size)
-    if rows == model.vocab_size:
-        return []
-    return [
-        f"the tokenizer has {model.vocab_size - rows} added token(s) for which model.name={config.model.name} has no "
-        f"row: embedding and head grow from {rows} to {model.vocab_size} rows, the new ones as the mean of the others"
-    ]
+        rows = json.loads((folder / "config.json").read_text()).get("vocab_size")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return rows if isinstance(rows, int) else None

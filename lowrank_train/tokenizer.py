@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from lowrank_train.config import DataConfig
 from lowrank_train.errors import UserError
+from lowrank_train.export_files import save_tokenizer
 from lowrank_train.pretrained import read_pretrained
 from lowrank_train.progress import show_progress
 from lowrank_train.text import check_exists
@@ -49,7 +50,7 @@ def prepare_tokenizer(config: DataConfig, documents: Callable[[], Iterator[str]]
             )
     scratch = folder.with_name(folder.name + ".tmp")
     try:
-        tokenizer.save_pretrained(scratch)
+        save_tokenizer(tokenizer, scratch)
     except Exception as error:  # the writer in Rust raises an error of its own
         raise UserError(f"cannot write {folder}: {error}; free space, or set run_dir to another folder") from None
     scratch.rename(folder)

@@ -23,6 +23,7 @@ from lowrank_train.clock import DeviceClock
 from lowrank_train.config import Config
 from lowrank_train.errors import Diverged, UserError
 from lowrank_train.evaluation import evaluate
+from lowrank_train.export_files import export_dtype, source_folder
 from lowrank_train.labels import count_labels, positions, split
 from lowrank_train.memory_check import check_fits, device_bytes, in_words
 from lowrank_train.memory_terms import StepMemory, predict
@@ -60,7 +61,7 @@ def train(config: Config) -> RunRecord:
         metrics = Metrics(run.folder, start=run.progress.step, steps=config.steps, active=ranks.is_first)
         predicted = _predicted_memory(run)
         peak = [f"a step will need {in_words(predicted)} on rank 0"] if predicted else []
-        about = [*data_notes(config, run.data.description), *model_notes(config, run.model.config)]
+        about = [*data_notes(config, run.data.description), *model_notes(config, run.model)]
         for note in [_greeting(run, checkpoint), *found, *_adapter(run), *peak, *notes, *run.data.notes, *about]:
             metrics.say(note)
         with stop_signals() as stop:
@@ -305,10 +306,13 @@ def _finish(run: Run) -> RunRecord:
 
 
 def _export(run: Run) -> None:
+    source, dtype, tokenizer = source_folder(run.config), export_dtype(run.config), run.data.tokenizer
     if run.adapted is None:
-        export_huggingface(run.model, run.layers, run.data.tokenizer, run.folder / "huggingface", run.ranks)
+        folder = run.folder / "huggingface"
+        export_huggingface(run.model, run.layers, tokenizer, folder, run.ranks, source=source, dtype=dtype)
         return
-    reason = export_adapter(run.adapted, run.data.tokenizer, run.folder, run.ranks)
+    assert source is not None  # an adapter is put into a trained model
+    reason = export_adapter(run.adapted, tokenizer, run.folder, run.ranks, source=source, dtype=dtype)
     if reason is not None and run.ranks.is_first:
         print(
             f"adapter.name={run.config.adapter.name} cannot be merged into the model ({reason}); "
