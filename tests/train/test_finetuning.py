@@ -79,6 +79,7 @@ def words(folders: Path, run_dir: Path, *more: str, kind: str = "llama", **setti
     """A fine-tuning of 4 steps."""
     words = [word for word in arguments(folders / "text.jsonl", run_dir, **settings) if not word.startswith("model.")]
     data = [f"data.folder={folders / 'data'}", f"data.tokenizer={folders / 'tokenizer'}"]
+    data.append(f"export.dtype={settings.get('precision', 'float32')}")
     return [*words, *data, f"model={folders / kind}", "train=low_rank", "steps=4", *more]
 
 

@@ -97,6 +97,7 @@ def words(folders: Path, run_dir: Path, name: str, *more: str, kind: str = "llam
     typed = arguments(folders / "text.jsonl", run_dir, precision="float64")
     general = [word for word in typed if not word.startswith("model.")]
     data = [f"data.folder={folders / 'data'}", f"data.tokenizer={folders / 'tokenizer'}", "evaluation.tokens=64"]
+    data.append("export.dtype=float64")
     adapter = [f"adapter.name={name}", *SMALL.get(name, ["adapter.rank=4"]), "adapter.sequences=16"]
     return [*general, *data, f"model={folders / kind}", f"steps={STEPS}", "schedule.warmup_steps=0", *adapter, *more]
 
@@ -302,7 +303,7 @@ def test_other_models_and_precisions(folders: Path, tmp_path: Path) -> None:
     model = trained("llama")
     save_model(compress(model, plan_ranks(model, spectra(model), rank_reduction=0.5, floor=6)), folders / "small")
     shutil.copytree(folders / "tokenizer", folders / "small", dirs_exist_ok=True)
-    half = ["precision=bfloat16", "weights=bfloat16", "model.checkpointing=full"]
+    half = ["precision=bfloat16", "weights=bfloat16", "model.checkpointing=full", "export.dtype=bfloat16"]
     cases = {
         "opt beft": words(folders, tmp_path / "beft", "beft", kind="opt"),
         "opt pissa": words(folders, tmp_path / "pissa", "pissa", "optimizer.lr=0.01", kind="opt"),
