@@ -26,7 +26,7 @@ def refuse_interpolation(node: Any, where: str) -> None:
     for key, text in _texts(OmegaConf.to_container(node, resolve=False), ""):
         if "${" in text:
             raise UserError(
-                f"{key}={text[:200]} {where} refers to a value elsewhere; references such as ${{...}} are not resolved, "
+                f"{key}={text[:200]} {where} refers to a value elsewhere; references (${{...}}) are not resolved, "
                 "neither to keys nor to the environment: give the value itself"
             )
 

@@ -191,9 +191,10 @@ def _watch(folder: Path, act: Callable[[str, bool], None]) -> None:
                 return original(*args, **kwargs)
             with lock:
                 act(f"{name} {path}", False)
-                result = original(*args, **kwargs)
-                act(f"{name} {path}", True)
-                return result
+                try:
+                    return original(*args, **kwargs)
+                finally:  # also one that fails, such as making a folder that is there
+                    act(f"{name} {path}", True)
 
         setattr(module, name, call)
 
