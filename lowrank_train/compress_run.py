@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lowrank_train.calibration import input_energies, input_moments, outlier_shares
 from lowrank_train.compress_report import Compression, write_report
@@ -26,11 +26,11 @@ from lowrank_train.layer_choice import BLOCK_MATRICES, linear_layers
 from lowrank_train.loading import flags_to_keys, load_schema
 from lowrank_train.model_folder import load_model, model_folder
 from lowrank_train.parallel import Ranks, start
-from lowrank_train.pretrained import read_pretrained
 from lowrank_train.pruning import TextConfig, evaluation_blocks, text_loss
 from lowrank_train.record import provenance
 from lowrank_train.settings import key_help, setting
 from lowrank_train.spectrum import spectrum_of
+from lowrank_train.tokenizer_folder import read_tokenizer
 from lowrank_train.units import parse_bytes
 from lowrank_train.welore import PlannedMatrix, compress, merge, plan_ranks, planned
 from optim.rank_allocation import SCORES
@@ -361,7 +361,7 @@ def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def _tokenizer(folder: Path) -> Any:
     """Read before anything is written: the folder of the result is to have it too."""
     try:
-        return read_pretrained(AutoTokenizer, folder)
+        return read_tokenizer(folder)
     except Exception as error:  # the readers raise many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot load the tokenizer in {folder}: {reason}; put the model's own there") from None

@@ -19,20 +19,20 @@ from types import MethodType
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lowrank_train.config import Config
 from lowrank_train.errors import UserError
 from lowrank_train.evaluation import evaluate
 from lowrank_train.loss import IGNORED, token_loss
 from lowrank_train.parallel import Ranks
-from lowrank_train.pretrained import read_pretrained
 from lowrank_train.progress import show_progress
 from lowrank_train.record import perplexity
 from lowrank_train.settings import setting
 from lowrank_train.spectrum import count_at_share
 from lowrank_train.text import embedded_documents, local_documents, lot
 from lowrank_train.tokenizer import encode
+from lowrank_train.tokenizer_folder import read_tokenizer
 
 __all__ = ["Point", "Prunable", "TextConfig", "evaluation_blocks", "pruned", "pruning_curve", "text_loss"]
 
@@ -179,7 +179,7 @@ def evaluation_blocks(text: TextConfig, folder: Path) -> tuple[Tensor, dict[str,
             short.
     """
     try:
-        tokenizer = read_pretrained(AutoTokenizer, folder)
+        tokenizer = read_tokenizer(folder)
     except Exception as error:  # the readers raise many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot load the tokenizer in {folder}, which perplexity needs: {reason}") from None

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lowrank_train.chat import Chat, chats_of
+from lowrank_train.chat import COLUMNS, Chat, chats_of
 from lowrank_train.config import DataConfig
 from lowrank_train.errors import UserError
 from lowrank_train.text_files import find_files
@@ -219,6 +219,8 @@ def _text(row: dict[str, Any], column: str, where: str, key: str) -> str:
         got = "nothing" if column not in row else type(text).__name__
         others = ", ".join(name for name in row if name != PLACE)
         hint = f"set {key} to a column of text" if PLACE in row else f"set {key} to one of {others}"
+        found = next((name for name in COLUMNS if isinstance(row.get(name), list)), None)
+        hint = f"for chats set data.messages_key={found} data.streaming=false" if found else hint
         raise UserError(f"{place}: column {column!r} holds {got}; {hint}")
     if text and not text.isascii():
         try:

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lowrank_train.config import DataConfig
 from lowrank_train.errors import UserError
 from lowrank_train.export_files import save_tokenizer
-from lowrank_train.pretrained import read_pretrained
 from lowrank_train.progress import show_progress
 from lowrank_train.text import check_exists
+from lowrank_train.tokenizer_folder import read_tokenizer
 
 __all__ = ["bos_ids", "encode", "plain_ids", "prepare_tokenizer"]
 
@@ -40,7 +40,7 @@ def prepare_tokenizer(config: DataConfig, documents: Callable[[], Iterator[str]]
     else:
         check_exists(config.tokenizer, "data.tokenizer")
         try:
-            tokenizer = read_pretrained(AutoTokenizer, config.tokenizer)
+            tokenizer = read_tokenizer(config.tokenizer)
         except Exception as error:  # the hub client and the readers raise many kinds
             reason = (str(error).splitlines() or [""])[0]
             raise UserError(f"cannot load data.tokenizer={config.tokenizer}: {reason}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, OPTConfig, PretrainedConfig
 
+from lowrank_train import tokenizer_folder
+from lowrank_train.compress_run import compress_folder, load_settings
 from lowrank_train.config import DataConfig, load_config
+from lowrank_train.errors import UserError
 from lowrank_train.labels import split
 from lowrank_train.methods import find, names
 from lowrank_train.parallel import Ranks, gathered, start
+from lowrank_train.pruning import TextConfig, evaluation_blocks
 from lowrank_train.run import build_run
 from lowrank_train.tokenizer import prepare_tokenizer
 from tests.distributed import run_distributed
@@ -142,3 +147,30 @@ def test_the_tokenizer_of_another_model_is_refused(tmp_path: Path, tokenizer: Pa
     message = failure([*given(text, tmp_path / "run", f"data.tokenizer={other}"), f"model.name={model}"])
     assert "the tokenizer has 320 entries" in message
     assert "it is of another model" in message
+
+
+# --------------------------------------------------------------------------------------------- tokenizer.model by itself
+
+
+@pytest.mark.parametrize("command", ["train", "compress", "perplexity"])
+def test_a_sentencepiece_model_alone_says_what_to_install(
+    tmp_path: Path, tokenizer: Path, text: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of(tmp_path, tokenizer)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    (folder / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00")
+    monkeypatch.setattr(tokenizer_folder, "find_spec", lambda module: None if module == "sentencepiece" else module)
+    words = [str(folder), "rank_reduction=0.5", f"out={tmp_path / 'small'}", "device=cpu"]
+    commands: dict[str, Callable[[], object]] = {
+        "train": lambda: prepare_tokenizer(DataConfig(tokenizer=str(folder)), lambda: iter([]), tmp_path / "out"),
+        "compress": lambda: compress_folder(*load_settings(words)),
+        "perplexity": lambda: evaluation_blocks(TextConfig(str(text)), folder),
+    }
+    with pytest.raises(UserError) as caught:
+        commands[command]()
+    message = str(caught.value)
+    assert "pip install sentencepiece" in message
+    assert str(folder) in message
+    assert "tiktoken" not in message
+    assert "\n" not in message
