@@ -27,6 +27,7 @@ GUIDES = {
     "speed.md": "time of an optimizer step",
     "quickstart.md": "how the settings of `make pretrain` were chosen",
     "sst.md": "Sparse Spectral Training: weights trained as U diag(sigma) V^T",
+    "finetuning.md": "Fine-tuning: text, prompts and responses, chats; what the exported folder keeps",
     "welore.md": "WeLore: compress a model, fine-tune what is low-rank",
 }
 """What is not listed here is listed by its first heading."""

@@ -149,7 +149,7 @@ def test_the_tokenizer_of_another_model_is_refused(tmp_path: Path, tokenizer: Pa
     assert "it is of another model" in message
 
 
-# --------------------------------------------------------------------------------------------- tokenizer.model by itself
+# ------------------------------------------------------------------------------------------ tokenizer.model by itself
 
 
 @pytest.mark.parametrize("command", ["train", "compress", "perplexity"])
