@@ -45,6 +45,7 @@ from lowrank_train.checkpoint_folder import (
 )
 from lowrank_train.checksums import damage_in, has_checksums
 from lowrank_train.compressed_folder import save_model
+from lowrank_train.disk import write_failure
 from lowrank_train.errors import Diverged, UserError
 from lowrank_train.export_files import save_tokenizer
 from lowrank_train.finite import name_not_finite
@@ -70,6 +71,8 @@ class Checkpoints:
         self.folder, self.ranks, self.keep, self.asynchronous = folder, ranks, keep, asynchronous
         self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30)) if asynchronous else None
         self._pending: tuple[Path, Future[Any]] | None = None
+        self._failed: UserError | None = None
+        """Why a complete checkpoint could not be given its name, on the first rank."""
         ranks.first(lambda: clear_leftovers(folder))
 
     def save(
@@ -98,6 +101,7 @@ class Checkpoints:
         state = {"model": _in_parts(model_state), "optimizer": optimizer_state, **extra}
         self.check_finite(step, state)
         scratch = self.folder / f"step-{step}.tmp"
+        self.ranks.first(self._check_there)
         self.ranks.first(lambda: write_about(scratch, {"step": step, **about}))
         writer = ChecksumWriter(scratch)
         try:
@@ -109,7 +113,7 @@ class Checkpoints:
                 self._pending = (scratch, written)
             else:
                 save(state, storage_writer=writer)
-                self._publish(scratch)
+                self.ranks.first(lambda: self._publish(scratch))
         except (CheckpointException, OSError) as error:
             raise self._failure(scratch, error) from None
 
@@ -134,11 +138,22 @@ class Checkpoints:
             return True
         scratch, _ = self._pending
         self._pending = None
-        self._publish(scratch)
-        return False
+        try:
+            self._publish(scratch)
+        except UserError as error:  # this rank's alone: ``wait`` raises it on all
+            self._failed = error
+        return self._failed is not None
 
     def wait(self) -> None:
-        """Wait for a background checkpoint to be published. Raises UserError if it could not be written."""
+        """Wait for a background checkpoint to be published; all ranks must call.
+
+        Raises UserError on all ranks if it could not be written.
+        """
+        self.ranks.each(self._wait)
+
+    def _wait(self) -> None:
+        if self._failed is not None:
+            raise self._failed
         if self._pending is None:
             return
         scratch, written = self._pending
@@ -235,14 +250,16 @@ class Checkpoints:
         if name is not None:
             raise self._damage(path, ValueError(f"{_in_words(name)} holds a number that is not finite"))
 
+    def _check_there(self) -> None:
+        """Nothing is made anew under a run: the rest of it went with the folder."""
+        if not self.folder.is_dir():
+            raise write_failure("a checkpoint", self.folder, "", last_good(self.folder))
+
     def _failure(self, scratch: Path, error: BaseException) -> UserError:
-        free = shutil.disk_usage(self.folder).free / 2**20
         if self.ranks.is_first:
             shutil.rmtree(scratch, ignore_errors=True)
-        return UserError(
-            f"cannot write the checkpoint {scratch.with_suffix('')}: {error_cause(error)} ({free:,.0f} MiB were free); "
-            f"{last_good(self.folder)}; free space and resume"
-        )
+        what = f"the checkpoint {scratch.with_suffix('')}"
+        return write_failure(what, self.folder, error_cause(error), last_good(self.folder))
 
     def _damage(self, path: Path, error: BaseException) -> UserError:
         others = [other.name for other in checkpoints_of(path.parent) if other != path]

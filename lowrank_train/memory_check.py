@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -9,11 +10,13 @@ import torch
 
 from lowrank_train.config import Config
 from lowrank_train.errors import UserError
+from lowrank_train.host_memory import check_memory
 from lowrank_train.memory_terms import StepMemory, predict
+from lowrank_train.parallel import Ranks
 from lowrank_train.run import micro_batches, unsharded
 from lowrank_train.units import show_bytes
 
-__all__ = ["check_fits", "device_bytes", "in_words", "setting_that_fits"]
+__all__ = ["check_fits", "check_host", "device_bytes", "in_words", "setting_that_fits"]
 
 
 def device_bytes(device: torch.device) -> int | None:
@@ -36,6 +39,31 @@ def check_fits(config: Config, limit: int | None, *, world_size: int, replicas: 
     raise UserError(
         f"a step of this run needs {in_words(memory)} on every device, which has {show_bytes(limit)}; {remedy}"
     )
+
+
+def check_host(config: Config, ranks: Ranks) -> None:
+    """Refuse, before anything is built, what the memory of this machine cannot hold.
+
+    That is what the ranks of the machine need on the CPU, if they train there, and the copies of weights and state that
+    are written in the background.
+
+    Raises:
+        UserError: on all ranks, if it does not fit on one of their machines.
+    """
+    if config.adapter.name is not None:  # whose memory is not predicted
+        return
+    shards = ranks.mesh.size(ranks.mesh.ndim - 1)
+    memory = predict(config, world_size=shards, replicas=ranks.world_size // shards)
+    copied = memory.step.weights + memory.step.optimizer_state if config.checkpoint.asynchronous else 0
+    trained = memory.peak if ranks.device.type == "cpu" else 0
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    parts = [f"{in_words(memory)} for a step"] if trained else []
+    parts += [f"{show_bytes(copied)} for checkpoints in the background"] if copied else []
+    alone = " and ".join(parts)
+    remedy = "take a smaller model or micro_batch, or more ranks on other machines"
+    smaller = "set checkpoint.asynchronous=false, " if copied else ""
+    what = f"this run, with {here} rank(s) on this machine of {alone} each,"
+    ranks.each(lambda: check_memory(here * (trained + copied), what, smaller + remedy))
 
 
 def setting_that_fits(config: Config, limit: int, *, world_size: int, replicas: int = 1) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import sys
@@ -39,7 +40,8 @@ class Metrics:
             return
         rows, broken = _read_rows(folder / "metrics.jsonl") if start else ([], 0)
         kept = [row for row in rows if row["step"] <= start]
-        path, scratch = folder / "metrics.jsonl", folder / "metrics.jsonl.tmp"
+        self._path = path = folder / "metrics.jsonl"
+        scratch = folder / "metrics.jsonl.tmp"
         try:
             scratch.write_text("".join(_line(row) for row in kept))
             scratch.replace(path)  # at once: a kill or a full disk here must not cost the rows of earlier sessions
@@ -62,6 +64,8 @@ class Metrics:
         if not self.active or self.failure is not None:
             return
         try:
+            if not self._path.exists():  # the open file would take rows for ever, and nobody would see them
+                raise FileNotFoundError(errno.ENOENT, "was deleted or moved", str(self._path))
             self._file.write(_line({"step": step, **scalars}))
             self._file.flush()
             for name, value in scalars.items():

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM during training: finish the step, write a checkpoint, say how to go on."""
+"""Signals that end a training: finish the step, write a checkpoint, say how to go on."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 __all__ = ["Stop", "resume_command", "stop_signals", "typed_command"]
+
+_ALWAYS = (signal.SIGINT, signal.SIGTERM)
+
+_UNLESS_IGNORED = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""A closed terminal, and what job schedulers send before the time is up; nohup ignores the first, and so do we then."""
 
 
 class Stop:
@@ -21,22 +26,27 @@ class Stop:
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Turn the two signals into a request, for as long as the context lasts."""
+    """Turn the signals into a request, for as long as the context lasts.
+
+    These are SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2; the last three only where they were not ignored before.
+    """
     stop = Stop()
 
     def handle(number: int, frame: Any) -> None:
         if not stop.requested:
             name = signal.Signals(number).name
             # not print: it fails where the signal interrupts a write to the same stream
-            os.write(2, f"\n{name}: finishing what is at hand, then writing a checkpoint\n".encode())
+            with suppress(OSError):  # the terminal may be gone
+                os.write(2, f"\n{name}: finishing what is at hand, then writing a checkpoint\n".encode())
         stop.requested = True  # a second one (a terminal and a launcher both send it) changes nothing
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    heeded = [n for n in _UNLESS_IGNORED if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in (*_ALWAYS, *heeded)}
     try:
         yield stop
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def typed_command(words: list[str] | None = None) -> str:

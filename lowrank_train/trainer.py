@@ -18,14 +18,16 @@ import optim
 from lowrank_train import models, parallel
 from lowrank_train.adapter_export import export_adapter
 from lowrank_train.checkpoint import export_huggingface
-from lowrank_train.checkpoint_folder import choose_checkpoint, find_checkpoint, last_good
+from lowrank_train.checkpoint_folder import checkpoints_of, choose_checkpoint, find_checkpoint, last_good
 from lowrank_train.clock import DeviceClock
 from lowrank_train.config import Config
+from lowrank_train.disk import check_space, checkpoints_to_come, local_bytes, parameter_bytes, write_failure
 from lowrank_train.errors import Diverged, UserError
 from lowrank_train.evaluation import evaluate
 from lowrank_train.export_files import export_dtype, source_folder
+from lowrank_train.host_memory import say_out_of_memory
 from lowrank_train.labels import count_labels, positions, split
-from lowrank_train.memory_check import check_fits, device_bytes, in_words
+from lowrank_train.memory_check import check_fits, check_host, device_bytes, in_words
 from lowrank_train.memory_terms import StepMemory, predict
 from lowrank_train.metrics import Metrics
 from lowrank_train.notes import data_notes, model_notes
@@ -52,11 +54,13 @@ def train(config: Config) -> RunRecord:
         check_settings(config, ranks.world_size)
         shards = ranks.mesh.size(ranks.mesh.ndim - 1)
         check_fits(config, device_bytes(ranks.device), world_size=shards, replicas=ranks.world_size // shards)
+        check_host(config, ranks)
         folder = ranks.on_first(lambda: RunFolder(Path(str(config.run_dir))))
         checkpoint, found = choose_checkpoint(config.resume, Path(str(config.run_dir)) / "checkpoints", ranks)
         run = build_run(config, ranks)
         if checkpoint is not None:
             run.restore(checkpoint)
+        _check_space(run)
         notes = ranks.first(lambda: _settle(_only(folder), config, run.progress))
         metrics = Metrics(run.folder, start=run.progress.step, steps=config.steps, active=ranks.is_first)
         predicted = _predicted_memory(run)
@@ -66,10 +70,30 @@ def train(config: Config) -> RunRecord:
             metrics.say(note)
         with stop_signals() as stop:
             try:
-                _loop(run, metrics, stop)
+                with say_out_of_memory(predicted.peak if predicted else None):
+                    _loop(run, metrics, stop)
             finally:
                 metrics.close()
             return _finish(run)
+
+
+def _check_space(run: Run) -> None:
+    """Raise UserError on all ranks if the disk cannot take the checkpoints and the export that are to come."""
+    config, ranks = run.config, run.ranks
+    here = torch.tensor([local_bytes(run.model, run.optimizer), parameter_bytes(run.model)])
+    replicas = ranks.mesh.size(0) if ranks.mesh.ndim > 1 else 1
+    checkpoint, export = (size // replicas for size in ranks.sum(here).tolist())
+    ranks.first(
+        lambda: check_space(
+            run.folder,
+            checkpoint,
+            to_come=checkpoints_to_come(run.progress.step, config.steps, config.checkpoint.every),
+            there=len(checkpoints_of(run.checkpoints.folder)),
+            keep=config.checkpoint.keep,
+            export=0 if (run.folder / "huggingface").exists() else export,
+            keys="lower checkpoint.keep",
+        )
+    )
 
 
 def _settle(folder: RunFolder, config: Config, progress: Progress) -> list[str]:
@@ -331,8 +355,7 @@ def _tell(record: RunRecord, run: Run) -> None:
     try:
         table = write_report(record, run.folder, find_checkpoint("auto", run.checkpoints.folder))
     except OSError as error:
-        where = f"{last_good(run.checkpoints.folder)}; free space and resume"
-        raise UserError(f"cannot write the report to {run.folder}: {error}; {where}") from None
+        raise write_failure("the report", run.folder, str(error), last_good(run.checkpoints.folder)) from None
     print(f"\n{table}\n", file=sys.stderr)
     if record.status == "interrupted":
         print(f"stopped at step {record.steps}; resume with: {resume_command()}", file=sys.stderr)
@@ -340,8 +363,7 @@ def _tell(record: RunRecord, run: Run) -> None:
 
 def _check_written(run: Run, metrics: Metrics) -> None:
     if metrics.failure is not None:
-        where = f"{last_good(run.checkpoints.folder)}; free space and resume"
-        raise UserError(f"cannot write metrics to {run.folder}: {metrics.failure}; {where}")
+        raise write_failure("metrics", run.folder, str(metrics.failure), last_good(run.checkpoints.folder))
 
 
 def _give_up(run: Run) -> None:

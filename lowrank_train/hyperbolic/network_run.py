@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import optim
 from lowrank_train import methods
 from lowrank_train.checkpoint import Checkpoints
-from lowrank_train.checkpoint_folder import last_good
+from lowrank_train.checkpoint_folder import checkpoints_of, last_good
+from lowrank_train.disk import check_space, checkpoints_to_come, local_bytes, parameter_bytes, write_failure
 from lowrank_train.errors import Diverged, UserError
 from lowrank_train.finite import name_not_finite
 from lowrank_train.hyperbolic.recipes import RecipeConfig
@@ -116,13 +117,21 @@ class NetworkRun(ABC):
             UserError: it cannot be written, or figures could not be.
         """
         if metrics.failure is not None:
-            raise UserError(
-                f"cannot write metrics to {self.folder}: {metrics.failure}; {last_good(self.checkpoints.folder)}; "
-                "free space and resume"
-            )
+            raise write_failure("metrics", self.folder, str(metrics.failure), last_good(self.checkpoints.folder))
         every = self.config.checkpoint_every
         if (every > 0 and self.progress.done % every == 0) or self.finished or stop.requested:
             self.save()
+
+    def check_space(self, steps: int) -> None:
+        """Raise UserError if the disk cannot take the checkpoints and the network that are to come."""
+        check_space(
+            self.folder,
+            local_bytes(self.network, self.optimizer),
+            to_come=checkpoints_to_come(self.progress.done, steps, self.config.checkpoint_every),
+            there=len(checkpoints_of(self.checkpoints.folder)),
+            keep=self.checkpoints.keep,
+            export=parameter_bytes(self.network),
+        )
 
     def save(self) -> None:
         """Write a checkpoint of all that a resumed run needs."""

@@ -10,6 +10,7 @@ from typing import TypeVar
 from lowrank_train import parallel
 from lowrank_train.checkpoint_folder import choose_checkpoint, last_good
 from lowrank_train.config import ParallelConfig
+from lowrank_train.disk import write_failure
 from lowrank_train.errors import UserError
 from lowrank_train.hyperbolic.network_run import CPU, NetworkRun
 from lowrank_train.hyperbolic.recipes import RecipeConfig
@@ -57,6 +58,7 @@ def hold_session(
         run = build(config, ranks)
         if checkpoint is not None:
             run.restore(checkpoint)
+        run.check_space(steps)
         changes, unknown = changed_settings(folder.path, config) if run.progress.done else ({}, [])
         if changes and run.finished:
             key, (then, now) = next(iter(changes.items()))
@@ -90,8 +92,5 @@ def show_report(run: NetworkRun, write: Callable[[], str]) -> None:
     try:
         table = write()
     except OSError as error:
-        raise UserError(
-            f"cannot write the report to {run.folder}: {error}; {last_good(run.checkpoints.folder)}; free space and "
-            "resume"
-        ) from None
+        raise write_failure("the report", run.folder, str(error), last_good(run.checkpoints.folder)) from None
     print(f"\n{table}\n", file=sys.stderr)
