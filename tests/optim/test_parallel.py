@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import optim
 from tests.distributed import run_distributed
@@ -353,7 +356,7 @@ def load(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: str) ->
     set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optim"])
 
 
-def test_checkpoints_of_two_mesh_axes_load_on_one_process(tmp_path: Any) -> None:
+def test_checkpoints_of_two_mesh_axes_load_on_one_process(tmp_path: Path) -> None:
     run_distributed(saved_and_loaded, 4, str(tmp_path))
     for name in ("adamw", "dct_adamw", "muon"):
         model, alone = network(4), network(4)
@@ -362,6 +365,40 @@ def test_checkpoints_of_two_mesh_axes_load_on_one_process(tmp_path: Any) -> None
         other = build(name, alone)
         loop(alone, other, 4)
         assert_equal(everything(model, optimizer), everything(alone, other), 100 * tolerance(name))
+
+
+def hugging_face(folder: str) -> dict[str, dict[str, Tensor]]:
+    """Weights after some steps; with several ranks under the model's own plan of tensor parallelism."""
+    results = {}
+    size = dist.get_world_size()
+    for name in (*A_FEW, "apollo"):
+        plan: dict[str, Any] = {}
+        if size > 1:
+            os.environ.update(RANK=str(dist.get_rank()), LOCAL_RANK=str(dist.get_rank()), WORLD_SIZE=str(size))
+            plan = {"tp_plan": "auto", "device_mesh": init_device_mesh("cpu", (size,), mesh_dim_names=("tp",))}
+        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64, **plan)
+        if size > 1:
+            assert isinstance(model.model.layers[0].mlp.up_proj.weight, DTensor)
+        optimizer = build(name, model)
+        for step in range(STEPS):
+            tokens = (torch.arange(24).view(2, 12) * (step + 2)) % 31
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results[name] = {key: whole(param) for key, param in model.named_parameters()}
+    return results
+
+
+def test_tp_plan_of_hugging_face(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).double().save_pretrained(tmp_path)
+    (alone,) = run_distributed(hugging_face, 1, str(tmp_path))
+    for results in run_distributed(hugging_face, 2, str(tmp_path)):
+        for name, weights in results.items():
+            # the loss is computed in float32, whose rounding a gradient near zero amplifies
+            assert_equal(weights, alone[name], 1e-4)
 
 
 def zero() -> dict[str, list[float]]:
