@@ -121,6 +121,10 @@ class ReLoRA(MatrixOptimizer):
         if isinstance(params, nn.Module):
             _check_scale(params, adapters)
 
+    def state_allocated(self, slots: list[Slot]) -> None:
+        """Check adapters that were sharded after the optimizer was built."""
+        self._adapters()
+
     def matrix_state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
         """AdamW's, its count of updates under the name ``age``; and the clock of the schedule."""
         _check(group)

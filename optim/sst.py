@@ -150,6 +150,11 @@ class SST(MatrixOptimizer):
         for layer in layers:
             _check_together(layer)
 
+    def state_allocated(self, slots: list[Slot]) -> None:
+        """Check layers that were sharded after the optimizer was built."""
+        for layer in self._layers():
+            _check_together(layer)
+
     def matrix_state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
         """Adam's moments in float32 or wider, the age of each row, the clock of the schedule.
 
@@ -476,9 +481,10 @@ def _orthogonality_error(layer: SpectralFactors) -> float:
 
 
 def _check_together(layer: SpectralFactors) -> None:
-    """Settings of the schedule are the layer's, whatever groups its factors are in."""
+    """Raise ValueError if factors have other settings of the schedule than their layer, or if their rows are cut."""
     settings = _settings(layer)
     for slot in layer.slots.values():
+        row_range(slot.param)  # raises if rows are cut
         for key in _SHARED:
             if slot.state and slot.group[key] != settings[key]:
                 raise ValueError(
