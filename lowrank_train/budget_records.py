@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lowrank_train.config import Config
+from lowrank_train.json_files import read_mapping
 
 __all__ = ["StepTime", "step_time"]
 
@@ -33,11 +33,18 @@ def step_time(run: Config, world_size: int, folder: Path) -> StepTime | None:
     found = [path for path in folder.glob("**/record.json") if path.is_file()]
     for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
-            record: dict[str, Any] = json.loads(path.read_text())
+            record = read_mapping(path, "delete it")
             if record["world_size"] == world_size and _work(record["config"]) == _work(asdict(run)):
                 seconds = run.tokens_per_step / record["tokens_per_second"]
                 return StepTime(seconds, str(record["provenance"]["device"]), str(path))
-        except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):  # not a record of this version
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            ZeroDivisionError,
+        ):  # not a record of this version
             continue
     return None
 

@@ -10,6 +10,7 @@ from typing import Any
 from lowrank_train.checkpoint_files import read_index
 from lowrank_train.checksums import CHECKSUMS, damage_in, has_checksums
 from lowrank_train.errors import UserError
+from lowrank_train.json_files import read_mapping
 from lowrank_train.parallel import Ranks
 
 __all__ = [
@@ -106,11 +107,7 @@ def unverified(path: Path) -> list[str]:
 
 def read_about(path: Path) -> dict[str, Any]:
     """The plain facts beside a checkpoint. Raises UserError if they cannot be read."""
-    try:
-        about: dict[str, Any] = json.loads((path / "about.json").read_text())
-        return about
-    except (OSError, ValueError) as error:
-        raise UserError(f"about.json of {path} cannot be read: {error}") from None
+    return read_mapping(path / "about.json", f"delete {path}, and resume from the checkpoint before")
 
 
 def write_about(scratch: Path, about: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from lowrank_train.compressed_folder import is_compressed, save_model
 from lowrank_train.config import ParallelConfig
 from lowrank_train.errors import UserError
 from lowrank_train.export_files import save_tokenizer
+from lowrank_train.json_files import read_mapping
 from lowrank_train.layer_choice import BLOCK_MATRICES, linear_layers
 from lowrank_train.loading import flags_to_keys, load_schema
 from lowrank_train.model_folder import load_model, model_folder
@@ -248,11 +248,13 @@ def _plan(
 
 def _plan_of_file(file: str, linears: Mapping[str, nn.Linear], classification: str) -> list[PlannedMatrix]:
     try:
-        found = json.loads(Path(file).read_text())
+        found = read_mapping(Path(file), "expected a compress.json, or JSON of name: rank")
         matrices = found.get("matrices", [])
         rank_of = {row["name"]: row["rank"] for row in matrices} if matrices else dict(found)
         shape_of = {row["name"]: (row["rows"], row["columns"]) for row in matrices}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except UserError as error:
+        raise UserError(f"cannot read ranks={error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read ranks={file}: {error}; expected a compress.json, or JSON of name: rank") from None
     for name, rank in rank_of.items():
         if name not in linears:
@@ -326,7 +328,13 @@ def _read_cache(file: Path, linears: Mapping[str, nn.Linear]) -> dict[str, Tenso
         cached = load_file(file)
     except Exception:  # a damaged cache is made anew
         return None
-    fits = all(name in cached and len(cached[name]) == min(linear.weight.shape) for name, linear in linears.items())
+    fits = all(
+        name in cached
+        and cached[name].shape == (min(linear.weight.shape),)
+        and cached[name].dtype == torch.float64
+        and bool((cached[name].isfinite() & (cached[name] >= 0)).all())
+        for name, linear in linears.items()
+    )
     return {name: cached[name] for name in linears} if fits else None
 
 

@@ -28,7 +28,7 @@ from lowrank_train.checksums import CHECKSUMS, damage_in, has_checksums, write_c
 from lowrank_train.config import Config, DataConfig
 from lowrank_train.encoding import Encoder
 from lowrank_train.errors import UserError
-from lowrank_train.labels import lay_out
+from lowrank_train.labels import largest_id, lay_out
 from lowrank_train.loss import IGNORED
 from lowrank_train.parallel import Ranks
 from lowrank_train.pretrained import read_pretrained
@@ -48,7 +48,7 @@ from lowrank_train.text import (
     texts,
 )
 from lowrank_train.token_folder import REMEDY, TokenRecord, is_gone, locked, read_record, still_valid
-from lowrank_train.tokenizer import prepare_tokenizer
+from lowrank_train.tokenizer import prepare_tokenizer, read_own_tokenizer
 
 __all__ = ["Data", "prepare_data"]
 
@@ -96,7 +96,7 @@ def prepare_data(config: Config, ranks: Ranks, folder: Path) -> Data:
     record = ranks.first(write)
     found = record.found
     ranks.each(lambda: _verify(folder, ranks))
-    tokenizer = read_pretrained(AutoTokenizer, folder / "tokenizer")
+    tokenizer = read_own_tokenizer(folder / "tokenizer", REMEDY.format(folder=folder))
     train: TrainingBlocks
     if record.streaming:
         if config.data.streams % ranks.world_size:
@@ -106,9 +106,9 @@ def prepare_data(config: Config, ranks: Ranks, folder: Path) -> Data:
             )
         train = TokenStream(config, tokenizer, found["held_out_below"])
     else:
-        tokens = _open(folder / "train.bin", found["dtype"], found["train_tokens"])
+        tokens = _open(folder / "train.bin", found["dtype"], found["train_tokens"], len(tokenizer))
         train = TokenFile(tokens, config.seq_len, config.seed)
-    held_out = _open(folder / "validation.bin", found["dtype"], found["validation_tokens"])
+    held_out = _open(folder / "validation.bin", found["dtype"], found["validation_tokens"], len(tokenizer))
     validation = _validation_blocks(held_out, config)
     return Data(tokenizer, train, validation, record.description, record.identity, record.notes)
 
@@ -344,14 +344,20 @@ def _batched(documents: Iterable[T]) -> Iterator[list[T]]:
         yield batch
 
 
-def _open(file: Path, dtype: str, tokens: int) -> np.ndarray[Any, Any]:
-    """The token file (tokens,); raises UserError if it is not as long as it was written."""
+def _open(file: Path, dtype: str, tokens: int, vocabulary: int) -> np.ndarray[Any, Any]:
+    """The token file (tokens,); raises UserError if it is not as it was written, or not for this many tokens."""
     expected = tokens * np.dtype(dtype).itemsize
     size = file.stat().st_size if file.exists() else 0
+    remedy = REMEDY.format(folder=file.parent)
     if size != expected:
-        remedy = REMEDY.format(folder=file.parent)
         raise UserError(f"{file} is damaged: it has {size} bytes; expected {expected}; {remedy}")
-    return np.memmap(file, dtype=dtype, mode="r") if size else np.empty(0, dtype=dtype)
+    stored = np.memmap(file, dtype=dtype, mode="r") if size else np.empty(0, dtype=dtype)
+    if not has_checksums(file.parent) and (largest := largest_id(stored)) >= vocabulary:
+        raise UserError(
+            f"{file} is damaged: it holds the token {largest}; expected less than the {vocabulary} entries of its "
+            f"tokenizer; {remedy}"
+        )
+    return stored
 
 
 def _validation_blocks(tokens: np.ndarray[Any, Any], config: Config) -> Tensor:

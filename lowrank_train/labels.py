@@ -13,13 +13,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lowrank_train.loss import IGNORED
 
-__all__ = ["count_labels", "lay_out", "marked_positions", "positions", "split", "starting", "unlabelled"]
+__all__ = ["count_labels", "largest_id", "lay_out", "marked_positions", "positions", "split", "starting", "unlabelled"]
 
 _START = -(2**30)
 
@@ -36,6 +38,16 @@ def starting(stored: int) -> int:
         stored: the token as it is stored elsewhere.
     """
     return stored if stored <= _START else _START - (stored if stored >= 0 else IGNORED - 1 - stored)
+
+
+def largest_id(stored: np.ndarray[Any, Any], rows: int = 2**22) -> int:
+    """The largest token of stored ones (tokens,), read so many at a time; -1 if there is none."""
+    largest = -1
+    for start in range(0, len(stored), rows):
+        part = stored[start : start + rows].astype(np.int64)
+        inputs_only = np.where(part <= _START, _START - part, IGNORED - 1 - part)
+        largest = max(largest, int(np.where(part >= 0, part, inputs_only).max()))
+    return largest
 
 
 def split(blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -114,7 +114,9 @@ def _row(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     step = row.get("step") if isinstance(row, dict) else None
-    return row if isinstance(step, int) and not isinstance(step, bool) else None
+    if not isinstance(step, int) or isinstance(step, bool):
+        return None
+    return row if all(value is None or isinstance(value, int | float) for value in row.values()) else None
 
 
 def _line(row: dict[str, Any]) -> str:

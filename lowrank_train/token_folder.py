@@ -14,6 +14,7 @@ from typing import Any
 from lowrank_train.checkpoint_folder import find_checkpoint
 from lowrank_train.config import Config, DataConfig
 from lowrank_train.errors import UserError
+from lowrank_train.json_files import read_mapping
 from lowrank_train.sources import KEYS, difference, digest, sources, summary
 
 __all__ = ["REMEDY", "TokenRecord", "is_gone", "locked", "read_record", "still_valid"]
@@ -68,11 +69,22 @@ def read_record(folder: Path) -> TokenRecord | None:
     record = folder / "data.json"
     if not record.exists():
         return None
+    remedy = REMEDY.format(folder=folder)
+    saved = read_mapping(record, remedy, ("settings", "found"))
     try:
-        saved = json.loads(record.read_text())
-        return TokenRecord(dict(saved["settings"]), dict(saved["found"]), dict(saved.get("text", {})))
+        return TokenRecord(dict(saved["settings"]), _checked(dict(saved["found"])), dict(saved.get("text", {})))
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{record} is damaged ({error}); {REMEDY.format(folder=folder)}") from None
+        raise UserError(f"{record} is damaged ({error!r}); {remedy}") from None
+
+
+def _checked(found: dict[str, Any]) -> dict[str, Any]:
+    """What was found in a text, as the files beside it are read by; raises ValueError or KeyError if it is not that."""
+    if found["dtype"] not in ("uint16", "uint32", "int32"):
+        raise ValueError(f"dtype={found['dtype']!r}")
+    for key in ("train_tokens", "validation_tokens"):
+        if key in found and (not isinstance(found[key], int) or found[key] < 0):
+            raise ValueError(f"{key}={found[key]!r}")
+    return {**found, "held_out_below": float(found["held_out_below"]), "validation_tokens": found["validation_tokens"]}
 
 
 def still_valid(config: Config, folder: Path, saved: TokenRecord, settings: dict[str, Any]) -> tuple[bool, list[str]]:

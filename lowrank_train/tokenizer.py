@@ -12,14 +12,41 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from lowrank_train.config import DataConfig
 from lowrank_train.errors import UserError
 from lowrank_train.export_files import save_tokenizer
+from lowrank_train.json_files import read_mapping
 from lowrank_train.progress import show_progress
 from lowrank_train.text import check_exists
 from lowrank_train.tokenizer_folder import read_tokenizer
 
-__all__ = ["bos_ids", "encode", "plain_ids", "prepare_tokenizer"]
+__all__ = ["bos_ids", "encode", "plain_ids", "prepare_tokenizer", "read_own_tokenizer"]
 
 _END = "<|endoftext|>"
 _TRAINING_CHARACTERS = 100_000_000  # enough for merges to settle; more only takes longer
+
+
+def read_own_tokenizer(folder: Path, remedy: str) -> PreTrainedTokenizerBase:
+    """Read a tokenizer that ``prepare_tokenizer`` wrote.
+
+    Args:
+        folder: of the tokenizer.
+        remedy: what to do about a damaged one, in the imperative.
+
+    Raises:
+        UserError: a file of it is gone, cut or empty, or it has no end-of-text token.
+    """
+    try:
+        for name in ("tokenizer.json", "tokenizer_config.json"):  # of the latter, transformers would make one up
+            if (folder / "tokenizer.json").exists() or name == "tokenizer_config.json":
+                read_mapping(folder / name, remedy)
+        tokenizer: PreTrainedTokenizerBase = read_tokenizer(folder)
+        readable = tokenizer.eos_token_id is not None and len(tokenizer) > 0
+    except UserError:
+        raise
+    except Exception as error:  # the readers, some of them in Rust, raise many kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"the tokenizer in {folder} is damaged ({reason}); {remedy}") from None
+    if not readable:
+        raise UserError(f"the tokenizer in {folder} is damaged (it has no end-of-text token); {remedy}")
+    return tokenizer
 
 
 def prepare_tokenizer(config: DataConfig, documents: Callable[[], Iterator[str]], folder: Path) -> None:

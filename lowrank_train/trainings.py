@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -10,7 +9,6 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -23,6 +21,7 @@ from tqdm import tqdm
 from lowrank_train.checkpoint_folder import find_checkpoint
 from lowrank_train.config import Config
 from lowrank_train.errors import Diverged, UserError
+from lowrank_train.json_files import read_mapping
 from lowrank_train.progress import bar_style
 from lowrank_train.run_folder import changed_settings
 from lowrank_train.small_files import write_text
@@ -137,15 +136,18 @@ def _earlier(config: Config) -> Outcome | None:
 def _outcome(config: Config) -> Outcome:
     folder = Path(str(config.run_dir))
     record: dict[str, Any] = {}
-    with suppress(OSError, ValueError):  # none, or cut short by a kill
-        record = json.loads((folder / "record.json").read_text())
+    if (folder / "record.json").exists():
+        remedy = f"delete {folder} to train it again"
+        record = read_mapping(folder / "record.json", remedy, ("status", "validation_loss", "perplexity", "provenance"))
+        if not isinstance(record.get("data"), dict) or not isinstance(record["provenance"], dict):
+            raise UserError(f"{folder / 'record.json'} is damaged (its data or provenance is gone); {remedy}")
     if record.get("status") == "finished":
         for name in _OF_NO_MORE_USE:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         return Outcome("finished", record)
     if (folder / _DIVERGED).exists():
-        return Outcome("diverged", message=(folder / _DIVERGED).read_text().strip())
+        return Outcome("diverged", message=(folder / _DIVERGED).read_text(errors="replace").strip())
     said = (folder / _LOG).read_text(errors="replace").split("\n") if (folder / _LOG).exists() else []
     last = next((line.strip() for line in reversed(said) if line.strip()), "it said nothing")
     return Outcome("failed", message=f"{last} (all of it: {folder / _LOG})")

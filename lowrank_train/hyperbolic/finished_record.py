@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from lowrank_train.errors import UserError
 from lowrank_train.hyperbolic.network_record import NetworkRecord
 from lowrank_train.hyperbolic.recipes import RecipeConfig
+from lowrank_train.json_files import read_mapping
 from lowrank_train.run_folder import changed_settings
 
 __all__ = ["finished_record"]
@@ -29,22 +30,28 @@ def finished_record(config: C, kind: type[R], *, train: Callable[[C], R]) -> R:
     Raises:
         UserError: the folder holds another training; this one was stopped; as ``train``.
     """
-    earlier = _earlier(config)
-    record = train(config) if earlier is None else kind(**earlier)
+    earlier = _earlier(config, kind)
+    record = train(config) if earlier is None else earlier
     if record.status != "finished":
         raise UserError(f"{config.run_dir} was stopped; start the benchmark again to go on")
     return record
 
 
-def _earlier(config: RecipeConfig) -> dict[str, Any] | None:
+def _earlier(config: RecipeConfig, kind: type[R]) -> R | None:
     folder = Path(str(config.run_dir))
-    try:
-        saved: dict[str, Any] = json.loads((folder / "record.json").read_text())
-    except (OSError, ValueError):  # none, or cut short by a kill
+    file, remedy = folder / "record.json", f"delete {folder} to train it again"
+    if not file.exists():
         return None
+    needed = {field.name for field in dataclasses.fields(kind) if field.default is field.default_factory}
+    saved = read_mapping(file, remedy, sorted(needed))
     for key, (then, now) in changed_settings(folder, config)[0].items():
         raise UserError(
             f"{folder} holds a training with other settings: {key} was {then}, is {now}; give another output, or "
             "delete that folder"
         )
-    return saved if saved["status"] == "finished" else None
+    if saved["status"] != "finished":
+        return None
+    try:
+        return kind(**saved)
+    except TypeError as error:
+        raise UserError(f"{file} was written by another version ({error}); {remedy}") from None

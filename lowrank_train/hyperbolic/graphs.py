@@ -11,7 +11,6 @@ and, where there are any, ``labels`` (n,) and a split of the nodes, ``train_inde
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lowrank_train.errors import UserError
+from lowrank_train.host_memory import check_memory
 
 __all__ = ["Graph", "components", "depths", "load_graph", "make_graph", "middle", "with_binned_labels"]
 
@@ -63,8 +63,8 @@ def load_graph(folder: str, name: str) -> Graph:
     try:
         with np.load(path) as file:
             arrays = {key: file[key] for key in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read {path}: {error}; expected an .npz of plain arrays") from None
+    except Exception as error:  # the readers of numpy, zipfile and zlib raise many kinds
+        raise UserError(f"cannot read {path}: {error}; expected an .npz of plain arrays: fetch it anew") from None
     if "edges" not in arrays:
         raise UserError(f"{path} has no key 'edges'; it has {', '.join(arrays) or 'none'}")
     features = _features(arrays, path)
@@ -98,7 +98,7 @@ def make_graph(
         UserError: no nodes or no edges, edges of another shape, to nodes that do not exist or listed twice;
             features or labels that do not fit the nodes, or are not finite; a split whose parts overlap.
     """
-    edges, values = np.asarray(edges), torch.as_tensor(np.asarray(features, dtype=np.float64))
+    edges, values = np.asarray(edges), _dense(name, features)
     if edges.ndim != 2 or edges.shape[-1] != 2 or (edges.size and not np.issubdtype(edges.dtype, np.integer)):
         raise UserError(f"{name}: edges are {edges.dtype} of shape {edges.shape}; expected whole numbers, (E, 2)")
     if values.ndim != 2 or 0 in values.shape or not len(edges):
@@ -225,13 +225,25 @@ def _features(arrays: dict[str, np.ndarray], path: Path) -> np.ndarray:
             f"{', '.join(arrays)}"
         )
     indices, starts, values, count = (arrays[key] for key in sparse)
-    dense = np.zeros((len(starts) - 1, int(count)))
-    rows = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
     try:
+        if starts.ndim != 1 or starts[0] != 0 or starts[-1] != len(indices) or len(indices) != len(values):
+            raise ValueError("feature_indptr does not lead from 0 to the number of feature_indices and feature_values")
+        check_memory(8 * (len(starts) - 1) * int(count), f"{path}: a dense matrix of its features", "fetch it anew")
+        dense = np.zeros((len(starts) - 1, int(count)))
+        rows = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
         dense[rows, indices] = values
-    except (IndexError, ValueError) as error:
+    except UserError:
+        raise
+    except (IndexError, ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{path}: {', '.join(sparse)} do not make a sparse matrix: {error}") from None
     return dense
+
+
+def _dense(name: str, features: Any) -> Tensor:
+    given = np.asarray(features)
+    if not (np.issubdtype(given.dtype, np.integer) or np.issubdtype(given.dtype, np.floating) or given.dtype == bool):
+        raise UserError(f"{name}: features are {given.dtype}; expected numbers")
+    return torch.as_tensor(given.astype(np.float64))
 
 
 def _labels(name: str, labels: Any, nodes: int) -> Tensor | None:
@@ -243,12 +255,20 @@ def _labels(name: str, labels: Any, nodes: int) -> Tensor | None:
             f"{name}: labels are {values.dtype} of shape {values.shape}; expected a whole number >= 0 for each of the "
             f"{nodes} nodes"
         )
+    if int(values.max()) >= max(nodes, 2):
+        raise UserError(
+            f"{name}: node {int(values.argmax())} has label {int(values.max())}; expected less than {nodes}"
+        )
     return torch.from_numpy(values.astype(np.int64))
 
 
 def _split(name: str, split: Mapping[str, Any] | None, nodes: int) -> dict[str, Tensor] | None:
     if split is None:
         return None
+    for key, value in split.items():
+        given = np.asarray(value)
+        if given.ndim != 1 or not np.issubdtype(given.dtype, np.integer):
+            raise UserError(f"{name}: its {key} nodes are {given.dtype} of shape {given.shape}; expected whole numbers")
     parts = {key: torch.from_numpy(np.asarray(value).astype(np.int64)) for key, value in split.items()}
     together = torch.cat(list(parts.values()))
     if not all(map(len, parts.values())) or len(together.unique()) < len(together):

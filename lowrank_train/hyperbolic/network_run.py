@@ -222,7 +222,7 @@ def load_saved(folder: Path, build: Callable[[dict[str, Any]], N]) -> N:
     try:
         network = build(saved["network"]).to(DTYPES[saved["precision"]])
         network.load_state_dict(saved["state"])
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, RuntimeError, AttributeError, ValueError, IndexError) as error:
         raise UserError(
             f"{file} was written by another version of lowrank-train ({error}); train it again in another run_dir"
         ) from None

@@ -12,12 +12,11 @@ import pyarrow
 import torch
 from pyarrow import parquet
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from lowrank_train.config import DataConfig
 from lowrank_train.errors import UserError
-from lowrank_train.pretrained import read_pretrained
-from lowrank_train.tokenizer import encode, prepare_tokenizer
+from lowrank_train.tokenizer import encode, prepare_tokenizer, read_own_tokenizer
 
 __all__ = ["PARTS", "Batch", "Pairs", "TranslationData", "batches", "load_translation_data", "padded"]
 
@@ -100,7 +99,7 @@ def load_translation_data(
         lambda: (f" {s}" for side in sides for s in side),
         tokenizer_folder,
     )
-    tokenizer = read_pretrained(PreTrainedTokenizerFast, tokenizer_folder)
+    tokenizer = read_own_tokenizer(tokenizer_folder, f"delete {tokenizer_folder}, and it is trained again")
     digest, parts = hashlib.sha1(), {}
     for part, (sources, targets) in texts.items():
         for text in (*sources, *targets):

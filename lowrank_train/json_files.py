@@ -1,0 +1,36 @@
+"""Small JSON files of this package, read back: a mapping with the keys it was written with, or one message."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lowrank_train.errors import UserError
+
+__all__ = ["read_mapping"]
+
+
+def read_mapping(file: Path, remedy: str, needs: Iterable[str] = ()) -> dict[str, Any]:
+    """Read a JSON file that holds keys and values.
+
+    Args:
+        file: to read.
+        remedy: what to do about a damaged one, in the imperative.
+        needs: keys that it must have.
+
+    Raises:
+        UserError: it is gone, is not JSON, holds something else, or lacks a key.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(f"{file} is damaged ({reason}); {remedy}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file} is damaged (it holds no keys and values); {remedy}")
+    for key in needs:
+        if key not in found:
+            raise UserError(f"{file} is damaged (it has no {key!r}); {remedy}")
+    return found
