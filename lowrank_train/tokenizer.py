@@ -13,6 +13,7 @@ from lowrank_train.config import DataConfig
 from lowrank_train.errors import UserError
 from lowrank_train.export_files import save_tokenizer
 from lowrank_train.json_files import read_mapping
+from lowrank_train.long_text import ids_in_pieces, pieces
 from lowrank_train.progress import show_progress
 from lowrank_train.text import check_exists
 from lowrank_train.tokenizer_folder import read_tokenizer
@@ -123,16 +124,20 @@ def bos_ids(tokenizer: PreTrainedTokenizerBase, wanted: bool | None) -> list[int
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], special_tokens: bool) -> list[list[int]]:
-    """Token ids of texts, to which nothing is added; arguments as for ``encode``."""
-    batch = tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        verbose=False,
-        split_special_tokens=not special_tokens,
-    )
-    ids: list[list[int]] = batch["input_ids"]
-    return ids
+    """Token ids of texts, to which nothing is added; arguments as for ``encode``. Long texts are read in pieces."""
+
+    def encode_all(some: list[str]) -> list[list[int]]:
+        batch = tokenizer(
+            some,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            verbose=False,
+            split_special_tokens=not special_tokens,
+        )
+        ids: list[list[int]] = batch["input_ids"]
+        return ids
+
+    return ids_in_pieces(encode_all, texts)
 
 
 def _closed(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -157,7 +162,7 @@ def _train_bpe(documents: Iterator[str], vocab_size: int) -> PreTrainedTokenizer
 
 def _up_to(documents: Iterator[str], characters: int) -> Iterator[str]:
     for document in documents:
-        yield document
+        yield from pieces(document)  # byte-level BPE begins a new word at each cut
         characters -= len(document)
         if characters <= 0:
             return
