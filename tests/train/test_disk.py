@@ -138,10 +138,10 @@ def test_what_the_memory_of_the_host_cannot_hold_is_said_before_it_is_built(text
     run = arguments(text, tmp_path / "run")
 
     def little() -> None:
-        host_memory.available_bytes = lambda: 1_000_000  # type: ignore[assignment]
+        host_memory.available_bytes = lambda: 10 * 2**20  # type: ignore[assignment]
 
-    message = failure(run, 2, little)
-    for expected in ("of host memory, and 976.56 KiB are available", "weights", "checkpoint.asynchronous=false"):
+    message = failure([*run, "seq_len=512", "tokens_per_step=8192", "micro_batch=8"], 2, little)
+    for expected in ("of host memory, and 10.00 MiB are available", "weights", "checkpoint.asynchronous=false"):
         assert expected in message
     assert not (tmp_path / "run").exists()
     large = ["model.overrides.hidden_size=262144", "model.overrides.num_hidden_layers=2"]
