@@ -12,6 +12,7 @@ import argparse
 import importlib
 import itertools
 import json
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -115,7 +116,7 @@ def measure_digits(arguments: Sequence[str]) -> str:
     parser.add_argument("--out", default="runs/digits", help="folder of digits.json and digits.md")
     given = parser.parse_args(arguments)
     positive("--epochs", given.epochs)
-    if not all(lr > 0 for lr in given.lr):
+    if not all(0 < lr < math.inf for lr in given.lr):
         raise UserError(f"--lr {' '.join(map(str, given.lr))}; expected numbers > 0")
     folder = output_folder(given.out)
     data = _images()

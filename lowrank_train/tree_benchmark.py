@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -152,7 +153,7 @@ def measure_tree(arguments: Sequence[str]) -> str:
     given = parser.parse_args(arguments)
     positive("--depth", given.depth)
     positive("--steps", given.steps)
-    if not all(lr > 0 for lr in given.lr):
+    if not all(0 < lr < math.inf for lr in given.lr):
         raise UserError(f"--lr {' '.join(map(str, given.lr))}; expected numbers > 0")
     folder = output_folder(given.out)
     jobs = [(name, lr, seed) for name in METHODS for lr in given.lr for seed in given.seeds]

@@ -14,6 +14,7 @@ from lowrank_train.budget_run import BudgetConfig
 from lowrank_train.compress_run import CompressConfig
 from lowrank_train.compression_benchmark import CompressionConfig
 from lowrank_train.config import Config, load_config
+from lowrank_train.digits import measure_digits
 from lowrank_train.errors import UserError
 from lowrank_train.hyperbolic.graph_benchmark import GraphBenchmark
 from lowrank_train.hyperbolic.graph_config import GraphConfig, load_graph_config
@@ -23,6 +24,7 @@ from lowrank_train.loading import load_schema
 from lowrank_train.quality import QualityConfig
 from lowrank_train.settings import key_help, keys, settle
 from lowrank_train.spectrum_run import SpectrumConfig
+from lowrank_train.tree_benchmark import measure_tree
 
 SCHEMAS: list[type[Any]] = [
     *(Config, BudgetConfig, CompressConfig, CompressionConfig, SpectrumConfig, QualityConfig),
@@ -178,3 +180,10 @@ def test_a_curvature_that_no_float_can_compute_with(word: str) -> None:
     for load in (load_graph_config, load_translation_config):
         with pytest.raises(UserError, match=r"curvature=.*; expected a number (from|>=) 1e-06"):
             load([word])
+
+
+@pytest.mark.parametrize("measure", [measure_digits, measure_tree])
+@pytest.mark.parametrize("rate", ["inf", "nan", "0"])
+def test_rates_of_benchmarks_without_a_schema(measure: Callable[[list[str]], str], rate: str) -> None:
+    with pytest.raises(UserError, match="expected numbers > 0"):
+        measure(["--lr", rate])
