@@ -56,12 +56,14 @@ def test_every_flipped_byte_of_a_checkpoint_is_noticed_on_any_number_of_ranks(so
     files = sorted(newest.iterdir())
     assert {file.name for file in files} >= {".metadata", "__0_0.distcp", "__1_0.distcp", "about.json", CHECKSUMS}
 
+    contents = {file: file.read_bytes() for file in files}  # before the ranks: one reads while the other flips
+    places = {file: positions(file) for file in files}
+
     def told() -> dict[tuple[str, int], str]:
         heard = {}
         with start(ParallelConfig(), "cpu") as ranks:
-            for file in files:
-                whole = file.read_bytes()
-                for position in positions(file):
+            for file, whole in contents.items():
+                for position in places[file]:
                     ranks.first(lambda file=file, position=position: flip(file, position))  # type: ignore[misc]
                     try:
                         choose_checkpoint(str(newest), tmp_path / "none", ranks)
@@ -73,7 +75,7 @@ def test_every_flipped_byte_of_a_checkpoint_is_noticed_on_any_number_of_ranks(so
 
     for heard in run_distributed(lambda: _as_rank(told), 2):
         for file in files:
-            for position in positions(file):
+            for position in places[file]:
                 message = heard[file.name, position]
                 assert f"{newest} is damaged (" in message
                 assert file.name in message or file.name == CHECKSUMS
