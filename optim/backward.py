@@ -84,7 +84,7 @@ class BackwardUpdates:
         self._max_norm = max_norm
         self._waits_for_norm = max_norm is not None and clip == "global"
         self._passes: dict[Tensor, int] = {}
-        self._coordinates: dict[Tensor, Tensor] = {}
+        self._coordinates: dict[Tensor, dict[int, Tensor]] = {}  # by parameter, then by its matrices
         self._squares: dict[Tensor, Tensor] = {}
         slots = [slot for slot in optimizer.slots() if slot.group["role"] != "frozen"]
         for slot in slots:
@@ -160,17 +160,8 @@ class BackwardUpdates:
         self._passes[param] = self._passes.get(param, 0) + 1
         last = self._passes[param] == self._accumulation_steps
         if self._projects(slot) and (self._waits_for_norm or self._accumulation_steps > 1):
-            self._squares[param] = _square_sum(local(dense_gradient(slot)))
-            if first:
-                with self._optimizer.at_work([slot]) as (copy,):
-                    coordinates = self._optimizer.project_gradient(copy, refresh=True)
-                if coordinates is not None:
-                    self._coordinates[param] = coordinates
-            elif param in self._coordinates:
-                with self._optimizer.at_work([slot]) as (copy,):
-                    more = self._optimizer.project_gradient(copy, refresh=False)
-                assert more is not None
-                self._coordinates[param] += more
+            self._squares[param] = _square_sum(slot.param, _own_gradient(slot))
+            self._project(slot, first=first)
             param.grad = None
         if last and not self._waits_for_norm:
             self._update(slot)
@@ -178,23 +169,41 @@ class BackwardUpdates:
         else:
             _keep_alone(param)
 
+    def _project(self, slot: Slot, *, first: bool) -> None:
+        """Add the coordinates of a gradient to those of the passes before; directions are chosen in the first."""
+        found = {} if first else self._coordinates.get(slot.param, {})
+        with self._optimizer.matrices(slot) as matrices:
+            for i, matrix in enumerate(matrices):
+                if first or i in found:
+                    with self._optimizer.at_work([matrix]) as (copy,):
+                        coordinates = self._optimizer.project_gradient(copy, refresh=first)
+                    if coordinates is not None:
+                        found[i] = coordinates if first else found[i] + coordinates
+        # A rank whose shard of a stack has no matrix, or none with directions, joins in the norm all the same.
+        if found or self._optimizer.takes_apart(slot.param, slot.group):
+            self._coordinates[slot.param] = found
+
     def _projects(self, slot: Slot) -> bool:
         return self._optimizer.coordinates_suffice(slot)
 
     @torch.no_grad()
     def _update(self, slot: Slot) -> None:
         coordinates = self._coordinates.pop(slot.param, None)
-        gradient = coordinates if coordinates is not None or slot.grad is None else local(dense_gradient(slot))
-        if gradient is not None and not self._waits_for_norm:
-            square = _square_sum(gradient)
+        gradients = list(coordinates.values()) if coordinates is not None else _own_gradient(slot)
+        if (coordinates is not None or gradients) and not self._waits_for_norm:
+            square = _square_sum(slot.param, gradients)
             if coordinates is not None:
                 square = square / work_copies(slot.param)
             self._squares[slot.param] = square
             if self._max_norm is not None:
-                gradient.mul_(_factor(_norm([slot], [square]), self._max_norm))
+                factor = _factor(_norm([slot], [square]), self._max_norm)
+                for gradient in gradients:
+                    gradient.mul_(factor)
         if coordinates is not None:
-            with self._optimizer.at_work([slot]) as (copy,):
-                self._optimizer.step_coordinates(copy, coordinates)
+            with self._optimizer.matrices(slot) as matrices:
+                for i, of_matrix in coordinates.items():
+                    with self._optimizer.at_work([matrices[i]]) as (copy,):
+                        self._optimizer.step_coordinates(copy, of_matrix)
         elif slot.param.grad is not None:
             self._optimizer.step_slots([slot])
             slot.param.grad = None
@@ -204,11 +213,12 @@ class BackwardUpdates:
         squares = []
         for slot in slots:
             if slot.param in self._coordinates and self._accumulation_steps > 1:
-                squares.append(_square_sum(self._coordinates[slot.param]) / work_copies(slot.param))
+                of_all = list(self._coordinates[slot.param].values())
+                squares.append(_square_sum(slot.param, of_all) / work_copies(slot.param))
             elif slot.param in self._squares:
                 squares.append(self._squares[slot.param])
             else:
-                squares.append(_square_sum(local(dense_gradient(slot))))
+                squares.append(_square_sum(slot.param, _own_gradient(slot)))
         self._squares.clear()
         if not slots:
             return
@@ -217,7 +227,8 @@ class BackwardUpdates:
         factor = _factor(self.grad_norm, self._max_norm)
         for slot in slots:
             if slot.param in self._coordinates:
-                self._coordinates[slot.param].mul_(factor)
+                for coordinates in self._coordinates[slot.param].values():
+                    coordinates.mul_(factor)
             elif slot.param.grad is not None:
                 local(slot.param.grad).mul_(factor)
 
@@ -232,14 +243,29 @@ def _keep_alone(param: Tensor) -> None:
         param.grad = laid_out_as(param.grad, gradient.clone())
 
 
-def _square_sum(tensor: Tensor) -> Tensor:
-    exact = torch.promote_types(tensor.dtype, torch.float32)
-    return torch.linalg.vector_norm(tensor, dtype=exact).square()  # makes no squares of its own to sum
+def _own_gradient(slot: Slot) -> list[Tensor]:
+    """This rank's part of the gradient; nothing if there is none."""
+    return [] if slot.grad is None else [local(dense_gradient(slot))]
+
+
+def _square_sum(param: Tensor, tensors: list[Tensor]) -> Tensor:
+    """Of all elements of tensors that stand for a gradient of ``param``."""
+    # vector_norm makes no squares of its own to sum
+    squares = [torch.linalg.vector_norm(tensor, dtype=_wide(tensor)).square() for tensor in tensors]
+    return (
+        sum(squares[1:], start=squares[0])
+        if squares
+        else torch.zeros((), dtype=_wide(param), device=local(param).device)
+    )
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _no_square(param: Tensor) -> Tensor:
     """Of a gradient that is missing here, and may be there on other ranks."""
-    return torch.zeros((), dtype=torch.promote_types(param.dtype, torch.float32), device=local(param).device)
+    return _square_sum(param, [])
 
 
 def _norm(slots: list[Slot], squares: list[Tensor]) -> Tensor:

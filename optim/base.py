@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optim import points, rules
+from optim import coverage, points, rules, stacks
 from optim.blocks import row_blocks
 from optim.hyperparameters import check_finite
 from optim.placements import check_even, check_not_scattered, in_work_layout, is_scattered
 from optim.present import PresentParameters, check_gradients, updated_too_early
-from optim.quantization import as_stored, read, write
+from optim.quantization import BITS, as_stored, read, write
 from optim.rounding import store
 from optim.sharding import StateTensor, allocate, first_column, is_distributed, local, max_over_shards
 from optim.slot import Slot, dense_gradient
@@ -108,6 +108,9 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
     refresh_setting: str = "refresh_interval"
     """The hyperparameter, of those that have it, by which ``Traffic.refresh_bytes`` comes every so many steps."""
 
+    takes_stacks = True
+    """Whether it can update the matrices of a weight [..., m, n] one by one; where not, such weights get AdamW."""
+
     resizes_state = False
     """Whether training changes the sizes of its state; ``optim.layout_bytes`` then tells those of the moment."""
 
@@ -121,8 +124,22 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
     _present_parameters: PresentParameters | None = None
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        everywhere = {"role": None if self.needs_roles else "vector", **SHARED_SETTINGS}
+        everywhere = {"role": None if self.needs_roles else "vector", "weight_layout": "out,in", **SHARED_SETTINGS}
+        self._owners: dict[str, str] = {}
         super().__init__(params, {**everywhere, **defaults})
+        coverage.warn(self, self._owners)
+        del self._owners
+
+    def __repr__(self) -> str:
+        """What each role gets, then torch's list of settings."""
+        first, rest = super().__repr__().split("\n", 1)
+        return f"{first}\n{coverage.summary(self)}\n{rest}"
+
+    def update_of(self, slot: Slot) -> str:
+        """What updates a parameter, in words."""
+        if slot.group["role"] in ("points", "frozen"):
+            return "Riemannian Adam" if slot.group["role"] == "points" else "nothing but the method's exchanges"
+        return type(self).__name__ if slot.group["role"] in self.method_roles else "AdamW"
 
     @abstractmethod
     def matrix_state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
@@ -137,9 +154,24 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         """The dimension to shard a parameter along for the least communication in ``step``; advice, never required."""
         return 0
 
-    def traffic(self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int) -> Traffic:
-        """What one matrix of this group costs in communication; nothing for a method that works element by element."""
+    def traffic(
+        self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int, dim: int | None = None
+    ) -> Traffic:
+        """What one matrix of this group costs in communication; nothing for a method that works element by element.
+
+        ``dim``: the dimension it is sharded along; None: the one that ``shard_dim`` advises.
+        """
         return Traffic()
+
+    def takes_apart(self, param: Tensor, group: dict[str, Any]) -> bool:
+        """Whether each matrix of a weight is updated on its own (``optim.stacks``): where more than elements count."""
+        needed = self.needs_roles and group["role"] in self.method_roles
+        needed = needed or group["state_dtype"] in BITS  # whose blocks lie in rows of a matrix
+        return needed and stacks.is_taken_apart(param.shape, group)
+
+    def parts(self, slot: Slot) -> list[Slot]:
+        """The matrices of a weight, as the method is handed them; the weight itself where it is taken as it is."""
+        return list(stacks.parts(slot)) if self.takes_apart(slot.param, slot.group) else [slot]
 
     # ---------------------------------------------------------------------------------------------------------- step
 
@@ -179,6 +211,26 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
 
     def step_slots(self, slots: list[Slot]) -> None:
         """Update these parameters from their gradients."""
+        apart = [slot for slot in slots if self.takes_apart(slot.param, slot.group)]
+        left = {id(slot.param) for slot in apart}
+        shared, own = [slot for slot in slots if id(slot.param) not in left], list[Slot]()
+        for slot in apart:
+            if self.is_gathered(slot):
+                with self.matrices(slot) as matrices:
+                    self._step_matrices(matrices)
+            else:
+                (own if stacks.has_own_matrices(slot) else shared).extend(self.parts(settled(slot)))
+        # Matrices of this rank alone go by themselves: collectives need the same matrices on every rank.
+        self._step_matrices(shared)
+        self._step_matrices(own)
+
+    @contextmanager
+    def matrices(self, slot: Slot) -> Iterator[list[Slot]]:
+        """Yield the matrices of a weight, gathered over all mesh axes but one; stored again on leaving."""
+        with gathered([slot], self.is_gathered) as (ready,):
+            yield self.parts(ready)
+
+    def _step_matrices(self, slots: list[Slot]) -> None:
         as_they_are: list[Slot] = []
         as_copies: list[Slot] = []
         for slot in slots:
@@ -193,7 +245,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
     def at_work(self, slots: list[Slot]) -> Iterator[list[Slot]]:
         """Slots as their method works on them, see ``optim.working_copies``; stored again on leaving."""
         with gathered(slots, self.is_gathered) as ready:
-            layouts = [self.state_layout(slot.name, slot.param, slot.group) for slot in ready]
+            layouts = [self._layout(slot.name, slot.param, slot.group) for slot in ready]
             with copied(ready, layouts, [self.handed(slot) for slot in ready]) as copies:
                 yield copies
 
@@ -328,10 +380,13 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Check a group and allocate its state; raises ValueError for hyperparameters that do not fit."""
+        owners = param_group.pop("modules", ()) if isinstance(param_group, dict) else ()
         super().add_param_group(points.completed(param_group, self.defaults, len(self.param_groups)))
         group = self.param_groups[-1]
         try:
             _check_group(group, len(self.param_groups) - 1)
+            if not self.takes_stacks:
+                stacks.set_aside(group, type(self).__name__)
             self._check_storage(group)
             self._present.learn(group["params"])
             for name, param in _named_parameters(group):
@@ -342,9 +397,17 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
             for param in group["params"]:
                 self.state.pop(param, None)
             raise
+        if hasattr(self, "_owners"):
+            self._owners.update(zip(group.get("param_names", ()), owners, strict=False))
 
     def state_layout(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
         """The state tensors of one parameter, by global shape."""
+        if not self.takes_apart(param, group):
+            return self._layout(name, param, group)
+        return stacks.stacked(self._layout(name, stacks.matrix_like(param, group), group), param, group)
+
+    def _layout(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
+        """Of a parameter that is no stack, or of one matrix of it."""
         if group["role"] == "points":
             return points.point_state(name, param, group)
         if group["role"] in self.method_roles:
@@ -366,14 +429,16 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         on_host = group["offload_state"]
         state.update({key: allocate(spec, as_sharded, on_host=on_host) for key, spec in layout.items()})
         self._present.allocated(param)
-        if first_column(as_sharded) is not None and local(as_sharded).shape[1] % 2:
-            packed = [key for key, spec in layout.items() if spec.layout == "parameter" and spec.shape != param.shape]
-            if packed:
-                raise ValueError(
-                    f"state_dtype='4bit' keeps two columns of {packed[0]!r} in a byte, and {name!r}, of shape "
-                    f"{tuple(param.shape)}, is sharded into {local(as_sharded).shape[1]} columns a rank: shard it "
-                    "along dimension 0, or use '8bit'"
-                )
+        for part in self.parts(Slot(name, as_sharded, {}, group))[:1]:
+            if first_column(part.param) is not None and local(part.param).shape[1] % 2:
+                width = part.param.shape[1]
+                packed = [key for key, spec in layout.items() if spec.layout == "parameter" and spec.shape[-1] != width]
+                if packed:
+                    raise ValueError(
+                        f"state_dtype='4bit' keeps two columns of {packed[0]!r} in a byte, and {name!r}, of shape "
+                        f"{tuple(param.shape)}, is sharded into {local(part.param).shape[1]} columns a rank: shard it "
+                        "along another dimension, or use '8bit'"
+                    )
 
     def slots(self) -> Iterator[Slot]:
         """All parameters with their state, group by group."""
@@ -497,7 +562,7 @@ def adamw_state(param: Tensor) -> dict[str, StateTensor]:
 
 
 def _is_updated(state: Mapping[str, Tensor]) -> bool:
-    return "step" in state and not state["step"].is_meta and state["step"].item() > 0
+    return "step" in state and not state["step"].is_meta and bool((local(state["step"]) > 0).any())
 
 
 def _is_plain(slot: Slot) -> bool:
@@ -519,6 +584,11 @@ def _check_group(group: dict[str, Any], index: int) -> None:
             "not tell an embedding from a matrix, so pass optim.param_groups(model) instead of model.parameters(), and "
             "optim.hf_factory(name) instead of a class to Hugging Face's Trainer"
         )
+    if group["weight_layout"] not in stacks.LAYOUTS:
+        raise ValueError(
+            f"parameter group {index} has weight_layout={group['weight_layout']!r}; expected one of "
+            + ", ".join(map(repr, stacks.LAYOUTS))
+        )
     for key in ("lr", "weight_decay", "eps"):
         value = group[key]
         if not isinstance(value, Tensor) and not (is_number(value) and value >= 0):
@@ -535,8 +605,7 @@ def _check_group(group: dict[str, Any], index: int) -> None:
             if param.ndim < 2 or math.prod(param.shape) == 0:
                 raise ValueError(
                     f"{name!r} has role 'matrix' and shape {tuple(param.shape)}; expected two non-empty dimensions, or "
-                    "more (taken as the first by all others): give it role 'vector' with rules={...} in "
-                    "optim.param_groups"
+                    "more for a stack of matrices: give it role 'vector' with rules={...} in optim.param_groups"
                 )
 
 

@@ -19,15 +19,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from optim.base import Traffic
+from optim.base import MatrixOptimizer, Traffic
+from optim.coverage import unwarned
 from optim.param_groups import param_groups
 from optim.points import refresh_bytes
 from optim.registry import create
 from optim.sharding import matrix_shape
+from optim.stacks import is_taken_apart, leading, matrix_like
 
-__all__ = ["FORMULAS", "Communication", "ModelShapes", "all_reduce_bytes", "communicated_bytes", "model_shapes"]
+__all__ = [
+    "FORMULAS",
+    "Communication",
+    "ModelShapes",
+    "all_reduce_bytes",
+    "communicated_bytes",
+    "model_shapes",
+    "weight_traffic",
+]
 
 _REFRESH = 200  # GaLore, arXiv 2403.03507: steps between two SVDs
 
@@ -87,7 +97,8 @@ def communicated_bytes(
         {**group, "params": [(key, torch.empty(p.shape, dtype=p.dtype, device="meta")) for key, p in group["params"]]}
         for group in (param_groups(model) if isinstance(model, nn.Module) else model)
     ]
-    optimizer = create(name, groups, **arguments)
+    with unwarned():
+        optimizer = create(name, groups, **arguments)
     step, refresh, mean = 0.0, 0.0, 0.0
     intervals = []
     for group in optimizer.param_groups:
@@ -103,12 +114,27 @@ def communicated_bytes(
             traffic = (
                 Traffic(refresh_bytes=refresh_bytes(param.shape, param.dtype, group))
                 if is_points
-                else optimizer.traffic(param.shape, param.dtype, group, world_size)
+                else weight_traffic(optimizer, param, group, world_size)
             )
             step += traffic.step_bytes
             refresh += traffic.refresh_bytes
             mean += traffic.step_bytes + traffic.refresh_bytes / (interval or 1)
     return Communication(world_size, step, refresh, mean, min(intervals, default=None))
+
+
+def weight_traffic(optimizer: MatrixOptimizer, param: Tensor, group: dict[str, Any], world_size: int) -> Traffic:
+    """Of all matrices of a weight; nothing for a stack whose matrices are dealt to the ranks whole."""
+    dim = optimizer.shard_dim(group["role"], param.shape, world_size)
+    if not optimizer.takes_apart(param, group):
+        return optimizer.traffic(param.shape, param.dtype, group, world_size, dim)
+    count = leading(param.shape, group)
+    if dim < count:
+        return Traffic()
+    one = matrix_like(param, group)
+    dim = 1 - (dim - count) if group["weight_layout"] == "in,out" else dim - count
+    traffic = optimizer.traffic(one.shape, one.dtype, group, world_size, dim)
+    matrices = param.numel() // one.numel()
+    return Traffic(*(matrices * size for size in traffic))
 
 
 @dataclass(frozen=True)
@@ -122,7 +148,15 @@ class ModelShapes:
 def model_shapes(model: nn.Module) -> ModelShapes:
     """Of any model, on any device."""
     groups = param_groups(model)
-    matrices = [matrix_shape(p.shape) for group in groups if group["role"] == "matrix" for _, p in group["params"]]
+    matrices: list[tuple[int, int]] = []
+    for group in groups:
+        settings = {"weight_layout": "out,in", **group}
+        for _, param in group["params"] if group["role"] == "matrix" else ():
+            if is_taken_apart(param.shape, settings):
+                one = matrix_like(param, settings)
+                matrices += [matrix_shape(one.shape)] * (param.numel() // one.numel())
+            else:
+                matrices.append(matrix_shape(param.shape))
     return ModelShapes(tuple(matrices), sum(p.numel() for group in groups for _, p in group["params"]))
 
 

@@ -91,7 +91,9 @@ class LowRankOptimizer(MatrixOptimizer, ABC):
             raise ValueError(f"basis={group['basis']!r} for {name!r} of shape {tuple(param.shape)}: {objection}")
         return low_rank_state(param.shape, param.dtype, r, basis=group["basis"], residual=group["residual"])
 
-    def traffic(self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int) -> Traffic:
+    def traffic(
+        self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int, dim: int | None = None
+    ) -> Traffic:
         """The basis's statistics (and its decision, if one rank makes it) at a refresh; the residual's sums always.
 
         And the gradient and the update of a matrix that can only be sharded along its projected dimension.
@@ -106,7 +108,8 @@ class LowRankOptimizer(MatrixOptimizer, ABC):
         )
         decision = basis.state_tensors(d, r, size).values() if basis.owner_computed else ()
         decision_bytes = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in decision)
-        there, back = turned_numbers(shape, self.shard_dim("matrix", shape, world_size), world_size)
+        dim = self.shard_dim("matrix", shape, world_size) if dim is None else dim
+        there, back = turned_numbers(shape, dim, world_size)
         sums = find_residual(group["residual"]).sums
         return Traffic(
             step_bytes=there * dtype.itemsize + (back + sums) * size.itemsize,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from optim.base import MatrixOptimizer
+from optim.coverage import unwarned
 from optim.param_groups import param_groups
 from optim.registry import create
 from optim.sharding import local, local_shape
@@ -42,7 +43,9 @@ def predicted_state_bytes(
         {**group, "params": [(key, torch.empty(p.shape, dtype=p.dtype, device="meta")) for key, p in group["params"]]}
         for group in (param_groups(model) if isinstance(model, nn.Module) else model)
     ]
-    return layout_bytes(create(name, groups, **arguments), world_size=world_size, shard=shard)
+    with unwarned():
+        optimizer = create(name, groups, **arguments)
+    return layout_bytes(optimizer, world_size=world_size, shard=shard)
 
 
 def layout_bytes(

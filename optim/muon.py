@@ -106,13 +106,16 @@ class Muon(MatrixOptimizer):
             "momentum": StateTensor(tuple(param.shape), param.dtype, "parameter"),
         }
 
-    def traffic(self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int) -> Traffic:
+    def traffic(
+        self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int, dim: int | None = None
+    ) -> Traffic:
         """X to its owner and O back; twice if a matrix can only be sharded along its shorter dimension."""
         if world_size == 1:
             return Traffic()
         d, m = sorted(matrix_shape(shape))
         size = torch.promote_types(dtype, torch.float32)
-        there, back = turned_numbers(shape, self.shard_dim("matrix", shape, world_size), world_size)
+        dim = self.shard_dim("matrix", shape, world_size) if dim is None else dim
+        there, back = turned_numbers(shape, dim, world_size)
         travelling = 2 * math.ceil(m / world_size) * d * _travelling(size).itemsize
         return Traffic(step_bytes=(there + back) * size.itemsize + travelling)
 

@@ -12,9 +12,14 @@ from optim.base import ROLES
 from optim.manifolds import Description, describe_manifold, same_manifold
 from optim.placements import reshard
 from optim.present import remember
+from optim.roles import roles
 from optim.wrapped import bare_model, plain_name
 
 __all__ = ["keep_manifolds", "param_groups"]
+
+
+_BIAS = re.compile(r"(^|[._])bias(es)?(_[^.]*)?$")
+"""A name of biases: those of a stack of experts have two dimensions."""
 
 
 def param_groups(
@@ -22,10 +27,11 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups with roles, for any optimizer of this package; every trainable parameter exactly once.
 
-    Roles: ``matrix`` (weight of an ``nn.Linear``), ``embedding``, ``head`` (what ``get_output_embeddings()`` returns,
-    or else a linear layer as wide as the tallest embedding), ``vector`` (everything else: norms, biases). A weight tied
+    Roles: ``matrix`` (weights of linear maps, alone or in stacks), ``embedding``, ``head``, ``vector`` (everything
+    else: norms, biases, convolutions, what is too thin); ``optim.roles`` has the rules and their reasons. A weight tied
     between embedding and head is an ``embedding``. Only role ``matrix`` is updated by a low-rank method. Vectors of one
-    dimension get ``weight_decay`` 0 unless a rule says otherwise.
+    dimension, and biases of any, get ``weight_decay`` 0 unless a rule says otherwise. Each group also has ``modules``,
+    the classes that own its parameters, which an optimizer uses for its warnings and does not keep.
 
     A module may name the roles of parameters below it itself, in an attribute ``parameter_roles`` (name relative to the
     module -> role), as spectral layers and adapters do; what it calls ``frozen`` is listed although it takes no
@@ -51,23 +57,23 @@ def param_groups(
     rules, model = dict(rules or {}), bare_model(model)
     reshard(model)  # after an evaluation FSDP2 shows whole parameters, which are not those that get gradients
     remember(model)
-    manifolds = _manifolds(model)
-    roles = {**_roles(model), **dict.fromkeys(manifolds, "points")}
+    manifolds, found = _manifolds(model), roles(model)
     matched: set[str] = set()
-    groups: dict[tuple[str, str | None, bool, Description | None], dict[str, Any]] = {}
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for wrapped_name, param in model.named_parameters():
         name = plain_name(wrapped_name)
-        if not param.requires_grad and roles.get(param) != "frozen":
+        known = found[param]
+        if not param.requires_grad and known.role != "frozen":
             continue
         pattern = next((p for p in rules if re.search(p, name)), None)
         ruled = rules[pattern] if pattern is not None else {}
         own = {**settings, **ruled}
         if pattern is not None:
             matched.add(pattern)
-        role = own.pop("role", roles.get(param, "vector"))
+        manifold = manifolds.get(param)
+        role = own.pop("role", known.role if manifold is None else "points")
         if role not in ROLES:
             raise ValueError(f"rule {pattern!r} gives role {role!r}; expected one of {', '.join(ROLES)}")
-        manifold = manifolds.get(param)
         if manifold is not None:
             if role != "points" or "manifold" in own:
                 raise ValueError(
@@ -75,11 +81,16 @@ def param_groups(
                     "and would leave it: expected a rule without these keys, or a module without the manifold"
                 )
             own["manifold"] = manifold
-        exempt = (role == "vector" and param.ndim < 2) or role == "points"
+        exempt = role == "points" or (role == "vector" and (param.ndim < 2 or _BIAS.search(name) is not None))
         if exempt:
             own["weight_decay"] = ruled.get("weight_decay", 0.0)
-        group = groups.setdefault((role, pattern, exempt, manifold), {"params": [], "role": role, **own})
+        if role == "matrix" and own.setdefault("weight_layout", known.weight_layout) == "out,in":
+            del own["weight_layout"]  # as everywhere else
+        is_stack = role == "matrix" and param.ndim > 2
+        key = (role, pattern, exempt, manifold, own.get("weight_layout"), is_stack)
+        group = groups.setdefault(key, {"params": [], "modules": [], "role": role, **own})
         group["params"].append((name, param))
+        group["modules"].append(known.module)
     unmatched = [pattern for pattern in rules if pattern not in matched]
     if unmatched:
         names = [name for name, param in model.named_parameters() if param.requires_grad]
@@ -135,27 +146,3 @@ def _manifolds(model: nn.Module) -> dict[Tensor, Description]:
                     f"{full_name!r} is said to hold points of {manifold!r} and of {found[param]!r}; expected one"
                 )
     return found
-
-
-def _roles(model: nn.Module) -> dict[Tensor, str]:
-    roles: dict[Tensor, str] = {}
-    modules = list(model.modules())
-    for module in modules:
-        for name, role in getattr(module, "parameter_roles", {}).items():
-            param = module.get_parameter(name)
-            if roles.setdefault(param, role) != role:
-                raise ValueError(
-                    f"{name!r} of a {type(module).__name__} has role {role!r} in its parameter_roles, and as the same "
-                    f"tensor of another module role {roles[param]!r}; expected one role: untie it, or name it once"
-                )
-    for module in modules:
-        if isinstance(module, nn.Embedding):
-            roles.setdefault(module.weight, "embedding")
-    # the tallest embedding is the vocabulary; positions have one of their own
-    vocabulary = max((m.num_embeddings for m in modules if isinstance(m, nn.Embedding)), default=0)
-    outputs = {getattr(module, "get_output_embeddings", lambda: None)() for module in modules} - {None}
-    for module in modules:
-        if isinstance(module, nn.Linear):
-            is_head = module in outputs if outputs else module.out_features == vocabulary
-            roles.setdefault(module.weight, "head" if is_head else "matrix")
-    return roles

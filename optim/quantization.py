@@ -33,16 +33,28 @@ from torch import Tensor
 
 from optim.sharding import StateTensor, local
 
-__all__ = ["MOMENTS", "STATE_DTYPES", "RowCodec", "as_stored", "dequantize", "quantize", "read", "replace", "write"]
+__all__ = [
+    "BITS",
+    "MOMENTS",
+    "STATE_DTYPES",
+    "RowCodec",
+    "as_stored",
+    "dequantize",
+    "quantize",
+    "read",
+    "replace",
+    "write",
+]
 
 BLOCK = 128
 _MIN_NUMBERS = 4096
 """Smaller tensors stay as they are: their bytes do not matter (the threshold of bitsandbytes, on the global size)."""
 
 _WHOLE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_BITS = {"8bit": 8, "4bit": 4}
+BITS = {"8bit": 8, "4bit": 4}
+"""Values of ``state_dtype`` that need blocks."""
 
-STATE_DTYPES = (*_WHOLE, *_BITS)
+STATE_DTYPES = (*_WHOLE, *BITS)
 """Values of ``state_dtype``, beside None for the parameter's own dtype."""
 
 _SIGNED = {"exp_avg": True, "momentum": True, "exp_avg_sq": False}
@@ -67,7 +79,7 @@ def as_stored(layout: Mapping[str, StateTensor], state_dtype: str | None) -> dic
             stored[key] = spec
         else:
             blocks = math.ceil(spec.shape[1] / BLOCK)
-            packed = _BITS[state_dtype] == 4
+            packed = BITS[state_dtype] == 4
             width = math.ceil(spec.shape[1] / 2) if packed else spec.shape[1]
             dtype = torch.int8 if _SIGNED[key] and not packed else torch.uint8
             stored[key] = StateTensor((spec.shape[0], width), dtype, spec.layout)

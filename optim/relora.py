@@ -131,7 +131,9 @@ class ReLoRA(MatrixOptimizer):
         layout = adamw_state(param)
         return {"age": layout.pop("step"), "step": StateTensor((), torch.float32, "host"), **layout}
 
-    def traffic(self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int) -> Traffic:
+    def traffic(
+        self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int, dim: int | None = None
+    ) -> Traffic:
         """At a restart all of A, in float32 or wider."""
         size = torch.promote_types(dtype, torch.float32).itemsize
         return Traffic(refresh_bytes=math.prod(shape) * size if group["role"] == "lora_a" else 0)

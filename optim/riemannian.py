@@ -99,6 +99,8 @@ class RiemannianAdamW(MatrixOptimizer):
         """Points, one parameter after the other."""
         self.step_points(slots)
 
-    def traffic(self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int) -> Traffic:
+    def traffic(
+        self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int, dim: int | None = None
+    ) -> Traffic:
         """The choice of directions."""
         return Traffic(refresh_bytes=refresh_bytes(shape, dtype, group) if world_size > 1 else 0)

@@ -85,11 +85,15 @@ class SCALE(MatrixOptimizer):
             return step
         return {**step, "momentum": StateTensor(tuple(param.shape), param.dtype, "parameter")}
 
-    def traffic(self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int) -> Traffic:
-        """The sums of squares of an embedding."""
-        if world_size == 1 or 0 not in _inputs(group, len(shape)):
+    def traffic(
+        self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int, dim: int | None = None
+    ) -> Traffic:
+        """The sums of squares of all outputs whose inputs are split: of an embedding, along dimension 0."""
+        inputs = _inputs(group, len(shape))
+        if world_size == 1 or (dim or 0) not in inputs:
             return Traffic()
-        return Traffic(step_bytes=math.prod(shape[1:]) * torch.promote_types(dtype, torch.float32).itemsize)
+        outputs = math.prod(size for i, size in enumerate(shape) if i not in inputs)
+        return Traffic(step_bytes=outputs * torch.promote_types(dtype, torch.float32).itemsize)
 
     def step_matrices(self, slots: list[Slot]) -> None:
         """The update of the module's docstring, with all sums over the ranks in one."""

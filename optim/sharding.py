@@ -66,11 +66,28 @@ class StateTensor:
         ``leading``    first dimension = the parameter's first; sharded where that is, else equal on every rank
         ``replicated`` equal on every rank, on the parameter's device
         ``host``       equal on every rank, in CPU memory: what Python must read without a device sync
+
+    ``stacked``: how many leading dimensions count matrices of a stack; the layout is that of one matrix, and where the
+    parameter is split along one of these, so is the state. ``transposed``: a matrix is the transpose of its weight.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     layout: Literal["parameter", "rows", "leading", "replicated", "host"]
+    stacked: int = 0
+    transposed: bool = False
+
+    def split_dim(self, shard_dim: int) -> int | None:
+        """The dimension that is split where the parameter is split along ``shard_dim``; None: each rank has it all."""
+        if shard_dim < self.stacked:
+            return shard_dim
+        if self.layout in ("replicated", "host") or len(self.shape) == self.stacked:
+            return None
+        inner = shard_dim - self.stacked
+        inner = 1 - inner if self.transposed else inner
+        if self.layout == "leading" and inner != 0:
+            return None
+        return self.stacked + (inner if self.layout == "parameter" else 0)
 
 
 @dataclass(frozen=True)
@@ -144,9 +161,9 @@ def chunk_sizes(size: int, parts: int) -> list[int]:
 
 def local_shape(spec: StateTensor, shard_dim: int, index: int, parts: int) -> tuple[int, ...]:
     """Shape of shard ``index`` of ``parts`` of a state tensor whose parameter is sharded along ``shard_dim``."""
-    if spec.layout in ("replicated", "host") or not spec.shape or (spec.layout == "leading" and shard_dim != 0):
+    dim = spec.split_dim(shard_dim)
+    if dim is None:
         return spec.shape
-    dim = shard_dim if spec.layout == "parameter" else 0
     shape = list(spec.shape)
     step = math.ceil(shape[dim] / parts)
     shape[dim] = max(0, min(step, shape[dim] - index * step))  # as chunk_sizes, for any number of parts at once
@@ -165,10 +182,10 @@ def allocate(spec: StateTensor, param: Tensor, *, on_host: bool = False) -> Tens
     """
     if on_host and spec.layout != "host" and local(param).device.type != "cpu":
         return _on_host(allocate(spec, param))
-    if spec.layout == "host":
-        return torch.zeros(spec.shape, dtype=spec.dtype)
-    device = local(param).device
-    if spec.layout == "replicated" or not isinstance(param, DTensor):
+    info = _shard_info(param) if not is_scattered(param) else None
+    dim = spec.split_dim(info.dim) if info is not None else None
+    device = torch.device("cpu") if spec.layout == "host" else local(param).device
+    if not isinstance(param, DTensor) or (dim is None and spec.layout in ("replicated", "host")):
         return torch.zeros(spec.shape, dtype=spec.dtype, device=device)
     placements: list[Placement] = list(param.placements)
     shape = spec.shape
@@ -176,20 +193,22 @@ def allocate(spec: StateTensor, param: Tensor, *, on_host: bool = False) -> Tens
         assert spec.layout == "parameter"
         assert spec.shape == tuple(param.shape)
         shape = tuple(local(param).shape)
-    elif (info := _shard_info(param)) is not None:
+    elif info is not None:
         shape = local_shape(spec, info.dim, info.index, info.count)
-        if spec.layout == "rows":
-            placements[info.axis] = Shard(0)
-        if spec.layout == "leading" and info.dim != 0:
-            placements[info.axis] = Replicate()
-    return DTensor.from_local(
-        torch.zeros(shape, dtype=spec.dtype, device=device),
+        placements[info.axis] = Replicate() if dim is None else Shard(dim)
+    made = DTensor.from_local(
+        torch.zeros(shape, dtype=spec.dtype, device=local(param).device),
         param.device_mesh,
         placements,
         run_check=False,
         shape=torch.Size(spec.shape),
         stride=_contiguous_stride(spec.shape),
     )
+    if local(made).device == device:
+        return made
+    there = made if local(made).is_meta else made.cpu()
+    there._local_tensor = torch.zeros(shape, dtype=spec.dtype)  # type: ignore[attr-defined]
+    return there
 
 
 def _on_host(tensor: Tensor) -> Tensor:

@@ -169,7 +169,9 @@ class SST(MatrixOptimizer):
             "exp_avg_sq": StateTensor(tuple(param.shape), dtype, "parameter"),
         }
 
-    def traffic(self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int) -> Traffic:
+    def traffic(
+        self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int, dim: int | None = None
+    ) -> Traffic:
         """Nothing in a step; at a draw, at most: all active rows out and in, and once more to measure them.
 
         Re-SVDs, which are rarer, are not in it: they sum each W onto one rank and broadcast U, sigma and V.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["load"]
 
-_OURS = frozenset({"params", "param_names", "role"})
+_OURS = frozenset({"params", "param_names", "role", "weight_layout"})
 """Keys of a group that describe the present model, whatever the checkpoint says."""
 
 _TORCH_ONLY = frozenset({"foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"})
@@ -182,7 +182,8 @@ def _structural_objection(
         for saved in (saved_groups[i] for i in source):
             if group["role"] == "points" and (objection := points.structural_objection(group, saved)) is not None:
                 return objection
-            for key in optimizer.structural_settings if group["role"] in optimizer.method_roles else ():
+            structural = (*optimizer.structural_settings, "weight_layout")
+            for key in structural if group["role"] in optimizer.method_roles else ():
                 if saved.get(key, group[key]) != group[key]:
                     return (
                         f"the checkpoint was written with {key}={saved[key]!r} and this optimizer has "

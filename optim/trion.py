@@ -117,13 +117,16 @@ class Trion(MatrixOptimizer):
             **basis.state_tensors(d, r, param.dtype),
         }
 
-    def traffic(self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int) -> Traffic:
+    def traffic(
+        self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int, dim: int | None = None
+    ) -> Traffic:
         """Energies and b^T b; twice B and an update too, where a matrix can only be sharded along its shorter side."""
         if world_size == 1:
             return Traffic()
         d = min(matrix_shape(shape))
         size = torch.promote_types(dtype, torch.float32).itemsize
-        there, back = turned_numbers(shape, self.shard_dim("matrix", shape, world_size), world_size)
+        dim = self.shard_dim("matrix", shape, world_size) if dim is None else dim
+        there, back = turned_numbers(shape, dim, world_size)
         sums = d + resolved_rank("", tuple(shape), group["rank"]) ** 2
         return Traffic(step_bytes=2 * there * dtype.itemsize + (2 * back + sums) * size)
 

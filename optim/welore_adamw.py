@@ -126,12 +126,16 @@ class WeLoreAdamW(LowRankOptimizer):
     no allocation was being prepared when it was written, build the optimizer with ``ranks=`` what ``optimizer.ranks``
     was. ``predicted_state_bytes`` is of construction, the first ``gradient_gram`` included, or of given ``ranks``.
 
+    Weights of more than two dimensions (stacks of experts) get AdamW, with a warning: the ranks of their matrices would
+    differ, and one tensor of state cannot hold them.
+
     We differ from WeLore: it is the optimizer that is low-rank and not the weight; a budget in bytes where it has
     thresholds by name of the model; every matrix is trained, those of high rank with AdamW.
     """
 
     source = "Jaiswal et al., arXiv 2407.11239"
     offloads_state = False
+    takes_stacks = False
     resizes_state = True
     skipped_allocations = 0
     """Since the optimizer was made, for spectra that were not finite."""
@@ -198,12 +202,23 @@ class WeLoreAdamW(LowRankOptimizer):
         )
         return rank_layout(param, group, uniform, with_gram=_is_watched(group, self._clock()))
 
-    def traffic(self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int) -> Traffic:
+    def takes_apart(self, param: Tensor, group: dict[str, Any]) -> bool:
+        """Never: state of a rank of its own fits no stack, and which side is the output does not matter here."""
+        return False
+
+    def update_of(self, slot: Slot) -> str:
+        """AdamW for dense matrices, where that takes no more memory."""
+        dense = slot.group["role"] in self.method_roles and bool(slot.state) and is_dense(slot)
+        return "AdamW (dense: low rank would take no less state)" if dense else super().update_of(slot)
+
+    def traffic(
+        self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int, dim: int | None = None
+    ) -> Traffic:
         """At the uniform rank, while no allocation is being prepared."""
         rank = resolved_rank("", tuple(shape), group["rank"])
         if RankCosts.of(shape, dtype, group).low_rank(rank) is None:
             return Traffic()
-        return super().traffic(shape, dtype, group, world_size)
+        return super().traffic(shape, dtype, group, world_size, dim)
 
     @property
     def ranks(self) -> dict[str, int]:

@@ -19,6 +19,7 @@ OPTIM_MAY_IMPORT = {"torch", "geoopt", "optim"}
 DISTRIBUTED_ALLOWED = {
     "optim/placements.py",
     "optim/sharding.py",
+    "optim/stacks.py",
     "lowrank_train/parallel.py",
     "lowrank_train/rendezvous.py",
     "lowrank_train/checkpoint.py",

@@ -87,6 +87,14 @@ TOLERANCES = {
 class MixedModel(nn.Module):
     """Every role and awkward shapes. It is never run: gradients are set by hand."""
 
+    @property
+    def parameter_roles(self) -> dict[str, str]:
+        """Of the matrices that are too small to be taken for such."""
+        linear = [
+            key for key, module in self.named_children() if key.startswith("matrix") and type(module) is nn.Linear
+        ]
+        return {f"{key}.weight": "matrix" for key in linear}
+
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
         self.embedding = nn.Embedding(11, 4, dtype=dtype)

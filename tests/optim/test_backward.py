@@ -127,7 +127,9 @@ def test_coordinates_are_accumulated_exactly_between_refreshes() -> None:
             for i, batch in enumerate(micro_batches(step, 3)):
                 loss_of(model, batch, 3).backward()
                 if fused:
-                    matrices = [layer.weight for layer in model.layers]
+                    groups = [group for group in optimizer.param_groups if group["role"] == "matrix"]
+                    matrices = [param for group in groups for param in group["params"]]
+                    assert matrices
                     assert all(weight.grad is None for weight in matrices), f"after micro-batch {i}"
             optimizer.step()
             optimizer.zero_grad()

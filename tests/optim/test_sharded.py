@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import optim
 from optim.basis import BASES
-from optim.communication import communicated_bytes
+from optim.communication import communicated_bytes, weight_traffic
 from optim.residual import RESIDUALS
 from tests.distributed import DistributedFailure, run_distributed
 from tests.optim.models import (
@@ -337,7 +337,7 @@ def promised_bytes(optimizer: optim.MatrixOptimizer, world_size: int) -> tuple[i
     step_bytes, refresh_bytes = 0, 0
     for group in optimizer.param_groups:
         for param in group["params"] if group["role"] in optimizer.method_roles else ():
-            traffic = optimizer.traffic(param.shape, param.dtype, group, world_size)
+            traffic = weight_traffic(optimizer, param, group, world_size)
             step_bytes += traffic.step_bytes
             refresh_bytes += traffic.refresh_bytes
     always = any(group.get("refresh_interval") == 1 for group in optimizer.param_groups)
@@ -867,7 +867,8 @@ def test_more_dimensions_sharded_along_another_than_the_first_are_refused() -> N
         for name in ("dct_adamw", "muon", "trion"):
             weight = distribute_tensor(torch.ones(4, 6, 3), one_dimensional_mesh(), [Shard(1)])
             param = nn.Parameter(weight)
-            optimizer = optim.create(name, [{"params": [("conv", param)], "role": "matrix"}])
+            group = {"params": [("conv", param)], "role": "matrix", "weight_layout": "out,rest"}
+            optimizer = optim.create(name, [group])
             param.grad = laid_out_as(param, torch.ones(4, 6, 3))
             with pytest.raises(ValueError, match=r"of shape \(4, 6, 3\) sharded along dimension 1: .* along the first"):
                 optimizer.step()
