@@ -65,6 +65,8 @@ class _Matrix:
     name: str
     narrow: bool
     """Its gradient is in fewer bytes than the arithmetic, and converted."""
+    widened: bool
+    """The weight itself is converted too, block by block: no copy in float32 stands for it."""
 
     @property
     def block(self) -> int:
@@ -129,8 +131,17 @@ def _workspace(optimizer: MatrixOptimizer, slots: list[Slot], world_size: int, s
         own = next((of for cls, of in _METHODS.items() if isinstance(optimizer, cls)), None)
         found = found if own is None else own(_Update(matrices, slots, optimizer, world_size, on_cpu))
     storing = max((_storing(optimizer, slot, world_size, on_cpu) for slot in slots), default=0)
-    step = max(found.step, element_wise, storing)
+    step = max(found.step + _widened(matrices, on_cpu), element_wise, storing)
     return Workspace(copies + step, copies + max(found.refresh, step), found.kept)
+
+
+def _widened(matrices: Sequence[_Matrix], on_cpu: bool) -> int:
+    """Rows of a weight in the arithmetic's type, to add an update to (``optim.weight_update``)."""
+    largest = 0
+    for x in matrices:
+        blocks = row_blocks(x.rows, x.d, torch.device("cpu" if on_cpu else "meta")) if x.widened else []
+        largest = max(largest, x.e * x.d * max((part.stop - part.start for part in blocks), default=0))
+    return largest
 
 
 def _storing(optimizer: MatrixOptimizer, slot: Slot, world_size: int, on_cpu: bool) -> int:
@@ -181,7 +192,8 @@ def _matrices(optimizer: MatrixOptimizer, slots: Sequence[Slot], world_size: int
         turned = world_size > 1 and dim != 1 - (1 if shape[0] >= math.prod(shape[1:]) else 0)
         exact = torch.promote_types(slot.param.dtype, torch.float32).itemsize
         narrow = slot.param.dtype.itemsize < exact
-        yield _Matrix(m, d, r, rows, exact, slot.group, turned, slot.name, narrow)
+        widened = narrow and not optimizer.handed(slot).rounded
+        yield _Matrix(m, d, r, rows, exact, slot.group, turned, slot.name, narrow, widened)
 
 
 def _adamw(optimizer: MatrixOptimizer, slots: Sequence[Slot], world_size: int, shard: int, on_cpu: bool) -> int:

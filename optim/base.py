@@ -566,9 +566,11 @@ def _is_updated(state: Mapping[str, Tensor]) -> bool:
 
 
 def _is_plain(slot: Slot) -> bool:
-    """Whether AdamW may work on it in place."""
-    dtypes = {slot.param.dtype, slot.state["exp_avg"].dtype, dense_gradient(slot).dtype}
-    return len(dtypes) == 1 and COUNTER not in slot.state
+    """Whether AdamW may work on it in place: in one type, which the fused kernel rounds once or which needs none."""
+    tensors = [local(slot.param), local(slot.state["exp_avg"]), local(dense_gradient(slot))]
+    is_wide = slot.param.dtype.itemsize >= torch.float32.itemsize
+    one_type = len({tensor.dtype for tensor in tensors}) == 1
+    return one_type and COUNTER not in slot.state and (is_wide or all(tensor.is_contiguous() for tensor in tensors))
 
 
 def _named_parameters(group: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["add_rows_", "chunks", "contiguous_rows", "row_blocks"]
+__all__ = ["add_rows_", "chunks", "contiguous_rows", "row_blocks", "widened"]
 
 Item = TypeVar("Item")
 
@@ -38,6 +39,20 @@ def add_rows_(block: Tensor, value: Tensor) -> None:
         block.add_(value)
     else:
         block.mT.add_(value.mT.contiguous())
+
+
+@contextmanager
+def widened(stored: Tensor, dtype: torch.dtype, decay: float | Tensor | None = None) -> Iterator[Tensor]:
+    """What is stored, decayed and in ``dtype``, to be changed in place; rounded and stored on leaving.
+
+    It is the stored tensor itself where that has the type.
+    """
+    wide = stored if stored.dtype == dtype else stored.to(dtype)
+    if decay is not None:
+        wide.mul_(decay)
+    yield wide
+    if wide is not stored:
+        stored.copy_(wide)
 
 
 def chunks(items: Sequence[Item], numbers: Sequence[int], at_most: int) -> Iterator[list[Item]]:

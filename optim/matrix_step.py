@@ -7,7 +7,7 @@ has to be summed or decided over the ranks between them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from optim.basis import Basis, Directions, Moments, find_basis
 from optim.blocks import row_blocks
 from optim.quantization import read, replace, write
 from optim.residual import Block, Previous, Rates, Residual, find_residual
-from optim.sharding import accumulator, commit, local, matrix_shape, tall
+from optim.sharding import local, matrix_shape, tall
+from optim.weight_update import WeightUpdate, decay_of
 
 __all__ = ["ZERO", "MatrixStep"]
 
@@ -170,9 +171,6 @@ class MatrixStep:
         bias_correction2_sqrt = (1 - group["betas"][1] ** age).sqrt().to(self.dtype)
         directions = self.directions(state)
         whole = self.gradient if self.given is None else None  # perhaps a collective: a rank may have no blocks
-        self.weight = accumulator(self.slot.param, self.dtype)
-        if group["weight_decay"]:
-            local(self.slot.param).mul_(1 - group["lr"] * group["weight_decay"])
         for rows in self.blocks():
             if whole is not None:
                 gradient = self.residual.recall(whole[rows].to(self.dtype), self.residual_rows(rows))
@@ -196,15 +194,20 @@ class MatrixStep:
             )
             write(state, "exp_avg", rows, exp_avg)
             write(state, "exp_avg_sq", rows, exp_avg_sq)
-            yield rows, Block(gradient, coordinates, update, directions, self.weight[rows], carried, previous)
+            yield rows, Block(gradient, coordinates, update, directions, carried, previous)
 
     def single_pass(self) -> None:
         """The update, where the residual needs no sums."""
-        if not self.had_gradient:
-            return
-        for rows, block in self.adam():
-            self.residual.add_(block, self.rates, self.residual_rows(rows), None)
-        commit(self.slot.param, self.weight)
+        if self.had_gradient:
+            self._add(self.adam(), None)
+
+    def _add(self, blocks: Iterable[tuple[slice, Block]], factor: Tensor | None) -> None:
+        """Decay the weight and add what the residual makes of every block."""
+        update = WeightUpdate(self.slot.param, self.dtype, decay_of(self.group))
+        for rows, block in blocks:
+            with update.rows(rows) as weight:
+                self.residual.add_(weight, block, self.rates, self.residual_rows(rows), factor)
+        update.finish()
 
     def first_pass(self) -> Tensor:
         """Adam, and this rank's part of the residual's sums."""
@@ -220,7 +223,5 @@ class MatrixStep:
         if not self.had_gradient:
             return
         factor = self.residual.factor(total, self.state)
-        for rows, block in self.waiting:
-            gradient = self.gradient[rows].to(self.dtype)
-            self.residual.add_(block._replace(gradient=gradient), self.rates, self.residual_rows(rows), factor)
-        commit(self.slot.param, self.weight)
+        gradient = self.gradient  # perhaps a collective: a rank may have no blocks
+        self._add(((rows, b._replace(gradient=gradient[rows].to(self.dtype))) for rows, b in self.waiting), factor)

@@ -43,6 +43,7 @@ from optim.sharding import (
     tall,
     turned_numbers,
 )
+from optim.weight_update import decay_of
 
 __all__ = ["Muon"]
 
@@ -145,10 +146,9 @@ def _averaged(slot: Slot) -> Tensor:
 def _apply(slot: Slot, update: Tensor) -> None:
     group = slot.group
     slot.state["step"] += 1
-    if group["weight_decay"] and slot.grad is not None:
-        local(slot.param).mul_(1 - group["lr"] * group["weight_decay"])
     scale = _SCALES[group["adjust_lr"]](*matrix_shape(slot.param.shape))
-    add_tall(slot.param, update.to(torch.promote_types(slot.param.dtype, torch.float32)) * (-scale * group["lr"]))
+    update = update.to(torch.promote_types(slot.param.dtype, torch.float32)) * (-scale * group["lr"])
+    add_tall(slot.param, update, decay_of(group) if slot.grad is not None else None)
 
 
 def _travelling(dtype: torch.dtype) -> torch.dtype:

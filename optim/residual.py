@@ -66,7 +66,6 @@ class Block(NamedTuple):
     coordinates: Tensor  # (b, r) g
     update: Tensor  # (b, r) u
     directions: Directions
-    weight: Tensor  # (b, d) to be added to
     carried: Tensor | None  # (b, r) M before this step's gradient, where ``Residual.tracks_momentum``
     previous: Previous | None  # likewise, if directions changed
 
@@ -100,8 +99,10 @@ class Residual(ABC):
         return None
 
     @abstractmethod
-    def add_(self, block: Block, rates: Rates, rows: Mapping[str, Tensor], factor: Tensor | None) -> None:
-        """Add the update to ``block.weight``; tensors of the block may be overwritten."""
+    def add_(
+        self, weight: Tensor, block: Block, rates: Rates, rows: Mapping[str, Tensor], factor: Tensor | None
+    ) -> None:
+        """Add the update to ``weight`` (b, d), of the arithmetic's type; tensors of the block may be overwritten."""
 
 
 class Drop(Residual):
@@ -110,9 +111,11 @@ class Drop(Residual):
     needs_orthonormal = False
     whole_gradient = False
 
-    def add_(self, block: Block, rates: Rates, rows: Mapping[str, Tensor], factor: Tensor | None) -> None:
+    def add_(
+        self, weight: Tensor, block: Block, rates: Rates, rows: Mapping[str, Tensor], factor: Tensor | None
+    ) -> None:
         """-lr s lift(u)."""
-        block.directions.add_lift_(block.weight, block.update.mul_(-rates.lr * rates.scale))
+        block.directions.add_lift_(weight, block.update.mul_(-rates.lr * rates.scale))
 
 
 class ErrorFeedback(Residual):
@@ -135,14 +138,16 @@ class ErrorFeedback(Residual):
             error = self.codec.decode(error, rows["error_feedback_scale"], gradient.shape[1], gradient.dtype)
         return gradient + error
 
-    def add_(self, block: Block, rates: Rates, rows: Mapping[str, Tensor], factor: Tensor | None) -> None:
+    def add_(
+        self, weight: Tensor, block: Block, rates: Rates, rows: Mapping[str, Tensor], factor: Tensor | None
+    ) -> None:
         """E <- D; -lr s lift(u)."""
         lost, error = block.coordinates, block.gradient  # A is recall's own tensor
         if block.previous is not None:
             assert block.carried is not None
-            weight = rates.beta1 / (1 - rates.beta1)
-            lost = torch.add(lost, block.carried, alpha=weight)
-            block.previous.directions.add_lift_(error, block.previous.exp_avg * weight)
+            share = rates.beta1 / (1 - rates.beta1)
+            lost = torch.add(lost, block.carried, alpha=share)
+            block.previous.directions.add_lift_(error, block.previous.exp_avg * share)
         block.directions.add_lift_(error, -lost)
         if self.codec is None:
             rows["error_feedback"].copy_(error)
@@ -150,33 +155,37 @@ class ErrorFeedback(Residual):
             codes, scale = self.codec.encode(error)
             rows["error_feedback"].copy_(codes)
             rows["error_feedback_scale"].copy_(scale)
-        block.directions.add_lift_(block.weight, block.update.mul_(-rates.lr * rates.scale))
+        block.directions.add_lift_(weight, block.update.mul_(-rates.lr * rates.scale))
 
 
 class Sign(Residual):
     """Only the signs of its elements are used."""
 
-    def add_(self, block: Block, rates: Rates, rows: Mapping[str, Tensor], factor: Tensor | None) -> None:
+    def add_(
+        self, weight: Tensor, block: Block, rates: Rates, rows: Mapping[str, Tensor], factor: Tensor | None
+    ) -> None:
         """-lr (s lift(u) + t sign(D))."""
         step, outside = _outside(block)
         step.sign_().mul_((outside > 0).to(step.dtype).mul_(-rates.lr * rates.residual_scale))
         block.directions.add_lift_(step, block.update.mul_(-rates.lr * rates.scale))
-        add_rows_(block.weight, step)
+        add_rows_(weight, step)
 
 
 class Normalized(Residual):
     """Every row is brought to one length: sqrt((d - r) / d) per element, the share of the directions it stands for."""
 
-    def add_(self, block: Block, rates: Rates, rows: Mapping[str, Tensor], factor: Tensor | None) -> None:
+    def add_(
+        self, weight: Tensor, block: Block, rates: Rates, rows: Mapping[str, Tensor], factor: Tensor | None
+    ) -> None:
         """-lr (s lift(u) + t sqrt((d - r) / d) D_i / rms(D_i))."""
         d, r = block.gradient.shape[1], block.coordinates.shape[1]
         squares = block.gradient.square().sum(1, keepdim=True)
         outside = squares - block.coordinates.square().sum(1, keepdim=True)
         norm = torch.where(outside > _floor(squares), outside, 0).sqrt_()
-        weight = torch.where(norm > 0, (d - r) ** 0.5 / norm, 0).mul_(-rates.lr * rates.residual_scale)
-        inside = block.update.mul_(-rates.lr * rates.scale).sub_(block.coordinates * weight)
-        _add_scaled(block, weight)
-        block.directions.add_lift_(block.weight, inside)
+        factor = torch.where(norm > 0, (d - r) ** 0.5 / norm, 0).mul_(-rates.lr * rates.residual_scale)
+        inside = block.update.mul_(-rates.lr * rates.scale).sub_(block.coordinates * factor)
+        weight.addcmul_(block.gradient, factor)
+        block.directions.add_lift_(weight, inside)
 
 
 class Fira(Residual):
@@ -204,13 +213,15 @@ class Fira(Residual):
         """The limiter's."""
         return _limit(sums[0].sqrt(), state["limiter_norm"])
 
-    def add_(self, block: Block, rates: Rates, rows: Mapping[str, Tensor], factor: Tensor | None) -> None:
+    def add_(
+        self, weight: Tensor, block: Block, rates: Rates, rows: Mapping[str, Tensor], factor: Tensor | None
+    ) -> None:
         """-lr (lift(s u - k c phi g) + c phi A)."""
         assert factor is not None
         phi = _row_scaling(block).mul_(factor)
         inside = block.update.mul_(rates.scale).sub_(block.coordinates * (phi * self._removed(rates)))
-        _add_scaled(block, phi.mul_(-rates.lr))
-        block.directions.add_lift_(block.weight, inside.mul_(-rates.lr))
+        weight.addcmul_(block.gradient, phi.mul_(-rates.lr))
+        block.directions.add_lift_(weight, inside.mul_(-rates.lr))
 
     def _removed(self, rates: Rates) -> float:
         return rates.scale if self.leak else 1.0
@@ -234,10 +245,12 @@ class ApolloRows(Residual):
         """The limiter's."""
         return _limit(sums[0].sqrt(), state["limiter_norm"])
 
-    def add_(self, block: Block, rates: Rates, rows: Mapping[str, Tensor], factor: Tensor | None) -> None:
+    def add_(
+        self, weight: Tensor, block: Block, rates: Rates, rows: Mapping[str, Tensor], factor: Tensor | None
+    ) -> None:
         """-lr s c phi A."""
         assert factor is not None
-        _add_scaled(block, _row_scaling(block).mul_(factor * (-rates.lr * rates.scale)))
+        weight.addcmul_(block.gradient, _row_scaling(block).mul_(factor * (-rates.lr * rates.scale)))
 
 
 class ApolloTensor(Residual):
@@ -260,10 +273,12 @@ class ApolloTensor(Residual):
         scaling = update / (coordinates + _EPS)
         return scaling * _limit(scaling * gradient, state["limiter_norm"])
 
-    def add_(self, block: Block, rates: Rates, rows: Mapping[str, Tensor], factor: Tensor | None) -> None:
+    def add_(
+        self, weight: Tensor, block: Block, rates: Rates, rows: Mapping[str, Tensor], factor: Tensor | None
+    ) -> None:
         """-lr s c A."""
         assert factor is not None
-        _add_scaled(block, factor * (-rates.lr * rates.scale))
+        weight.addcmul_(block.gradient, factor * (-rates.lr * rates.scale))
 
 
 def _outside(block: Block) -> tuple[Tensor, Tensor]:
@@ -282,13 +297,6 @@ def _floor(squares: Tensor) -> Tensor:
 def _row_scaling(block: Block) -> Tensor:
     """phi (b, 1)."""
     return block.update.norm(dim=1, keepdim=True) / (block.coordinates.norm(dim=1, keepdim=True) + _EPS)
-
-
-def _add_scaled(block: Block, factor: Tensor) -> None:
-    if block.weight.dtype == block.gradient.dtype:
-        block.weight.addcmul_(block.gradient, factor)
-    else:
-        block.weight.add_(block.gradient * factor)
 
 
 def _limiter_state(dtype: torch.dtype) -> dict[str, StateTensor]:

@@ -30,7 +30,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from optim.base import MatrixOptimizer, Slot, Traffic, dense_gradient, is_number
+from optim.blocks import row_blocks, widened
 from optim.sharding import StateTensor, local, sharded_dim, sum_over_shards
+from optim.weight_update import decay_of
 
 __all__ = ["SCALE"]
 
@@ -137,8 +139,9 @@ def _sum_of_squares(slot: Slot, direction: Tensor) -> Tensor:
 
 def _apply(slot: Slot, direction: Tensor, square: Tensor) -> None:
     group, weight = slot.group, local(slot.param)
-    inputs = math.prod(slot.param.shape[dim] for dim in _inputs(group, slot.param.ndim))
-    rms = (square / inputs).sqrt().clamp_(min=_SMALLEST_RMS)
-    if group["weight_decay"]:
-        weight.mul_(1 - group["lr"] * group["weight_decay"])
-    weight.addcmul_(direction, -group["lr"] / rms)
+    inputs = _inputs(group, slot.param.ndim)
+    rms = (square / math.prod(slot.param.shape[dim] for dim in inputs)).sqrt().clamp_(min=_SMALLEST_RMS)
+    rate, dtype = -group["lr"] / rms, torch.promote_types(weight.dtype, torch.float32)
+    for rows in row_blocks(weight.shape[0], math.prod(weight.shape[1:]), weight.device):
+        with widened(weight[rows], dtype, decay_of(group)) as block:
+            block.addcmul_(direction[rows], rate if 0 in inputs else rate[rows])

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
+from optim.blocks import row_blocks, widened
 from optim.placements import is_scattered, part_of, work_dim
 
 __all__ = [
@@ -30,7 +31,6 @@ __all__ = [
     "allocate",
     "block_origin",
     "chunk_sizes",
-    "commit",
     "copy_into",
     "decide_on_one_rank",
     "first_column",
@@ -52,6 +52,7 @@ __all__ = [
     "sum_over_shards",
     "take_rows",
     "tall",
+    "tall_weight",
     "turned_numbers",
 ]
 
@@ -470,36 +471,40 @@ def tall(param: Tensor, tensor: Tensor) -> Tensor:
     return torch.cat(_all_to_all(block.split(rows), arriving, info.group), dim=1)
 
 
-def accumulator(param: Tensor, dtype: torch.dtype) -> Tensor:
-    """Tall (m_local, d) tensor to add an update into: a view of the weight where that is one, else zeros of ``dtype``.
-
-    Whatever it is, ``commit`` must follow, and is a collective where ``tall`` is.
-    """
+def tall_weight(param: Tensor) -> Tensor | None:
+    """The weight in memory seen as its tall block (m_local, d); None where it cannot be seen so."""
     info = _shard_info(param)
-    if _is_direct(param, info):
-        weight = local(param)
-        return _tall_view(param, weight.view(weight.shape[0], math.prod(weight.shape[1:])))
+    if (info is not None and _is_turned(param, info)) or not (param.ndim == 2 or local(param).is_contiguous()):
+        return None
+    weight = local(param)
+    return _tall_view(param, weight.view(weight.shape[0], math.prod(weight.shape[1:])))
+
+
+def accumulator(param: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zeros (m_local, d) to sum an update in that ``add_tall`` then adds, where there is no ``tall_weight``."""
+    info = _shard_info(param)
     rows = local(param).shape[0] if projected_dim(param.shape) == 1 else matrix_shape(param.shape)[1]
     if info is not None and _is_turned(param, info):
         rows = _turned_sizes(param, info)[0][info.index]
     return torch.zeros(rows, min(matrix_shape(param.shape)), dtype=dtype, device=local(param).device)
 
 
-def commit(param: Tensor, update: Tensor) -> None:
-    """Bring what was added to an ``accumulator`` into the weight, if it is not there yet."""
-    if not _is_direct(param, _shard_info(param)):
-        add_tall(param, update)
+def add_tall(param: Tensor, update: Tensor, decay: float | Tensor | None = None) -> None:
+    """Add a tall update (m_local, d), laid out as ``tall`` returns it, to the parameter in place; collective alike.
 
-
-def add_tall(param: Tensor, update: Tensor) -> None:
-    """Add a tall update (m_local, d), laid out as ``tall`` returns it, to the parameter in place; collective alike."""
+    The parameter is multiplied by ``decay`` first. A parameter of fewer bits than the update is rounded once.
+    """
     info = _shard_info(param)
     if info is not None and _is_turned(param, info):
         rows, columns = _turned_sizes(param, info)
         arriving = [(height, columns[info.index]) for height in rows]
         update = torch.cat(_all_to_all(update.split(columns, dim=1), arriving, info.group), dim=0)
     weight = local(param)
-    weight.add_(_tall_view(param, update).reshape(weight.shape))
+    update = _tall_view(param, update).reshape(weight.shape)
+    dtype = torch.promote_types(weight.dtype, update.dtype)
+    for part in row_blocks(weight.shape[0], math.prod(weight.shape[1:]), weight.device):
+        with widened(weight[part], dtype, decay) as block:
+            block.add_(update[part])
 
 
 def _flat(block: Tensor) -> Tensor:
@@ -509,11 +514,6 @@ def _flat(block: Tensor) -> Tensor:
 
 def _tall_view(param: Tensor, block: Tensor) -> Tensor:
     return block if projected_dim(param.shape) == 1 else block.mT
-
-
-def _is_direct(param: Tensor, info: _ShardInfo | None) -> bool:
-    """Whether the weight in memory can be seen as its tall block."""
-    return not (info is not None and _is_turned(param, info)) and (param.ndim == 2 or local(param).is_contiguous())
 
 
 def _is_turned(param: Tensor, info: _ShardInfo) -> bool:

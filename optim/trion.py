@@ -45,8 +45,6 @@ from optim.low_rank import resolved_rank
 from optim.orthogonalize import CHUNK_NUMBERS, orthogonalized
 from optim.sharding import (
     StateTensor,
-    accumulator,
-    commit,
     local,
     matrix_shape,
     preferred_shard_dim,
@@ -54,6 +52,7 @@ from optim.sharding import (
     tall,
     turned_numbers,
 )
+from optim.weight_update import WeightUpdate, decay_of
 
 __all__ = ["Trion"]
 
@@ -143,11 +142,10 @@ class Trion(MatrixOptimizer):
             b = [_projected(slot, columns) for slot, columns in zip(chunk, directions, strict=True)]
             o = orthogonalized([slot.param for slot in chunk], b)
             for slot, columns, decaying, update in zip(chunk, directions, b, o, strict=True):
-                if slot.group["weight_decay"] and slot.grad is not None:
-                    local(slot.param).mul_(1 - slot.group["lr"] * slot.group["weight_decay"])
+                decay = decay_of(slot.group) if slot.grad is not None else None
                 rows, width = matrix_shape(slot.param.shape)
                 scale = max(1.0, math.sqrt(rows / width))
-                _add_lifted(slot.param, columns, update * (-slot.group["lr"] * scale))
+                _add_lifted(slot.param, columns, update * (-slot.group["lr"] * scale), decay)
                 _add_lifted(slot.state["momentum"], columns, decaying * (slot.group["momentum"] - 1))
 
     def _choose_columns(self, slots: list[Slot]) -> None:
@@ -191,12 +189,15 @@ def _projected(slot: Slot, directions: Directions) -> Tensor:
     return coordinates
 
 
-def _add_lifted(tensor: Tensor, directions: Directions, coordinates: Tensor) -> None:
-    """Add rows with these coordinates to a weight or to its momentum."""
-    target = accumulator(tensor, coordinates.dtype)
-    for rows in row_blocks(target.shape[0], target.shape[1], target.device):
-        directions.add_lift_(target[rows], coordinates[rows])
-    commit(tensor, target)
+def _add_lifted(
+    tensor: Tensor, directions: Directions, coordinates: Tensor, decay: float | Tensor | None = None
+) -> None:
+    """Add rows with these coordinates to a weight or to its momentum, after the decay of it."""
+    update = WeightUpdate(tensor, coordinates.dtype, decay)
+    for rows in row_blocks(update.shape[0], update.shape[1], tensor.device):
+        with update.rows(rows) as block:
+            directions.add_lift_(block, coordinates[rows])
+    update.finish()
 
 
 def _arithmetic(slot: Slot) -> torch.dtype:

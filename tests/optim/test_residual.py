@@ -63,7 +63,7 @@ def step(
         before = Previous(previous.directions, previous.exp_avg[rows]) if previous is not None else None
         momentum = carried[rows] if carried is not None else None
         coordinates = directions.project(whole)
-        args = (whole, coordinates, update[rows].clone(), directions, weight[rows], momentum, before)
+        args = (whole, coordinates, update[rows].clone(), directions, momentum, before)
         blocks.append((rows, Block(*args)))
     factor = None
     if residual.sums:
@@ -71,7 +71,7 @@ def step(
         assert all(sums.shape == (residual.sums,) for sums in partial)
         factor = residual.factor(torch.stack(partial).sum(0), state)
     for rows, block in blocks:
-        residual.add_(block, rates, rows_of(residual, state, rows), factor)
+        residual.add_(weight[rows], block, rates, rows_of(residual, state, rows), factor)
 
 
 def random_step() -> tuple[Tensor, Tensor, Tensor]:
@@ -238,8 +238,8 @@ def test_what_needs_only_coordinates_reads_no_more() -> None:
             continue
         weight, gradient, update = random_step()
         directions = vectors()
-        block = Block(torch.full_like(gradient, torch.nan), gradient, update.clone(), directions, weight, None, None)
-        residual.add_(block._replace(coordinates=directions.project(gradient)), RATES, {}, None)
+        block = Block(torch.full_like(gradient, torch.nan), gradient, update.clone(), directions, None, None)
+        residual.add_(weight, block._replace(coordinates=directions.project(gradient)), RATES, {}, None)
         assert weight.isfinite().all(), name
 
 
@@ -285,9 +285,9 @@ def test_the_released_fira_leaks_what_its_scale_leaves_of_the_inside(scale: floa
 @pytest.mark.parametrize("name", LIMITED)
 def test_sums_are_those_of_the_scaled_part(name: str) -> None:
     residual, directions = RESIDUALS[name], vectors()
-    weight, gradient, update = random_step()
+    _, gradient, update = random_step()
     g = directions.project(gradient)
-    block = Block(gradient, g, update, directions, weight, None, None)
+    block = Block(gradient, g, update, directions, None, None)
     inside = directions.lift(g)
     expected = {
         "fira": [(phi(update, g) * (gradient - inside)).norm() ** 2],
