@@ -25,10 +25,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from optim.base import MatrixOptimizer, Slot, dense_gradient, is_number
+from optim.base import MatrixOptimizer, Slot, is_number
 from optim.placements import placed_as, reshard, work_copies
 from optim.sharding import laid_out_as, local, sum_over_shards
-from optim.surroundings import without_autocast
+from optim.slot import stored_gradient
+from optim.surroundings import undisturbed
 from optim.wrapped import bare_model, bare_optimizer, is_replicated
 
 __all__ = ["BackwardUpdates", "attach_to_backward"]
@@ -147,7 +148,7 @@ class BackwardUpdates:
             self._squares.clear()
 
     @torch.no_grad()
-    @without_autocast()
+    @undisturbed()
     def _hook(self, param: Tensor) -> None:
         slot = self._slots[param]
         if self._optimizer.has_changed(param):
@@ -245,7 +246,7 @@ def _keep_alone(param: Tensor) -> None:
 
 def _own_gradient(slot: Slot) -> list[Tensor]:
     """This rank's part of the gradient; nothing if there is none."""
-    return [] if slot.grad is None else [local(dense_gradient(slot))]
+    return [] if slot.grad is None else [local(stored_gradient(slot))]
 
 
 def _square_sum(param: Tensor, tensors: list[Tensor]) -> Tensor:

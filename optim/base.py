@@ -29,9 +29,10 @@ from optim.present import PresentParameters, check_gradients, updated_too_early
 from optim.quantization import BITS, as_stored, read, write
 from optim.rounding import store
 from optim.sharding import StateTensor, allocate, first_column, is_distributed, local, max_over_shards
-from optim.slot import Slot, dense_gradient
+from optim.slot import Slot, dense_gradient, stored_gradient
 from optim.state_dict import load
-from optim.surroundings import eagerly, without_autocast
+from optim.surroundings import eagerly, undisturbed
+from optim.torch_arguments import FLAGS, accepting_flags, check_flags, check_rate, is_number, make_plain
 from optim.working_copies import (
     COUNTER,
     Handed,
@@ -120,15 +121,34 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
     converts_state = False
     """Whether ``step_matrices`` reads moments of any type by itself; if not it is handed them in float32 or wider."""
 
+    maximize = False
+    """Whether new groups maximise, unless they say otherwise."""
+
     in_backward: BackwardUpdates | None = None  # of the class, because torch's copies and pickles drop attributes
     _present_parameters: PresentParameters | None = None
 
+    _unlisted: Mapping[str, Any] = {}
+    """Defaults of every group that ``defaults`` does not name."""
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if "__init__" in vars(cls):
+            cls.__init__ = accepting_flags(cls.__init__)  # type: ignore[method-assign]
+
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        everywhere = {"role": None if self.needs_roles else "vector", "weight_layout": "out,in", **SHARED_SETTINGS}
+        role = None if self.needs_roles else "vector"
+        everywhere = {"role": role, "weight_layout": "out,in", "maximize": self.maximize, **SHARED_SETTINGS}
+        # Schedulers that cycle momentum write ``betas`` where ``defaults`` has them, and ``momentum`` only if not.
+        self._unlisted = {key: defaults[key] for key in ("betas",) if "momentum" in defaults}
+        listed = {key: value for key, value in defaults.items() if key not in self._unlisted}
         self._owners: dict[str, str] = {}
-        super().__init__(params, {**everywhere, **defaults})
+        super().__init__(params, {**everywhere, **listed})
         coverage.warn(self, self._owners)
         del self._owners
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As torch's, which leaves out what it does not know."""
+        return {**super().__getstate__(), "_unlisted": self._unlisted}
 
     def __repr__(self) -> str:
         """What each role gets, then torch's list of settings."""
@@ -191,7 +211,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with without_autocast():
+        with undisturbed():
             self._follow_model()
             slots = list(self.slots())
             check_gradients(slots, self._present)
@@ -378,13 +398,20 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
                     "on their state between steps too; leave it as it is, or take another optimizer"
                 )
 
+    @undisturbed()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Check a group and allocate its state; raises ValueError for hyperparameters that do not fit."""
         owners = param_group.pop("modules", ()) if isinstance(param_group, dict) else ()
-        super().add_param_group(points.completed(param_group, self.defaults, len(self.param_groups)))
+        completed = points.completed(make_plain(param_group), self.defaults, len(self.param_groups))
+        for key, value in self._unlisted.items():
+            completed.setdefault(key, value)
+        super().add_param_group(completed)
         group = self.param_groups[-1]
         try:
             _check_group(group, len(self.param_groups) - 1)
+            own = self.defaults.keys() - {"maximize"}
+            flags = {key: group[key] for key in FLAGS if key in group and key not in own}
+            check_flags(flags, f"parameter group {len(self.param_groups) - 1}")
             if not self.takes_stacks:
                 stacks.set_aside(group, type(self).__name__)
             self._check_storage(group)
@@ -442,9 +469,11 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
 
     def slots(self) -> Iterator[Slot]:
         """All parameters with their state, group by group."""
+        unnamed = 0
         for group in self.param_groups:
-            for name, param in _named_parameters(group):
+            for name, param in _named_parameters(group, unnamed):
                 yield Slot(name, param, self.state.get(param, {}), group)  # indexing would make an entry
+            unnamed += len(group["params"])
 
     @property
     def _present(self) -> PresentParameters:
@@ -498,6 +527,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         """
         self.state.clear()
 
+    @undisturbed()
     def ensure_state(self) -> None:
         """Allocate what is missing or no longer fits, after ``defer_state`` and for parameters that were replaced.
 
@@ -506,19 +536,22 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         self._follow_model()
 
     @eagerly
+    @undisturbed()
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's, of the model's present parameters, see ``step``."""
         if self.state:  # deferred state stays deferred
             self._follow_model(if_updated="leave")
         super().zero_grad(set_to_none)
 
+    @undisturbed()
     def state_dict(self) -> dict[str, Any]:
         """As torch's; raises RuntimeError if a framework replaced parameters that had been updated."""
-        if not self.state and not any(is_distributed(slot.param) for slot in self.slots()):
-            return super().state_dict()
-        # torch looks every key of the state up among the parameters of the groups
-        self._follow_model(if_updated="leave")
-        self._wait_for_offloaded()
+        if self.state or any(is_distributed(slot.param) for slot in self.slots()):
+            # torch looks every key of the state up among the parameters of the groups
+            self._follow_model(if_updated="leave")
+            self._wait_for_offloaded()
+        for group in self.param_groups:
+            make_plain(group)  # a scheduler may have written scalars of numpy
         return super().state_dict()
 
     def _wait_for_offloaded(self) -> None:
@@ -526,6 +559,8 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         if torch.cuda.is_available() and any(group["offload_state"] for group in self.param_groups):
             torch.cuda.synchronize()
 
+    @eagerly
+    @undisturbed()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a ``state_dict()`` by the names of parameters, see ``optim.state_dict``; without names, by position.
 
@@ -567,14 +602,15 @@ def _is_updated(state: Mapping[str, Tensor]) -> bool:
 
 def _is_plain(slot: Slot) -> bool:
     """Whether AdamW may work on it in place: in one type, which the fused kernel rounds once or which needs none."""
-    tensors = [local(slot.param), local(slot.state["exp_avg"]), local(dense_gradient(slot))]
+    tensors = [local(slot.param), local(slot.state["exp_avg"]), local(stored_gradient(slot))]
     is_wide = slot.param.dtype.itemsize >= torch.float32.itemsize
     one_type = len({tensor.dtype for tensor in tensors}) == 1
     return one_type and COUNTER not in slot.state and (is_wide or all(tensor.is_contiguous() for tensor in tensors))
 
 
-def _named_parameters(group: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
+def _named_parameters(group: dict[str, Any], first: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Parameters with their names, or numbers that count from ``first``."""
+    names = group.get("param_names") or [f"parameter {first + i}" for i in range(len(group["params"]))]
     yield from zip(names, group["params"], strict=True)
 
 
@@ -593,8 +629,13 @@ def _check_group(group: dict[str, Any], index: int) -> None:
         )
     for key in ("lr", "weight_decay", "eps"):
         value = group[key]
-        if not isinstance(value, Tensor) and not (is_number(value) and value >= 0):
-            raise ValueError(f"parameter group {index} has {key}={value!r}; expected a number >= 0")
+        if not check_rate(value):
+            raise ValueError(f"parameter group {index} has {key}={value!r}; expected a number >= 0, or a tensor of one")
+    for name, param in _named_parameters(group):
+        if param.is_complex():
+            raise ValueError(
+                f"{name!r} is complex ({param.dtype}); expected real numbers: train torch.view_as_real of it"
+            )
     for key in ("stochastic_rounding", "offload_state"):
         if not isinstance(group[key], bool):
             raise ValueError(f"parameter group {index} has {key}={group[key]!r}; expected True or False")
@@ -618,8 +659,3 @@ def _check_not_flattened(name: str, param: Tensor, group: dict[str, Any]) -> Non
             f"{name!r} has role 'matrix', and what replaced it has shape {tuple(param.shape)}: the framework flattens "
             "parameters, as DeepSpeed and FSDP1 do; shard with FSDP2 (fully_shard) instead"
         )
-
-
-def is_number(value: Any) -> bool:
-    """An int or float, not a bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -60,10 +60,15 @@ def newton_schulz(X: Tensor) -> Tensor:
     return Y.to(X.dtype)
 
 
-def gram_polynomial(gram: Tensor, steps: int = _STEPS) -> Tensor:
-    """P such that X P is X orthogonalized, from X^T X (..., d, d), summed over all rows; 0 rows stay 0."""
+def gram_polynomial(gram: Tensor, steps: int = _STEPS, *, unit: float = 1.0) -> Tensor:
+    """P such that X P is X orthogonalized, from X^T X (..., d, d), summed over all rows; 0 rows stay 0.
+
+    ``unit``: X is in multiples of 1 / unit, so that the smallest norm is too.
+    """
     a, b, c = _COEFFICIENTS
-    inverse_norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=_SMALLEST_NORM**2).rsqrt()[..., None, None]
+    inverse_norm = (
+        gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=(_SMALLEST_NORM * unit) ** 2).rsqrt()[..., None, None]
+    )
     A = (gram + gram.mT).mul_(0.5 * inverse_norm.square())
     P = inverse_norm
     for step in range(steps):
@@ -75,10 +80,10 @@ def gram_polynomial(gram: Tensor, steps: int = _STEPS) -> Tensor:
     return P
 
 
-def orthogonalized(params: Sequence[Tensor], blocks: Sequence[Tensor]) -> list[Tensor]:
+def orthogonalized(params: Sequence[Tensor], blocks: Sequence[Tensor], *, unit: float = 1.0) -> list[Tensor]:
     """Rows (m_local, d) of each orthogonalized matrix, from the rows ``tall`` gave of it; one all-reduce.
 
-    Every rank must call this with the same parameters in the same order.
+    Every rank must call this with the same parameters in the same order. ``unit``: what the rows were multiplied by.
     """
     results: list[Tensor] = list(blocks)
     with _without_tf32():
@@ -87,7 +92,8 @@ def orthogonalized(params: Sequence[Tensor], blocks: Sequence[Tensor]) -> list[T
         for i, gram in enumerate(grams):
             sizes.setdefault((gram.shape[-1], gram.dtype), []).append(i)
         for members in sizes.values():
-            for i, polynomial in zip(members, gram_polynomial(torch.stack([grams[i] for i in members])), strict=True):
+            polynomials = gram_polynomial(torch.stack([grams[i] for i in members]), unit=unit)
+            for i, polynomial in zip(members, polynomials, strict=True):
                 results[i] = blocks[i] @ polynomial
     return results
 

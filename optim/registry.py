@@ -18,6 +18,7 @@ from optim.relora import ReLoRA
 from optim.riemannian import RiemannianAdamW
 from optim.scale import SCALE
 from optim.sst import SST
+from optim.torch_arguments import FLAGS
 from optim.trion import Trion
 from optim.welore_adamw import WeLoreAdamW
 
@@ -66,7 +67,7 @@ def check_arguments(name: str, arguments: Iterable[str]) -> None:
     """Raise ValueError, with the valid list, for an argument that the optimizer does not take."""
     valid = [*_arguments(find(name)), *SHARED_SETTINGS]
     for argument in arguments:
-        if argument not in valid:
+        if argument not in (*valid, *FLAGS):
             raise ValueError(f"optimizer {name!r} takes no argument {argument!r}; {_suggestion(argument, valid)}")
 
 
@@ -83,7 +84,8 @@ def create(
     Args:
         name: one of ``names()``.
         model: a module (its groups are made by ``param_groups``) or parameter groups.
-        arguments: the class's own, ``lr`` among them; and, for all groups, those of ``optim.base.SHARED_SETTINGS``.
+        arguments: the class's own, ``lr`` among them; and, for all groups, those of ``optim.base.SHARED_SETTINGS``;
+            the flags of torch's optimizers (``foreach=False`` and so on; ``maximize=True`` works).
 
     Raises:
         ValueError: unknown name or argument, or one that does not fit the parameters.

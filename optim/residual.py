@@ -150,6 +150,8 @@ class ErrorFeedback(Residual):
             block.previous.directions.add_lift_(error, block.previous.exp_avg * share)
         block.directions.add_lift_(error, -lost)
         if self.codec is None:
+            if rows["error_feedback"].dtype == torch.float16:  # of a long row of large gradients, above 65504
+                error.clamp_(*(sign * torch.finfo(torch.float16).max for sign in (-1, 1)))
             rows["error_feedback"].copy_(error)
         else:
             codes, scale = self.codec.encode(error)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Slot", "dense_gradient"]
+__all__ = ["Slot", "dense_gradient", "stored_gradient"]
 
 
 class Slot(NamedTuple):
@@ -28,7 +28,16 @@ class Slot(NamedTuple):
 
 
 def dense_gradient(slot: Slot) -> Tensor:
-    """The parameter's gradient, which must exist; raises ValueError if it is sparse."""
+    """The gradient to descend along, which must exist; raises ValueError if it is sparse.
+
+    It is the parameter's own, or a copy turned round where the group is to ``maximize``.
+    """
+    grad = stored_gradient(slot)
+    return grad.neg() if slot.group.get("maximize") else grad
+
+
+def stored_gradient(slot: Slot) -> Tensor:
+    """The parameter's gradient itself, which must exist; raises ValueError if it is sparse."""
     grad = slot.grad
     assert grad is not None
     if grad.is_sparse:

@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from optim.sharding import StateTensor, chunk_sizes, local, sharded_dim
-from optim.slot import Slot, dense_gradient
+from optim.slot import Slot, stored_gradient
 
 __all__ = ["LAYOUTS", "has_own_matrices", "is_taken_apart", "leading", "matrix_like", "parts", "set_aside", "stacked"]
 
@@ -85,7 +85,7 @@ def has_own_matrices(slot: Slot) -> bool:
 def parts(slot: Slot) -> Iterator[Slot]:
     """The matrices of a weight that this rank has a part of; what is written into them is written into the weight."""
     count, transposed = leading(slot.param.shape, slot.group), slot.group["weight_layout"] == "in,out"
-    param, gradient = slot.param.detach(), None if slot.grad is None else dense_gradient(slot)
+    param, gradient = slot.param.detach(), None if slot.grad is None else stored_gradient(slot)
     sizes, origin = local(param).shape[:count], _origin(param, count)
     for index in itertools.product(*map(range, sizes)):
         matrix = _matrix(param, index, transposed=transposed, replicas=True)

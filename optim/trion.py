@@ -57,6 +57,10 @@ from optim.weight_update import WeightUpdate, decay_of
 __all__ = ["Trion"]
 
 
+_UNIT = 2.0**-16
+"""b is multiplied by it, which is exact, so that the squares in b^T b stay in the range of float32 up to 1e23."""
+
+
 class Trion(MatrixOptimizer):
     """Low-rank Muon on matrices, in columns of the discrete cosine transform; AdamW on all else.
 
@@ -134,19 +138,19 @@ class Trion(MatrixOptimizer):
         for slot in slots:
             slot.state["step"] += 1
             if slot.grad is not None:
-                local(slot.state["momentum"]).add_(local(dense_gradient(slot)))  # B, in the place of M
+                _add_gradient(local(slot.state["momentum"]), local(dense_gradient(slot)))
         self._choose_columns(slots)
         coordinates = [max(matrix_shape(slot.param.shape)) * slot.state["basis_index"].numel() for slot in slots]
         for chunk in chunks(slots, coordinates, CHUNK_NUMBERS):
             directions = [_directions(slot) for slot in chunk]
             b = [_projected(slot, columns) for slot, columns in zip(chunk, directions, strict=True)]
-            o = orthogonalized([slot.param for slot in chunk], b)
+            o = orthogonalized([slot.param for slot in chunk], b, unit=_UNIT)
             for slot, columns, decaying, update in zip(chunk, directions, b, o, strict=True):
                 decay = decay_of(slot.group) if slot.grad is not None else None
                 rows, width = matrix_shape(slot.param.shape)
                 scale = max(1.0, math.sqrt(rows / width))
                 _add_lifted(slot.param, columns, update * (-slot.group["lr"] * scale), decay)
-                _add_lifted(slot.state["momentum"], columns, decaying * (slot.group["momentum"] - 1))
+                _add_lifted(slot.state["momentum"], columns, decaying * ((slot.group["momentum"] - 1) / _UNIT))
 
     def _choose_columns(self, slots: list[Slot]) -> None:
         """The r strongest columns of every matrix; the old ones while there is no momentum at all."""
@@ -158,6 +162,14 @@ class Trion(MatrixOptimizer):
             index = slot.state["basis_index"]
             chosen = _column_basis(slot.group).choose(total, total.numel(), index.numel(), 0)["basis_index"]
             index.copy_(torch.where(total.sum() > 0, chosen, index))
+
+
+def _add_gradient(momentum: Tensor, gradient: Tensor) -> None:
+    """B, in the place of M. It may be as long as 1 / (1 - mu) gradients: in float16 it stops at the largest number."""
+    momentum.add_(gradient)
+    if momentum.dtype == torch.float16:
+        largest = torch.finfo(momentum.dtype).max
+        momentum.copy_(torch.where(gradient.isfinite(), momentum.clamp(-largest, largest), momentum))
 
 
 def _column_basis(group: dict[str, Any]) -> ColumnBasis:
@@ -181,11 +193,11 @@ def _momentum(slot: Slot) -> Tensor:
 
 
 def _projected(slot: Slot, directions: Directions) -> Tensor:
-    """b (m_local, r)."""
+    """b (m_local, r), multiplied by the unit."""
     momentum, r = _momentum(slot), slot.state["basis_index"].numel()
     coordinates = torch.empty(momentum.shape[0], r, dtype=_arithmetic(slot), device=momentum.device)
     for rows in row_blocks(momentum.shape[0], momentum.shape[1], momentum.device):
-        coordinates[rows] = directions.project(momentum[rows].to(coordinates.dtype))
+        coordinates[rows] = directions.project(momentum[rows].to(coordinates.dtype)).mul_(_UNIT)
     return coordinates
 
 

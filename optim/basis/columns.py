@@ -24,7 +24,17 @@ from torch import Tensor
 from optim.basis.base import Basis, Directions, Moments
 from optim.sharding import StateTensor
 
-__all__ = ["ColumnBasis", "FixedMatrix", "index_layout", "match_columns"]
+__all__ = ["ColumnBasis", "FixedMatrix", "energy_", "index_layout", "match_columns"]
+
+
+_UNIT = 2.0**-16
+"""Coordinates are multiplied by it before they are squared, which is exact: in float32 squares of 1e20 would be
+infinite, and choose nothing. Gradients below 1e-18 count as 0 instead."""
+
+
+def energy_(coordinates: Tensor, ranking: Literal["l1", "l2"]) -> Tensor:
+    """Energy (d,) of columns from coordinates (b, d), which are overwritten; squares in units of 2^32."""
+    return (coordinates.mul_(_UNIT).square_() if ranking == "l2" else coordinates.abs_()).sum(0)
 
 
 class FixedMatrix(ABC):
@@ -36,7 +46,10 @@ class FixedMatrix(ABC):
 
     @abstractmethod
     def energies(self, rows: Tensor, ranking: Literal["l1", "l2"]) -> Tensor:
-        """Sum over rows (m, d) of the squares (l2) or absolute values (l1) of every column of G Q, (d,)."""
+        """Sum over rows (m, d) of the squares (l2) or absolute values (l1) of every column of G Q, (d,).
+
+        They are those of ``energy_``, in its unit.
+        """
 
     @abstractmethod
     def columns(self, index: Tensor, d: int, like: Tensor) -> Directions:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 
 from optim.basis.base import Directions
-from optim.basis.columns import FixedMatrix
+from optim.basis.columns import FixedMatrix, energy_
 from optim.basis.directions import Vectors
 from optim.blocks import row_blocks
 
@@ -42,7 +42,7 @@ class Hadamard(FixedMatrix):
         total = rows.new_zeros(d)
         for block in row_blocks(rows.shape[0], d, rows.device):
             coordinates = rows[block] @ matrix.mT
-            total += (coordinates.square_() if ranking == "l2" else coordinates.abs_()).sum(0)
+            total += energy_(coordinates, ranking)
         return total
 
     def columns(self, index: Tensor, d: int, like: Tensor) -> Directions:

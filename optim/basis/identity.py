@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from optim.basis.base import Basis, Directions, Moments
-from optim.basis.columns import FixedMatrix, index_layout, match_columns
+from optim.basis.columns import FixedMatrix, energy_, index_layout, match_columns
 from optim.basis.directions import Columns
 from optim.sharding import StateTensor
 
@@ -21,7 +21,7 @@ class Identity(FixedMatrix):
 
     def energies(self, rows: Tensor, ranking: Literal["l1", "l2"]) -> Tensor:
         """Of the columns as they are."""
-        return rows.square().sum(0) if ranking == "l2" else rows.abs().sum(0)
+        return energy_(rows.clone(), ranking)
 
     def columns(self, index: Tensor, d: int, like: Tensor) -> Directions:
         """A selection."""
