@@ -101,7 +101,7 @@ def test_maximize_of_one_group_is_saved_with_it(name: str) -> None:
 
 
 @every_optimizer
-@pytest.mark.parametrize("lr", [torch.tensor(-1e-3), torch.tensor([1e-3, 1e-3]), torch.tensor(torch.nan), torch.inf])
+@pytest.mark.parametrize("lr", [torch.tensor(-1e-3), torch.tensor([1e-3, 1e-3]), torch.tensor(torch.nan)])
 def test_a_rate_that_is_none_is_refused_at_once(name: str, lr: Any) -> None:
     with pytest.raises(ValueError, match=r"parameter group 0 has lr=.*; expected a number >= 0, or a tensor of one"):
         made(name, lr=lr)
@@ -168,13 +168,17 @@ def test_large_gradients_leave_finite_weights(name: str, dtype: torch.dtype, siz
 
 @every_optimizer
 def test_groups_without_names_and_a_default_device_without_numbers(name: str) -> None:
-    model, optimizer = made(name)
+    def unnamed_groups(model: nn.Module) -> list[dict[str, Any]]:
+        if optim.find(name).layers is not None:  # layers are found by name
+            return optim.param_groups(model)
+        return [{**group, "params": [param for _, param in group["params"]]} for group in optim.param_groups(model)]
+
+    torch.manual_seed(0)
+    model = prepare(name, MixedModel())
+    optimizer = build(name, unnamed_groups(model))
     torch.manual_seed(0)
     twin = prepare(name, MixedModel())
-    keep_names = optim.find(name).layers is not None  # whose layers are found by name
-    groups = optim.param_groups(twin)
-    if not keep_names:
-        groups = [{**group, "params": [param for _, param in group["params"]]} for group in groups]
+    groups = unnamed_groups(twin)
     torch.set_default_device("meta")
     try:
         other = build(name, groups)
