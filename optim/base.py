@@ -407,6 +407,9 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
             completed.setdefault(key, value)
         super().add_param_group(completed)
         group = self.param_groups[-1]
+        for key, value in self.defaults.items():
+            if isinstance(value, Tensor) and group[key] is value:
+                group[key] = value.clone()  # a scheduler that writes one group must not write all
         try:
             _check_group(group, len(self.param_groups) - 1)
             own = self.defaults.keys() - {"maximize"}
@@ -631,6 +634,9 @@ def _check_group(group: dict[str, Any], index: int) -> None:
         value = group[key]
         if not check_rate(value):
             raise ValueError(f"parameter group {index} has {key}={value!r}; expected a number >= 0, or a tensor of one")
+    if len(set(group["params"])) < len(group["params"]):
+        name = next(key for key, param in _named_parameters(group) if sum(param is p for p in group["params"]) > 1)
+        raise ValueError(f"parameter group {index} has {name!r} as a duplicate of another entry; expected it once")
     for name, param in _named_parameters(group):
         if param.is_complex():
             raise ValueError(

@@ -197,10 +197,13 @@ def _structural_objection(
 
 def _as_tensors(state: Mapping[str, Any]) -> Saved:
     """One parameter's saved state; torch's older versions and some scripts have Python numbers in it."""
-    return {
+    tensors = {
         key: value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
         for key, value in state.items()
     }
+    if "step" in tensors and tensors["step"].numel() == 1:
+        tensors["step"] = tensors["step"].reshape(())
+    return tensors
 
 
 def _check_state(slot: Slot, saved: Mapping[str, Tensor]) -> None:

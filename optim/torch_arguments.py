@@ -48,7 +48,11 @@ def plain(value: Any) -> Any:
 
 
 def make_plain(group: dict[str, Any]) -> dict[str, Any]:
-    """The same group with its values made plain, in place."""
+    """The same group with its values made plain, in place; raises TypeError for what is no group."""
+    if not isinstance(group, dict):
+        raise TypeError(
+            f"a parameter group must be a dict, with its parameters as 'params'; got a {type(group).__name__}"
+        )
     for key, value in group.items():
         if key not in ("params", "param_names"):
             group[key] = plain(value)
