@@ -110,9 +110,9 @@ def test_products_are_full_float32_and_the_users_choice_comes_back(
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     inside = []
 
-    def spy(gram: Tensor) -> Tensor:
+    def spy(gram: Tensor, *, unit: float) -> Tensor:
         inside.extend(backend.fp32_precision for backend in backends)
-        return gram_polynomial(gram)
+        return gram_polynomial(gram, unit=unit)
 
     monkeypatch.setattr("optim.orthogonalize.gram_polynomial", spy)
     X = with_spectrum(SPECTRA["flat"], 200).float()
