@@ -412,7 +412,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
                 group[key] = value.clone()  # a scheduler that writes one group must not write all
         try:
             _check_group(group, len(self.param_groups) - 1)
-            own = self.defaults.keys() - {"maximize"}
+            own = {*self.defaults, *({"amsgrad"} if group["role"] == "points" else ())} - {"maximize"}
             flags = {key: group[key] for key in FLAGS if key in group and key not in own}
             check_flags(flags, f"parameter group {len(self.param_groups) - 1}")
             if not self.takes_stacks:

@@ -188,7 +188,7 @@ def test_state_is_one_average_and_a_step_count() -> None:
     ("arguments", "message"),
     [
         ({"momentum": 1.0}, r"momentum=1\.0 for 'matrix_1x8\.weight'; expected a number in \[0, 1\)"),
-        ({"momentum": float("nan")}, r"momentum=nan for"),
+        ({"momentum": float("nan")}, r"parameter group 0 has momentum=nan; expected a finite number"),
         ({"adjust_lr": "rms"}, r"adjust_lr='rms' for 'matrix_1x8\.weight'; expected one of original, match_rms_adamw"),
     ],
 )

@@ -494,7 +494,7 @@ class GeooptModel(nn.Module):
     def __init__(self, manifold: Any) -> None:
         super().__init__()
         self.points = geoopt.ManifoldParameter(points_of(("lorentz", 1.0), 6, 4), manifold=manifold)
-        self.linear = nn.Linear(4, 3, dtype=torch.float64)
+        self.linear = nn.Linear(4, 5, dtype=torch.float64)
 
 
 def roles_of(model: nn.Module) -> Iterator[tuple[str, str, Any]]:

@@ -811,8 +811,10 @@ def test_settings_of_the_allocation_are_the_same_in_all_groups() -> None:
 def test_every_matrix_has_a_name_of_its_own() -> None:
     model = Three()
     WeLoreAdamW([{"params": [model.a, model.b, model.c], "role": "matrix"}])
-    with pytest.raises(ValueError, match=r"2 parameters are called 'parameter 0'; .*optim\.param_groups\(model\)"):
-        WeLoreAdamW([{"params": [model.a, model.b], "role": "matrix"}, {"params": [model.c], "role": "vector"}])
+    WeLoreAdamW([{"params": [model.a, model.b], "role": "matrix"}, {"params": [model.c], "role": "vector"}])
+    twice = [("w", model.a)], [("w", model.b)]
+    with pytest.raises(ValueError, match=r"2 parameters are called 'w'; .*optim\.param_groups\(model\)"):
+        WeLoreAdamW([{"params": named, "role": role} for named, role in zip(twice, ("matrix", "vector"), strict=True)])
 
 
 def test_a_model_without_matrices_is_adamw() -> None:
