@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Callable
 
@@ -15,6 +14,7 @@ try:
     from lowrank_train.memory_benchmark import measure_memory
     from lowrank_train.tree_benchmark import measure_tree
     from optim.__main__ import main as list_optimizers
+    from optim.suggestion import suggestion
 except ModuleNotFoundError as error:
     if error.name not in ("lowrank_train", "optim"):
         raise
@@ -125,9 +125,7 @@ def help_text() -> str:
 def _find(command: str) -> Callable[[list[str]], None]:
     if command in COMMANDS:
         return COMMANDS[command]
-    close = difflib.get_close_matches(command, COMMANDS, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise UserError(f"unknown command {command!r}; {hint}expected one of {', '.join(COMMANDS)}")
+    raise UserError(f"unknown command {command!r}; {suggestion(command, COMMANDS)}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from lowrank_train.adapter_budget import RankBudget
 from lowrank_train.adapter_data import prepare, prepare_adapter
 from lowrank_train.adapter_names import adapter_config, import_peft
 from lowrank_train.config import AdapterConfig
-from lowrank_train.errors import UserError
+from lowrank_train.errors import UserError, first_line
 from lowrank_train.parallel import Ranks
 
 __all__ = ["AdaptedModel", "adapt"]
@@ -122,7 +122,7 @@ def adapt(
         except UserError:
             raise
         except Exception as error:  # peft checks shapes and arguments by raising many kinds
-            raise UserError(f"adapter.name={settings.name}: {_first_line(error)}") from None
+            raise UserError(f"adapter.name={settings.name}: {first_line(error)}") from None
     for param in model.parameters():
         param.data = param.data.to(dtype)
     buffers = {name: b for name, b in model.named_buffers() if name not in present and b.is_floating_point()}
@@ -250,7 +250,3 @@ def _on_meta(wrapper: Any) -> Any:
     """A copy that has the same shapes and no weights; buffers and what else peft keeps are copied."""
     memo = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in wrapper.parameters()}
     return copy.deepcopy(wrapper, memo)  # type: ignore[arg-type]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from lowrank_train.adapted_model import AdaptedModel, changes_frozen_weights
 from lowrank_train.checkpoint import whole_state
 from lowrank_train.compressed_folder import save_model
-from lowrank_train.errors import UserError
+from lowrank_train.errors import UserError, first_line
 from lowrank_train.export_files import save_tokenizer
 from lowrank_train.finite import name_not_finite
 from lowrank_train.parallel import Ranks
@@ -63,7 +63,7 @@ def export_adapter(
                 try:
                     merged = wrapper.merge_and_unload(safe_merge=True)
                 except (NotImplementedError, ValueError, AttributeError, TypeError) as error:
-                    return (str(error).splitlines() or [type(error).__name__])[0]
+                    return first_line(error)
             save_model(merged.to(trained), run_folder / "huggingface", source=source, dtype=dtype)
             save_tokenizer(tokenizer, run_folder / "huggingface")
         except UserError:  # says itself what to do

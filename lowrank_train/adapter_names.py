@@ -6,7 +6,6 @@ under, in lower case. peft is imported only by those who ask for an adapter.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import math
@@ -19,6 +18,7 @@ from torch import nn
 from lowrank_train.config import AdapterConfig
 from lowrank_train.errors import UserError
 from lowrank_train.layer_choice import linear_layers
+from optim.suggestion import suggestion
 
 __all__ = ["adapter_arguments", "adapter_config", "adapter_names", "describe_adapters", "import_peft"]
 
@@ -105,7 +105,7 @@ def adapter_arguments(name: str) -> dict[str, Any]:
     if name in _REFUSED:
         raise UserError(f"adapter.name={name} cannot be trained by a run: {_REFUSED[name]}")
     if name not in adapter_names():
-        raise UserError(f"unknown adapter {name!r}; {_suggestion(name, adapter_names())}")
+        raise UserError(f"unknown adapter {name!r}; {suggestion(name, adapter_names())}")
     parameters = inspect.signature(_class(name)).parameters
     return {key: parameter.default for key, parameter in parameters.items() if key not in _ours()}
 
@@ -126,7 +126,7 @@ def adapter_config(settings: AdapterConfig, model: nn.Module | None = None, step
     known = adapter_arguments(name)
     for key in settings.arguments:
         if key not in known:
-            raise UserError(f"adapter {name!r} takes no argument {key!r}; {_suggestion(key, list(known))}")
+            raise UserError(f"adapter {name!r} takes no argument {key!r}; {suggestion(key, list(known))}")
     if settings.arguments.get("use_asa"):
         raise UserError("adapter.arguments.use_asa=true: a run does not update that budget of subspaces; leave it out")
     arguments = {**_fixed(name), **_ranked(name, settings, known), **settings.arguments}
@@ -197,7 +197,7 @@ def _made(cls: Any, arguments: Mapping[str, Any], where: str) -> Any:
     known = list(inspect.signature(cls).parameters)
     for key in arguments:
         if key not in known:
-            raise UserError(f"unknown key {where}.{key}; {_suggestion(str(key), known)}")
+            raise UserError(f"unknown key {where}.{key}; {suggestion(str(key), known)}")
     return cls(**arguments)
 
 
@@ -219,8 +219,3 @@ def _registered() -> dict[str, Any]:
 def _ours() -> set[str]:
     """Arguments every configuration has, about the file rather than the adapter."""
     return set(inspect.signature(import_peft().PeftConfig).parameters)
-
-
-def _suggestion(got: str, valid: list[str]) -> str:
-    close = difflib.get_close_matches(got, valid, n=1)
-    return (f"did you mean {close[0]!r}? " if close else "") + f"expected one of {', '.join(valid)}"

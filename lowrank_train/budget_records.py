@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_train.config import Config
-from lowrank_train.json_files import read_mapping
+from lowrank_train.json_files import mapping_or_empty
 
 __all__ = ["StepTime", "step_time"]
 
@@ -33,18 +33,11 @@ def step_time(run: Config, world_size: int, folder: Path) -> StepTime | None:
     found = [path for path in folder.glob("**/record.json") if path.is_file()]
     for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
-            record = read_mapping(path, "delete it")
+            record = mapping_or_empty(path)
             if record["world_size"] == world_size and _work(record["config"]) == _work(asdict(run)):
                 seconds = run.tokens_per_step / record["tokens_per_second"]
                 return StepTime(seconds, str(record["provenance"]["device"]), str(path))
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            ZeroDivisionError,
-        ):  # not a record of this version
+        except (KeyError, TypeError, AttributeError, ZeroDivisionError):  # not a record of this version
             continue
     return None
 

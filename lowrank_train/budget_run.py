@@ -6,7 +6,6 @@ and the allocator take for themselves is not predicted: leave some headroom.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -25,6 +24,7 @@ from lowrank_train.memory_terms import Fixed, StepMemory, fixed, predict
 from lowrank_train.run import check_settings, unsharded
 from lowrank_train.settings import key_help, setting
 from lowrank_train.units import parse_bytes, show_bytes
+from optim.suggestion import suggestion
 from optim.table import aligned
 
 __all__ = ["BudgetConfig", "Fit", "Outcome", "explain", "help_text", "load_budget", "measured_against", "solve"]
@@ -440,10 +440,8 @@ def _sizes(names: Sequence[str]) -> list[str]:
         elif name in models.SIZES or Path(name, "config.json").is_file():
             found.append(name)
         else:
-            known = [*sorted(families), *models.SIZES]
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise UserError(f"unknown model {name!r}; {hint}expected one of {', '.join(known)}, or a model's folder")
+            known = suggestion(name, [*sorted(families), *models.SIZES], ", or a model's folder")
+            raise UserError(f"unknown model {name!r}; {known}")
     return found
 
 

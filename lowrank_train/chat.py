@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from lowrank_train.errors import UserError
+from lowrank_train.errors import UserError, first_line
 from lowrank_train.labels import unlabelled
 from lowrank_train.text_rows import PLACE
 
@@ -171,7 +171,7 @@ def _rendered(render: Callable[[], Any], chat: Chat) -> Any:
     try:
         return render()
     except Exception as error:  # templates raise whatever they like
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"the tokenizer's chat template refuses the chat {_short(chat.content)}: {reason}") from None
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from lowrank_train.chat import COLUMNS
 from lowrank_train.data_config import DataConfig
 from lowrank_train.errors import UserError
+from lowrank_train.json_files import mapping_or_empty
 from lowrank_train.text_files import find_files
 from lowrank_train.text_rows import kind_of, rows
 
@@ -45,8 +45,6 @@ def _first(file: Path, column: str) -> object:
 
 
 def _recorded(record: Path) -> str | None:
-    try:
-        found = json.loads(record.read_text())["settings"]["data.messages_key"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    settings = mapping_or_empty(record).get("settings")
+    found = settings.get("data.messages_key") if isinstance(settings, dict) else None
     return found if isinstance(found, str) else None

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_train.checkpoint_files import read_index
-from lowrank_train.checksums import CHECKSUMS, damage_in, has_checksums
-from lowrank_train.errors import UserError
+from lowrank_train.checksums import damage_in, has_checksums, unverified
+from lowrank_train.disk import write_failure
+from lowrank_train.errors import UserError, type_and_line
 from lowrank_train.json_files import read_mapping
 from lowrank_train.parallel import Ranks
 
@@ -22,7 +23,6 @@ __all__ = [
     "find_checkpoint",
     "last_good",
     "read_about",
-    "unverified",
     "write_about",
 ]
 
@@ -100,11 +100,6 @@ def find_checkpoint(resume: str, folder: Path) -> Path | None:
     return path
 
 
-def unverified(path: Path) -> list[str]:
-    """A note on a checkpoint of an earlier version, whose damage would not be noticed; empty for others."""
-    return [] if has_checksums(path) else [f"{path} has no {CHECKSUMS}; damage in it would not be noticed"]
-
-
 def read_about(path: Path) -> dict[str, Any]:
     """The plain facts beside a checkpoint. Raises UserError if they cannot be read."""
     return read_mapping(path / "about.json", f"delete {path}, and resume from the checkpoint before")
@@ -116,9 +111,7 @@ def write_about(scratch: Path, about: dict[str, Any]) -> None:
         scratch.mkdir(parents=True)
         (scratch / "about.json").write_text(json.dumps(about, indent=2))
     except OSError as error:
-        raise UserError(
-            f"cannot write to {scratch.parent}: {error}; {last_good(scratch.parent)}; free space and resume"
-        ) from None
+        raise write_failure("a checkpoint", scratch.parent, str(error), last_good(scratch.parent)) from None
 
 
 def delete_checkpoint(path: Path) -> None:
@@ -141,7 +134,7 @@ def error_cause(error: BaseException) -> str:
     """The first rank's reason inside a CheckpointException; the error itself otherwise."""
     failures = list(getattr(error, "failures", {}).values())
     reason = failures[0][0] if failures else error
-    return f"{type(reason).__name__}: {(str(reason).splitlines() or [''])[0]}"
+    return type_and_line(reason)
 
 
 def _problem(path: Path, ranks: Ranks) -> str | None:

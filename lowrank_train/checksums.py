@@ -6,14 +6,15 @@ damage; it does not prove who wrote a file.
 
 from __future__ import annotations
 
-import os
 import re
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-__all__ = ["CHECKSUMS", "FileChecksum", "damage_in", "has_checksums", "write_checksums"]
+from lowrank_train.small_files import write_text
+
+__all__ = ["CHECKSUMS", "FileChecksum", "damage_in", "has_checksums", "unverified", "write_checksums"]
 
 CHECKSUMS = "checksums.txt"
 """Name of the file that holds them."""
@@ -48,7 +49,7 @@ def write_checksums(folder: Path, known: Iterable[FileChecksum] = ()) -> None:
 
     Args:
         folder: complete, and not written to any more.
-        known: checksums that whoever wrote a file has taken already.
+        known: checksums that were taken when the files were written.
 
     Raises:
         OSError: a file cannot be read, or the checksums cannot be written.
@@ -57,15 +58,17 @@ def write_checksums(folder: Path, known: Iterable[FileChecksum] = ()) -> None:
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     checksums = [taken.get(name) or FileChecksum.of(folder, name) for name in names if name != CHECKSUMS]
     lines = [_HEAD.format(len(checksums)), *(f"{c.crc32:08x} {c.size} {c.name}" for c in checksums)]
-    with (folder / CHECKSUMS).open("w", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    write_text(folder / CHECKSUMS, "\n".join(lines) + "\n")
 
 
 def has_checksums(folder: Path) -> bool:
     """Whether the files of a folder can be verified; earlier versions wrote no checksums."""
     return (folder / CHECKSUMS).is_file()
+
+
+def unverified(folder: Path) -> list[str]:
+    """Return a note on a folder of an earlier version, whose damage would not be noticed; empty for others."""
+    return [] if has_checksums(folder) else [f"{folder} has no {CHECKSUMS}; damage in it would not be noticed"]
 
 
 def damage_in(folder: Path, *, rank: int = 0, world_size: int = 1) -> str | None:

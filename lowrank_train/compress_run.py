@@ -19,7 +19,7 @@ from lowrank_train.calibration import input_energies, input_moments, outlier_sha
 from lowrank_train.compress_report import Compression, write_report
 from lowrank_train.compressed_folder import is_compressed, save_model
 from lowrank_train.config import ParallelConfig
-from lowrank_train.errors import UserError
+from lowrank_train.errors import UserError, first_line
 from lowrank_train.export_files import save_tokenizer
 from lowrank_train.json_files import read_mapping
 from lowrank_train.layer_choice import BLOCK_MATRICES, linear_layers
@@ -371,7 +371,7 @@ def _tokenizer(folder: Path) -> Any:
     try:
         return read_tokenizer(folder)
     except Exception as error:  # the readers raise many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"cannot load the tokenizer in {folder}: {reason}; put the model's own there") from None
 
 

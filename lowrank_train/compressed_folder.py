@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from lowrank_train.errors import UserError
+from lowrank_train.errors import UserError, first_line
 from lowrank_train.export_files import cast_state, complete_folder, keep_generation_config
 from lowrank_train.finite import name_not_finite
 from lowrank_train.low_rank_linear import shape_low_rank
@@ -65,7 +65,7 @@ def read_compressed(folder: Path | str, dtype: torch.dtype | None = None) -> Pre
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=stored)
     except Exception as error:  # transformers and safetensors raise many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"cannot load the model in {folder}: {reason}") from None
     shaped(model)
     model.to_empty(device="cpu")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -24,7 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lowrank_train.blocks import TokenFile, TokenStream, TrainingBlocks
 from lowrank_train.chat import Chat
-from lowrank_train.checksums import CHECKSUMS, damage_in, has_checksums, write_checksums
+from lowrank_train.checksums import damage_in, has_checksums, unverified, write_checksums
 from lowrank_train.config import Config, DataConfig
 from lowrank_train.encoding import Encoder
 from lowrank_train.errors import UserError
@@ -96,6 +95,7 @@ def prepare_data(config: Config, ranks: Ranks, folder: Path) -> Data:
     record = ranks.first(write)
     found = record.found
     ranks.each(lambda: _verify(folder, ranks))
+    notes = [*record.notes, *unverified(folder)]
     tokenizer = read_own_tokenizer(folder / "tokenizer", REMEDY.format(folder=folder))
     train: TrainingBlocks
     if record.streaming:
@@ -110,7 +110,7 @@ def prepare_data(config: Config, ranks: Ranks, folder: Path) -> Data:
         train = TokenFile(tokens, config.seq_len, config.seed)
     held_out = _open(folder / "validation.bin", found["dtype"], found["validation_tokens"], len(tokenizer))
     validation = _validation_blocks(held_out, config)
-    return Data(tokenizer, train, validation, record.description, record.identity, record.notes)
+    return Data(tokenizer, train, validation, record.description, record.identity, notes)
 
 
 def _settings(config: Config, streaming: bool) -> dict[str, Any]:
@@ -141,8 +141,6 @@ def _verify(folder: Path, ranks: Ranks) -> None:
         damage = damage_in(folder, rank=ranks.rank, world_size=ranks.world_size)
         if damage is not None:
             raise UserError(f"{folder} is damaged ({damage}); {REMEDY.format(folder=folder)}")
-    elif ranks.is_first:
-        print(f"{folder} has no {CHECKSUMS}; damage in its tokens would not be noticed", file=sys.stderr)
 
 
 def _write_tokens(config: Config, folder: Path) -> TokenRecord:

@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 from lowrank_train.config import Config
 from lowrank_train.labels import positions, split
 from lowrank_train.loss import IGNORED
-from lowrank_train.parallel import Ranks, reshard
+from lowrank_train.parallel import Ranks
 from lowrank_train.progress import show_progress
+from optim.placements import reshard
 
 __all__ = ["evaluate"]
 

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lowrank_train.config import Config
 from lowrank_train.errors import UserError
+from lowrank_train.json_files import mapping_or_empty
 
 __all__ = [
     "cast_state",
@@ -57,11 +58,10 @@ def export_dtype(config: Config) -> torch.dtype | None:
 
 def source_dtype(folder: Path) -> torch.dtype | None:
     """Return the dtype in which a folder keeps its model: its configuration's word, else that of its first tensor."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        name = config.get("dtype") or config.get("torch_dtype")
-    except (OSError, ValueError, AttributeError):
+    config = mapping_or_empty(folder / "config.json")
+    if not config:
         return None
+    name = config.get("dtype") or config.get("torch_dtype")
     if name is None:
         name = next((found for file in sorted(folder.glob("*.safetensors")) if (found := _first_dtype(file))), None)
     return getattr(torch, str(name)) if name in _OF_SAFETENSORS.values() else None

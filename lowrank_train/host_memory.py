@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lowrank_train.errors import OwnError, UserError
+from lowrank_train.errors import OwnError, UserError, first_line
 from lowrank_train.units import show_bytes
 
 __all__ = ["available_bytes", "check_memory", "say_out_of_memory"]
@@ -71,7 +71,7 @@ def say_out_of_memory(need: int | None = None, remedy: str = "take a smaller mod
         available = None if isinstance(error, torch.OutOfMemoryError) else available_bytes()
         predicted = "" if need is None else f"; {show_bytes(need)} are predicted"
         left = "" if available is None else f"; {show_bytes(available)} are available"
-        cause = (str(error).splitlines() or [""])[0].strip()
+        cause = first_line(error).strip()
         asked = re.search(r"[Tt]ried to allocate (\d+(?:\.\d+)?) (bytes|KiB|MiB|GiB)", cause)
         request = f" when {asked[1]} {asked[2]} more were asked for" if asked else ""
         raise OwnError(f"the memory of {where} ran out{request}{predicted}{left}; {remedy}") from None

@@ -1,4 +1,4 @@
-"""Small JSON files of this package, read back: a mapping with the keys it was written with, or one message."""
+"""JSON files that hold keys and values: read with one message about damage, or taken as empty if they are damaged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from lowrank_train.errors import UserError
 
-__all__ = ["read_mapping"]
+__all__ = ["mapping_or_empty", "read_mapping"]
 
 
 def read_mapping(file: Path, remedy: str, needs: Iterable[str] = ()) -> dict[str, Any]:
@@ -34,3 +34,11 @@ def read_mapping(file: Path, remedy: str, needs: Iterable[str] = ()) -> dict[str
         if key not in found:
             raise UserError(f"{file} is damaged (it has no {key!r}); {remedy}")
     return found
+
+
+def mapping_or_empty(file: Path) -> dict[str, Any]:
+    """Read a JSON file of which another reader says what is wrong; {} if it cannot be read or holds something else."""
+    try:
+        return read_mapping(file, "")
+    except UserError:
+        return {}

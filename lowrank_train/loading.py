@@ -167,7 +167,7 @@ def _read_override(override: str) -> Any:
 
 
 def _check_shape(text: str) -> None:
-    """Raise ValueError for YAML that is nested too deeply for its readers, or a key that is no name."""
+    """Raise ValueError for YAML that is nested too deeply for its readers."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +11,8 @@ import optim
 from lowrank_train.adapters import LowRankAdapters
 from lowrank_train.errors import UserError
 from lowrank_train.parametrization import Dense, Parametrization, Spectral
+from optim.suggestion import suggestion
+from optim.torch_arguments import is_number
 
 __all__ = ["Method", "check", "describe", "find", "names"]
 
@@ -65,12 +66,12 @@ def names() -> list[str]:
 def find(name: str, arguments: Iterable[str] = ()) -> Method:
     """The method of a name; raises ValueError for an unknown one, or an argument it does not take."""
     if name not in names():
-        raise ValueError(f"unknown optimizer {name!r}; {_suggestion(name, names())}")
+        raise ValueError(f"unknown optimizer {name!r}; {suggestion(name, names())}")
     method = _TABLE.get(name, Method(Dense, name))
     for argument in arguments:
         if argument not in method.arguments():
             raise ValueError(
-                f"optimizer {name!r} takes no argument {argument!r}; {_suggestion(argument, method.arguments())}"
+                f"optimizer {name!r} takes no argument {argument!r}; {suggestion(argument, method.arguments())}"
             )
     return method
 
@@ -89,8 +90,7 @@ def check(settings: dict[str, Any], rates: Iterable[str], others: Iterable[str] 
     rates = tuple(rates)
     for key in rates:
         rate = settings.get(key)
-        is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
-        if rate is not None and not (is_number and 0 <= rate < math.inf):
+        if rate is not None and not (is_number(rate) and 0 <= rate < math.inf):
             raise UserError(f"optimizer.{key}={rate!r}; expected a number >= 0")
     try:
         find(str(settings.get("name")), [key for key in settings if key not in ("name", *rates, *others)])
@@ -109,8 +109,3 @@ def describe(name: str) -> str:
         return line
     about = (inspect.getdoc(method.layers) or "").splitlines()[0]
     return f"{line} Layers: {about} Arguments: {', '.join(settings)}"
-
-
-def _suggestion(got: str, valid: list[str]) -> str:
-    close = difflib.get_close_matches(got, valid, n=1)
-    return (f"did you mean {close[0]!r}? " if close else "") + f"expected one of {', '.join(valid)}"

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from lowrank_train.compressed_folder import is_compressed, read_compressed
-from lowrank_train.errors import UserError
+from lowrank_train.errors import UserError, first_line
 from lowrank_train.model_values import check_weights_used, read_config
 from lowrank_train.pretrained import read_pretrained
 from lowrank_train.settings import path_of
@@ -65,7 +65,7 @@ def load_model(folder: Path) -> PreTrainedModel:
     try:
         model, found = read_pretrained(AutoModelForCausalLM, folder, dtype="auto", output_loading_info=True)
     except Exception as error:  # transformers and safetensors raise many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"cannot load the model in {folder}: {reason}") from None
     finally:
         transformers_logging.set_verbosity(verbosity)

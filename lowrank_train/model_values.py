@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,9 +10,11 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from lowrank_train.errors import UserError
+from lowrank_train.errors import UserError, last_line
 from lowrank_train.pretrained import read_pretrained
 from lowrank_train.settings import check_numbers
+from optim.suggestion import suggestion
+from optim.torch_arguments import is_number
 
 __all__ = ["check_known", "check_model_values", "check_weights_used", "read_config"]
 
@@ -72,8 +73,7 @@ def read_config(folder: Path | str, name: str) -> PretrainedConfig:
     except UserError:
         raise
     except Exception as error:  # transformers checks values by raising many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()  # the last line says which field
-        raise UserError(f"cannot read {name}: {reason}; its config.json must be that of a model") from None
+        raise UserError(f"cannot read {name}: {last_line(error)}; its config.json must be that of a model") from None
     return config
 
 
@@ -94,11 +94,10 @@ def check_known(overrides: Mapping[str, Any], config: PretrainedConfig) -> None:
             continue
         if key in _ELSEWHERE:
             raise UserError(f"model.overrides.{key} has no effect: {_ELSEWHERE[key]}; leave it out")
-        close = difflib.get_close_matches(key, known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(known)}"
+        hint = suggestion(key, known)
         if hasattr(config, key):
-            raise UserError(f"model.overrides.{key} has no effect on a {config.model_type} model{hint}")
-        raise UserError(f"model.overrides.{key}: a {config.model_type} configuration has no such key{hint}")
+            raise UserError(f"model.overrides.{key} has no effect on a {config.model_type} model; {hint}")
+        raise UserError(f"model.overrides.{key}: a {config.model_type} configuration has no such key; {hint}")
 
 
 def check_model_values(values: Mapping[str, Any], where: str) -> None:
@@ -121,12 +120,12 @@ def check_model_values(values: Mapping[str, Any], where: str) -> None:
                 known_good = "" if not isinstance(value, int) or value < 1 else f", at most {largest}"
                 raise UserError(f"{where}{key}={value}; expected a whole number >= 1{known_good}")
         elif "dropout" in key or key == "layerdrop":
-            if not _is_number(value) or not 0 <= value < 1:
+            if not is_number(value) or not 0 <= value < 1:
                 raise UserError(f"{where}{key}={value!r}; expected a number from 0 to below 1")
         elif key.endswith("_eps"):
-            if not _is_number(value) or not 0 < value <= 1:
+            if not is_number(value) or not 0 < value <= 1:
                 raise UserError(f"{where}{key}={value!r}; expected a number above 0 and at most 1")
-        elif key in ("initializer_range", "init_std") and (not _is_number(value) or value < 0):
+        elif key in ("initializer_range", "init_std") and (not is_number(value) or value < 0):
             raise UserError(f"{where}{key}={value!r}; expected a number >= 0")
 
 
@@ -143,7 +142,3 @@ def check_weights_used(unexpected: Iterable[str], folder: object) -> None:
             f"{folder} holds {len(dropped)} weight(s) that the model of its config.json has no place for, "
             f"{dropped[0]!r} for one: that file says fewer layers, or another model; correct it"
         )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +16,13 @@ from transformers.utils import logging as transformers_logging
 from lowrank_train.compressed_folder import is_compressed, read_compressed, shaped
 from lowrank_train.config import ModelConfig
 from lowrank_train.embeddings import add_rows, train_every_row
-from lowrank_train.errors import UserError
+from lowrank_train.errors import UserError, last_line
 from lowrank_train.finite import name_not_finite
 from lowrank_train.model_values import check_known, check_model_values, check_weights_used, read_config
 from lowrank_train.parallel import Ranks, fill
 from lowrank_train.parametrization import Parametrization
 from lowrank_train.pretrained import read_pretrained
+from optim.suggestion import suggestion
 
 __all__ = ["SIZES", "architecture", "initialize", "load_weights", "parameter_count", "skeleton"]
 
@@ -112,11 +112,8 @@ def architecture(
         check_model_values(model.overrides, "model.overrides.")
         _valid(lambda: config.update(model.overrides))
     else:
-        close = difflib.get_close_matches(model.name, SIZES, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise UserError(
-            f"unknown model {model.name!r}; {hint}expected one of {', '.join(SIZES)}, or a folder with a config.json"
-        )
+        known = suggestion(model.name, SIZES, ", or a folder with a config.json")
+        raise UserError(f"unknown model {model.name!r}; {known}")
     if vocab_size is not None and vocab_size > config.vocab_size:
         needed = vocab_size if original_vocab_size is None else original_vocab_size
         if needed > config.vocab_size:
@@ -154,12 +151,7 @@ def _valid(make: Callable[[], Any]) -> Any:
     try:
         return make()
     except Exception as error:  # transformers checks values by raising many kinds
-        raise UserError(f"model.overrides: {_last_line(error)}") from None
-
-
-def _last_line(error: Exception) -> str:
-    """Of transformers' messages, the last line says what was wrong with which field."""
-    return (str(error).splitlines() or [type(error).__name__])[-1].strip()
+        raise UserError(f"model.overrides: {last_line(error)}") from None
 
 
 def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from transformers import PreTrainedModel
 
 from lowrank_train.config import Config
 from lowrank_train.export_files import export_dtype, source_folder
+from lowrank_train.json_files import mapping_or_empty
 
 __all__ = ["data_notes", "model_notes"]
 
@@ -74,8 +74,5 @@ def model_notes(config: Config, model: PreTrainedModel) -> list[str]:
 
 
 def _rows(folder: Path) -> int | None:
-    try:
-        rows = json.loads((folder / "config.json").read_text()).get("vocab_size")
-    except (OSError, ValueError, AttributeError):
-        return None
+    rows = mapping_or_empty(folder / "config.json").get("vocab_size")
     return rows if isinstance(rows, int) else None

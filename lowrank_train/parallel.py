@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import PreTrainedModel
 
@@ -26,7 +26,7 @@ from lowrank_train.loss import token_loss
 from lowrank_train.rendezvous import end_with_launcher, join, say_lost_ranks
 from optim.int8_weight import Int8Weight
 
-__all__ = ["Ranks", "fake_ranks", "fill", "gathered", "reduce_dtype", "reshard", "shard_dims", "shard_model", "start"]
+__all__ = ["Ranks", "fake_ranks", "fill", "gathered", "reduce_dtype", "shard_dims", "shard_model", "start"]
 
 T = TypeVar("T")
 
@@ -253,13 +253,6 @@ def fill(destination: Tensor, whole: Tensor) -> None:
 def gathered(tensor: Tensor) -> Tensor:
     """The whole of a (sharded) tensor; all ranks must call."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def reshard(model: nn.Module) -> None:
-    """Give up gathered parameters: until then the model shows whole ones, and edits of the shards would be lost."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -7,6 +7,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from lowrank_train.errors import UserError
+from lowrank_train.json_files import mapping_or_empty
 
 __all__ = ["read_pretrained"]
 
@@ -38,8 +39,7 @@ def read_pretrained(reader: Any, source: Path | str, **arguments: Any) -> Any:
 def _named(folder: Path) -> str:
     """The code that the configurations of a folder name."""
     for name in ("config.json", "tokenizer_config.json"):
-        found = _json(folder / name)
-        wanted = found.get("auto_map") if isinstance(found, dict) else None
+        wanted = mapping_or_empty(folder / name).get("auto_map")
         if wanted:
             return f" ({name} has auto_map {json.dumps(wanted)[:200]})"
     return ""
@@ -48,18 +48,10 @@ def _named(folder: Path) -> str:
 def _check_indices(folder: Path) -> None:
     """Refuse paths out of the folder in the files that say which weight is where."""
     for index in sorted(folder.glob("*.index.json")) if folder.is_dir() else []:
-        found = _json(index)
-        places = found.get("weight_map") if isinstance(found, dict) else None
+        places = mapping_or_empty(index).get("weight_map")
         for file in places.values() if isinstance(places, dict) else []:
             path = PurePath(str(file))
             if path.is_absolute() or ".." in path.parts:
                 raise UserError(
                     f"{index} names the file {str(file)!r}, which is not in the folder; fetch the model anew"
                 )
-
-
-def _json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # the reader says what is wrong with it
-        return None

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowrank_train.config import Config
-from lowrank_train.errors import UserError
+from lowrank_train.errors import UserError, first_line
 from lowrank_train.evaluation import evaluate
 from lowrank_train.loss import IGNORED, token_loss
 from lowrank_train.parallel import Ranks
@@ -181,7 +181,7 @@ def evaluation_blocks(text: TextConfig, folder: Path) -> tuple[Tensor, dict[str,
     try:
         tokenizer = read_tokenizer(folder)
     except Exception as error:  # the readers raise many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"cannot load the tokenizer in {folder}, which perplexity needs: {reason}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer in {folder} has no end-of-text token; documents could not be told apart")

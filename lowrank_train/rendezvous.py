@@ -20,7 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lowrank_train.errors import UserError
+from lowrank_train.errors import UserError, first_line
 
 __all__ = ["attempt_store", "end_with_launcher", "join", "say_lost_ranks"]
 
@@ -89,7 +89,7 @@ def say_lost_ranks() -> Iterator[None]:
         known = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
         if isinstance(error, UserError) or not (isinstance(error, known) or _LOST.search(str(error))):
             raise
-        cause = re.sub(r"\[\S*/\w+\.cc:\d+\] *", "", (str(error).splitlines() or [""])[0]).split(". ")[0]
+        cause = re.sub(r"\[\S*/\w+\.cc:\d+\] *", "", first_line(error)).split(". ")[0]
         raise UserError(
             f"rank {os.environ.get('RANK', '0')} lost the connection to another rank, which ended or hangs ({cause}); "
             "its own message, or that of the launcher, says why. The same command resumes from the last checkpoint"

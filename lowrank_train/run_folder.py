@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import sys
 from pathlib import Path
 from typing import IO, Any
 
@@ -10,7 +11,7 @@ from lowrank_train.errors import UserError
 from lowrank_train.loading import changed_keys, save_config
 from lowrank_train.saved_config import read_saved
 
-__all__ = ["RunFolder", "changed_settings"]
+__all__ = ["RunFolder", "changed_settings", "check_same_settings"]
 
 _PLACES = ("run_dir", "resume", "data.folder", "data.tokenizer_folder")
 """Keys that say where things are, not what a run computes."""
@@ -51,12 +52,37 @@ def changed_settings(folder: Path, config: Any) -> tuple[dict[str, tuple[Any, An
     Returns:
         Key -> (then, now); and notes on what of the earlier settings could not be read.
     """
+    try:
+        return _changed(folder, config)
+    except UserError as error:
+        return {}, [f"{error}: what changed since the last session is not known"]
+
+
+def check_same_settings(folder: Path, config: Any, remedy: str) -> None:
+    """Refuse the results of an earlier training that had other settings; keys of another version are only told.
+
+    Args:
+        folder: of the earlier training.
+        config: of the training whose results are wanted.
+        remedy: what to do about the folder, in the imperative.
+
+    Raises:
+        UserError: a setting differs, or the settings of the earlier training cannot be read.
+    """
+    try:
+        changes, notes = _changed(folder, config)
+    except UserError as error:
+        raise UserError(f"{error}; {remedy}") from None
+    for key, (then, now) in changes.items():
+        raise UserError(f"{folder} holds a training with other settings: {key} was {then}, is {now}; {remedy}")
+    for note in notes:
+        print(note, file=sys.stderr)
+
+
+def _changed(folder: Path, config: Any) -> tuple[dict[str, tuple[Any, Any]], list[str]]:
     file = folder / "config.yaml"
     if not file.exists():
         return {}, []
-    try:
-        saved, notes = read_saved(file, type(config))
-    except UserError as error:
-        return {}, [f"{error}: what changed since the last session is not known"]
+    saved, notes = read_saved(file, type(config))
     differing = changed_keys(saved, config)
     return {key: values for key, values in differing.items() if key not in _PLACES}, notes

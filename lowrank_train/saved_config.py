@@ -11,7 +11,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lowrank_train.errors import UserError
+from lowrank_train.errors import UserError, first_line
 
 __all__ = ["read_saved"]
 
@@ -34,7 +34,7 @@ def read_saved(file: Path, schema: type[C]) -> tuple[C, list[str]]:
     try:
         found = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{file} is damaged ({(str(error).splitlines() or [''])[0]})") from None
+        raise UserError(f"{file} is damaged ({first_line(error)})") from None
     if not isinstance(found, dict):
         raise UserError(f"{file} is damaged (it holds no keys)")
     try:

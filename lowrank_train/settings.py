@@ -17,7 +17,7 @@ from lowrank_train.errors import UserError
 
 __all__ = ["Range", "check_numbers", "key_help", "keys", "path_of", "setting", "settle"]
 
-MOST = 10**12
+_MOST = 10**12
 """The largest whole number of any setting: beyond it counts of bytes and of random seeds overflow."""
 
 _DISTANT = 100
@@ -170,9 +170,9 @@ def _check(key: str, value: Any, range_: Range, is_default: bool, or_null: str =
 
 
 def _check_number(key: str, value: float, range_: Range, or_null: str) -> None:
-    if isinstance(value, int) and abs(value) > MOST:
-        low = -MOST if range_.at_least is None and range_.above is None else range_.at_least
-        range_ = dataclasses.replace(range_, at_least=low, at_most=range_.at_most or MOST)
+    if isinstance(value, int) and abs(value) > _MOST:
+        low = -_MOST if range_.at_least is None and range_.above is None else range_.at_least
+        range_ = dataclasses.replace(range_, at_least=low, at_most=range_.at_most or _MOST)
     if not range_.holds(value):
         raise UserError(f"{key}={value}; expected a number {range_.expected(value)}{or_null}")
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lowrank_train import methods
 from lowrank_train.checkpoint import read_weights
-from lowrank_train.checkpoint_folder import checkpoints_of, unverified
+from lowrank_train.checkpoint_folder import checkpoints_of
+from lowrank_train.checksums import unverified
 from lowrank_train.config import Config
 from lowrank_train.errors import UserError
 from lowrank_train.low_rank_linear import merged_state_dict

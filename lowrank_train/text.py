@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from lowrank_train.chat import COLUMNS, Chat, chats_of
 from lowrank_train.config import DataConfig
-from lowrank_train.errors import UserError
+from lowrank_train.errors import UserError, type_and_line
 from lowrank_train.text_files import find_files
 from lowrank_train.text_rows import PLACE, kind_of, rows
 
@@ -137,7 +137,7 @@ def open_stream(config: DataConfig, split: str) -> Any:
         name = f" data.name={config.name}" if config.name else ""
         raise UserError(
             f"cannot open data.path={config.path}{name} (split {split}): it is neither a local path nor a Hugging Face "
-            f"dataset that can be reached ({_first_line(error)})"
+            f"dataset that can be reached ({type_and_line(error)})"
         ) from None
 
 
@@ -207,7 +207,7 @@ def _read(rows: Iterable[dict[str, Any]], where: str) -> Iterator[dict[str, Any]
         except UserError as error:  # of our own readers, which say where in a file
             raise UserError(f"{where}: {error}") from None
         except Exception as error:  # of the readers of datasets, and of the network
-            raise UserError(f"cannot read {where}: {_first_line(error)}") from None
+            raise UserError(f"cannot read {where}: {type_and_line(error)}") from None
         yield row
 
 
@@ -231,7 +231,3 @@ def _text(row: dict[str, Any], column: str, where: str, key: str) -> str:
                 "its pair); repair the row or leave it out"
             ) from None
     return text or ""
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from lowrank_train.errors import UserError
+from lowrank_train.errors import UserError, type_and_line
 
 __all__ = ["PLACE", "SUFFIXES", "kind_of", "rows"]
 
@@ -74,7 +74,7 @@ def rows(file: Path, columns: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     except UserError:
         raise
     except Exception as error:  # each library raises kinds of its own for damaged files
-        raise UserError(f"cannot read {place}: {type(error).__name__}: {_first_line(error)}") from None
+        raise UserError(f"cannot read {place}: {type_and_line(error)}") from None
 
 
 class _Place:
@@ -236,7 +236,3 @@ def _check_columns(file: Path, columns: Mapping[str, str], names: list[str]) -> 
 def _no_column(file: Path, missing: Mapping[str, str], names: list[str]) -> UserError:
     column, key = next(iter(missing.items()))
     return UserError(f"{file}: column {column!r} holds nothing; set {key} to one of {', '.join(map(str, names))}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:300]

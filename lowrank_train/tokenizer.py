@@ -10,7 +10,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lowrank_train.config import DataConfig
-from lowrank_train.errors import UserError
+from lowrank_train.errors import UserError, first_line
 from lowrank_train.export_files import save_tokenizer
 from lowrank_train.json_files import read_mapping
 from lowrank_train.long_text import ids_in_pieces, pieces
@@ -43,7 +43,7 @@ def read_own_tokenizer(folder: Path, remedy: str) -> PreTrainedTokenizerBase:
     except UserError:
         raise
     except Exception as error:  # the readers, some of them in Rust, raise many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)[:200]
         raise UserError(f"the tokenizer in {folder} is damaged ({reason}); {remedy}") from None
     if not readable:
         raise UserError(f"the tokenizer in {folder} is damaged (it has no end-of-text token); {remedy}")
@@ -70,7 +70,7 @@ def prepare_tokenizer(config: DataConfig, documents: Callable[[], Iterator[str]]
         try:
             tokenizer = read_tokenizer(config.tokenizer)
         except Exception as error:  # the hub client and the readers raise many kinds
-            reason = (str(error).splitlines() or [""])[0]
+            reason = first_line(error)
             raise UserError(f"cannot load data.tokenizer={config.tokenizer}: {reason}") from None
         if tokenizer.eos_token_id is None:
             raise UserError(

@@ -23,7 +23,7 @@ from lowrank_train.config import Config
 from lowrank_train.errors import Diverged, UserError
 from lowrank_train.json_files import read_mapping
 from lowrank_train.progress import bar_style
-from lowrank_train.run_folder import changed_settings
+from lowrank_train.run_folder import check_same_settings
 from lowrank_train.small_files import write_text
 from lowrank_train.trainer import train
 
@@ -124,11 +124,7 @@ def _earlier(config: Config) -> Outcome | None:
     ended = [name for name in ("record.json", _DIVERGED) if (folder / name).exists()]
     if not ended and find_checkpoint("auto", folder / "checkpoints") is None:
         return None
-    for key, (then, now) in changed_settings(folder, config)[0].items():
-        raise UserError(
-            f"{folder} holds a training with other settings: {key} was {then}, is {now}; write to another folder, or "
-            "delete this one to train it again"
-        )
+    check_same_settings(folder, config, "write to another folder, or delete this one to train it again")
     outcome = _outcome(config)
     return None if outcome.status == "failed" else outcome
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Iterable
 from typing import Any
@@ -18,6 +17,7 @@ from optim.relora import ReLoRA
 from optim.riemannian import RiemannianAdamW
 from optim.scale import SCALE
 from optim.sst import SST
+from optim.suggestion import suggestion
 from optim.torch_arguments import FLAGS
 from optim.trion import Trion
 from optim.welore_adamw import WeLoreAdamW
@@ -52,7 +52,7 @@ def names(*, of_matrices: bool = False) -> list[str]:
 def find(name: str) -> type[MatrixOptimizer]:
     """The class of a name; raises ValueError with the nearest names for an unknown one."""
     if name not in _TABLE:
-        raise ValueError(f"unknown optimizer {name!r}; {_suggestion(name, names())}")
+        raise ValueError(f"unknown optimizer {name!r}; {suggestion(name, names())}")
     return _TABLE[name]
 
 
@@ -68,7 +68,7 @@ def check_arguments(name: str, arguments: Iterable[str]) -> None:
     valid = [*_arguments(find(name)), *SHARED_SETTINGS]
     for argument in arguments:
         if argument not in (*valid, *FLAGS):
-            raise ValueError(f"optimizer {name!r} takes no argument {argument!r}; {_suggestion(argument, valid)}")
+            raise ValueError(f"optimizer {name!r} takes no argument {argument!r}; {suggestion(argument, valid)}")
 
 
 def takes(name: str, argument: str) -> bool:
@@ -103,8 +103,3 @@ def create(
 def _arguments(cls: type[MatrixOptimizer]) -> dict[str, Any]:
     parameters = inspect.signature(cls).parameters
     return {key: parameter.default for key, parameter in parameters.items() if key != "params"}
-
-
-def _suggestion(got: str, valid: list[str]) -> str:
-    close = difflib.get_close_matches(got, valid, n=1)
-    return (f"did you mean {close[0]!r}? " if close else "") + f"expected one of {', '.join(valid)}"

@@ -21,7 +21,6 @@ Sources: Fira, Chen et al. (arXiv 2410.01623); FRUGAL, Zmushko et al. (arXiv 241
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
@@ -33,6 +32,7 @@ from optim.basis import Directions
 from optim.blocks import add_rows_, contiguous_rows
 from optim.quantization import RowCodec
 from optim.sharding import StateTensor
+from optim.suggestion import suggestion
 
 __all__ = ["RESIDUALS", "Block", "Previous", "Rates", "Residual", "find_residual"]
 
@@ -331,7 +331,5 @@ RESIDUALS: dict[str, Residual] = {
 def find_residual(name: str) -> Residual:
     """The treatment of a name; raises ValueError with the nearest names for an unknown one."""
     if name not in RESIDUALS:
-        close = difflib.get_close_matches(str(name), RESIDUALS, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"residual={name!r}; {hint}expected one of {', '.join(RESIDUALS)}")
+        raise ValueError(f"residual={name!r}; {suggestion(str(name), RESIDUALS)}")
     return RESIDUALS[name]

@@ -11,7 +11,7 @@ from lowrank_train.errors import UserError
 from lowrank_train.hyperbolic.network_record import NetworkRecord
 from lowrank_train.hyperbolic.recipes import RecipeConfig
 from lowrank_train.json_files import read_mapping
-from lowrank_train.run_folder import changed_settings
+from lowrank_train.run_folder import check_same_settings
 
 __all__ = ["finished_record"]
 
@@ -44,11 +44,7 @@ def _earlier(config: RecipeConfig, kind: type[R]) -> R | None:
         return None
     needed = {field.name for field in dataclasses.fields(kind) if field.default is field.default_factory}
     saved = read_mapping(file, remedy, sorted(needed))
-    for key, (then, now) in changed_settings(folder, config)[0].items():
-        raise UserError(
-            f"{folder} holds a training with other settings: {key} was {then}, is {now}; give another output, or "
-            "delete that folder"
-        )
+    check_same_settings(folder, config, "give another output, or delete that folder")
     if saved["status"] != "finished":
         return None
     try:

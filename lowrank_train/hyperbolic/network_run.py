@@ -18,7 +18,7 @@ from lowrank_train import methods
 from lowrank_train.checkpoint import Checkpoints
 from lowrank_train.checkpoint_folder import checkpoints_of, last_good
 from lowrank_train.disk import check_space, checkpoints_to_come, local_bytes, parameter_bytes, write_failure
-from lowrank_train.errors import Diverged, UserError
+from lowrank_train.errors import Diverged, UserError, first_line
 from lowrank_train.finite import name_not_finite
 from lowrank_train.hyperbolic.recipes import RecipeConfig
 from lowrank_train.metrics import Metrics
@@ -217,7 +217,7 @@ def load_saved(folder: Path, build: Callable[[dict[str, Any]], N]) -> N:
     try:
         saved: dict[str, Any] = torch.load(file, weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:  # the last for what is not plain
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"cannot read {file}: {reason}; expected the run_dir of a finished run") from None
     try:
         network = build(saved["network"]).to(DTYPES[saved["precision"]])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-
 from optim.basis.base import Basis, Directions, Moments
 from optim.basis.columns import ColumnBasis
 from optim.basis.dct import DCT, dct_matrix
@@ -11,6 +9,7 @@ from optim.basis.hadamard import Hadamard, hadamard_matrix
 from optim.basis.identity import Identity, RandomColumns
 from optim.basis.random import RandomVectors
 from optim.basis.svd import ExactSVD, SubspaceIteration
+from optim.suggestion import suggestion
 
 __all__ = ["BASES", "Basis", "Directions", "Moments", "dct_matrix", "find_basis", "hadamard_matrix"]
 
@@ -31,7 +30,5 @@ BASES: dict[str, Basis] = {
 def find_basis(name: str) -> Basis:
     """The basis of a name; raises ValueError with the nearest names for an unknown one."""
     if name not in BASES:
-        close = difflib.get_close_matches(str(name), BASES, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"basis={name!r}; {hint}expected one of {', '.join(BASES)}")
+        raise ValueError(f"basis={name!r}; {suggestion(str(name), BASES)}")
     return BASES[name]

@@ -35,7 +35,7 @@ from lowrank_train.loading import load_schema, save_config
 from lowrank_train.metrics import read_metrics
 from lowrank_train.parallel import start
 from lowrank_train.report import _plot
-from lowrank_train.run_folder import changed_settings
+from lowrank_train.run_folder import changed_settings, check_same_settings
 from lowrank_train.token_folder import read_record
 from lowrank_train.tokenizer import prepare_tokenizer, read_own_tokenizer
 from lowrank_train.trainings import _earlier
@@ -127,6 +127,10 @@ READERS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = 
     ),
     "about.json": (lambda folder: (folder / "about.json").write_text(json.dumps({"a": 1})), read_about),
     "config.yaml": (lambda folder: save_config(Config(), folder / "config.yaml"), with_config),
+    "config.yaml of a table": (
+        lambda folder: save_config(Config(), folder / "config.yaml"),
+        lambda folder: check_same_settings(folder, load_config([f"run_dir={folder}"]), "delete it"),
+    ),
     "record.json": (
         lambda folder: (folder / "record.json").write_text(json.dumps(RECORD)),
         lambda folder: _earlier(load_config([f"run_dir={folder}"])),
