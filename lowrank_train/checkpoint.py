@@ -251,7 +251,7 @@ class Checkpoints:
             raise self._damage(path, ValueError(f"{_in_words(name)} holds a number that is not finite"))
 
     def _check_there(self) -> None:
-        """Nothing is made anew under a run: the rest of it went with the folder."""
+        """Raise UserError if the folder was deleted under the run: the rest of the run went with it."""
         if not self.folder.is_dir():
             raise write_failure("a checkpoint", self.folder, "", last_good(self.folder))
 

@@ -102,7 +102,7 @@ class _Reader(FileSystemReader):
 
 class _PlainValues(DefaultLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        # What torch's planner unpickles without limits is written anew from what was read with limits.
+        # torch's planner unpickles without limits; it is given only what was read with limits before.
         plain = io.BytesIO()
         torch.save(torch.load(value, weights_only=True), plain)
         plain.seek(0)

@@ -51,7 +51,7 @@ def choose_checkpoint(resume: str, folder: Path, ranks: Ranks) -> tuple[Path | N
         ranks: of the run.
 
     Returns:
-        The checkpoint, None to start anew; and what the user is to be told of it.
+        The checkpoint, or None if the run starts from the beginning; and notes for the user.
 
     Raises:
         UserError: as ``find_checkpoint``; every checkpoint is damaged, or the one that was asked for.
@@ -131,7 +131,7 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def error_cause(error: BaseException) -> str:
-    """The first rank's reason inside a CheckpointException; the error itself otherwise."""
+    """Return the first rank's reason inside a CheckpointException, or the error itself, in words."""
     failures = list(getattr(error, "failures", {}).values())
     reason = failures[0][0] if failures else error
     return type_and_line(reason)

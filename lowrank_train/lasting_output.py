@@ -42,7 +42,7 @@ class _Lasting:
 def lasting_output() -> Iterator[None]:
     """Let no write to the two standard streams fail, for as long as the context lasts.
 
-    Work must not be lost because nobody reads what is said about it: a terminal that is closed gives EIO, a pipe EPIPE.
+    Work must not be lost because its output has no reader: a closed terminal gives EIO, a pipe EPIPE.
     """
     before = sys.stdout, sys.stderr
     wrapped = [stream if stream is None or isinstance(stream, _Lasting) else _Lasting(stream) for stream in before]

@@ -64,7 +64,7 @@ class Metrics:
         if not self.active or self.failure is not None:
             return
         try:
-            if not self._path.exists():  # the open file would take rows for ever, and nobody would see them
+            if not self._path.exists():  # the open file would take the rows, and they would be lost
                 raise FileNotFoundError(errno.ENOENT, "was deleted or moved", str(self._path))
             self._file.write(_line({"step": step, **scalars}))
             self._file.flush()

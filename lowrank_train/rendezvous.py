@@ -2,7 +2,7 @@
 
 torchrun's store outlives an attempt: a rank that is started again finds the addresses of ranks that are dead. Its
 restart counter cannot tell attempts apart, because the nodes of a job count differently. So the first rank gives each
-attempt a name, and whoever asks for it proves to be alive.
+attempt a name, and a rank that asks for the name proves that it is alive.
 """
 
 from __future__ import annotations

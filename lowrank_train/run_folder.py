@@ -59,7 +59,7 @@ def changed_settings(folder: Path, config: Any) -> tuple[dict[str, tuple[Any, An
 
 
 def check_same_settings(folder: Path, config: Any, remedy: str) -> None:
-    """Refuse the results of an earlier training that had other settings; keys of another version are only told.
+    """Refuse the results of an earlier training that had other settings; keys of another version are only printed.
 
     Args:
         folder: of the earlier training.

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from optim.adamw_update import step_adamw
 from optim.base import MatrixOptimizer, Slot, adamw_state
 from optim.sharding import StateTensor
 
@@ -65,4 +66,4 @@ class AdamW(MatrixOptimizer):
         for slot in slots:
             groups.setdefault(id(slot.group), []).append(slot)
         for members in groups.values():
-            self.step_adamw(members)
+            step_adamw(members)

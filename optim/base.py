@@ -11,7 +11,6 @@ without state calls ``step()`` on zero gradients to make some, and every rank mu
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,18 +20,18 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optim import coverage, points, rules, stacks
-from optim.blocks import row_blocks
+from optim import coverage, points, stacks
+from optim.adamw_update import adamw_state, step_adamw
+from optim.group_checks import ROLES, check_group, check_not_flattened, named_parameters
 from optim.hyperparameters import check_finite
 from optim.placements import check_even, check_not_scattered, in_work_layout, is_scattered
 from optim.present import PresentParameters, check_gradients, updated_too_early
-from optim.quantization import BITS, as_stored, read, write
-from optim.rounding import store
-from optim.sharding import StateTensor, allocate, first_column, is_distributed, local, max_over_shards
-from optim.slot import Slot, dense_gradient, stored_gradient
+from optim.quantization import BITS, as_stored
+from optim.sharding import StateTensor, allocate, first_column, is_distributed, local
+from optim.slot import Slot, dense_gradient
 from optim.state_dict import load
 from optim.surroundings import eagerly, undisturbed
-from optim.torch_arguments import FLAGS, accepting_flags, check_flags, check_rate, is_number, make_plain
+from optim.torch_arguments import FLAGS, accepting_flags, check_flags, is_number, make_plain
 from optim.working_copies import (
     COUNTER,
     Handed,
@@ -41,7 +40,6 @@ from optim.working_copies import (
     counted,
     gathered,
     is_copied,
-    rounding_seed,
     settled,
 )
 
@@ -49,20 +47,6 @@ if TYPE_CHECKING:
     from optim.backward import BackwardUpdates
 
 __all__ = ["ROLES", "MatrixOptimizer", "Slot", "Traffic", "adamw_state", "dense_gradient", "is_number"]
-
-ROLES = (
-    "matrix",
-    "embedding",
-    "head",
-    "vector",
-    "singular_vectors",  # of a spectral layer, one per row, in training
-    "singular_values",
-    "lora_a",  # (rank, in) and (out, rank): the factors beside a frozen matrix
-    "lora_b",
-    "points",  # of a manifold, one per row
-    "frozen",  # takes no gradient and has no state; a method may exchange it for what is trained
-)
-
 
 SHARED_SETTINGS: dict[str, Any] = {"state_dtype": None, "stochastic_rounding": False, "offload_state": False}
 """Settings of a group that every optimizer has, with their defaults: how weights and state are kept between steps.
@@ -295,7 +279,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         matrices = [slot for slot in slots if slot.group["role"] in self.method_roles]
         for group in self.param_groups:
             if group["role"] not in self.method_roles and group["role"] != "frozen":
-                update = self.step_points if group["role"] == "points" else self.step_adamw
+                update = self.step_points if group["role"] == "points" else step_adamw
                 update([slot for slot in slots if slot.group is group])
         if matrices:
             self.step_matrices(matrices)
@@ -321,72 +305,6 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
             gradient = dense_gradient(slot) if slot.grad is not None else None
             points.step_points(slot.name, slot.param, gradient, slot.state, slot.group)
 
-    def step_adamw(self, slots: list[Slot]) -> None:
-        """AdamW on parameters of one group, shard by shard."""
-        slots = [slot for slot in slots if slot.grad is not None]
-        if not slots:
-            return
-        plain = [slot for slot in slots if _is_plain(slot)]
-        if plain:
-            self._adamw(
-                slots[0].group,
-                [local(slot.param) for slot in plain],
-                [local(dense_gradient(slot)) for slot in plain],
-                [local(slot.state["exp_avg"]) for slot in plain],
-                [local(slot.state["exp_avg_sq"]) for slot in plain],
-                [slot.state["step"] for slot in plain],
-            )
-        for slot in slots:
-            if not _is_plain(slot):
-                self._adamw_in_blocks(slot)
-
-    @staticmethod
-    def _adamw(
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        steps: list[Tensor],
-    ) -> None:
-        rules.adamw_(
-            params,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            steps,
-            lr=group["lr"],
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-        )
-
-    def _adamw_in_blocks(self, slot: Slot) -> None:
-        """Where the parameter or its moments are kept in other types than the arithmetic's: converted in blocks."""
-        dtype = torch.promote_types(slot.param.dtype, torch.float32)
-        param, grad, state = local(slot.param), local(dense_gradient(slot)), slot.state
-        offset = first_column(slot.param)
-        last_step = state["step"].clone()
-        width = math.prod(param.shape[1:])
-        if COUNTER in state:
-            state[COUNTER] += 1
-        seeds = {key: rounding_seed(slot, key) for key in ("weight", "exp_avg", "exp_avg_sq")}
-        # Columns that are shared with other ranks share scales, in a collective: one block, the same on all of them.
-        # An empty shard is one block too, or its step would not be counted.
-        blocks = row_blocks(param.shape[0], width, param.device) if offset is None and param.numel() else [slice(None)]
-        for rows in blocks:
-            weight = param[rows].to(dtype)
-            exp_avg = read(state, "exp_avg", rows, width, dtype, offset or 0)
-            exp_avg_sq = read(state, "exp_avg_sq", rows, width, dtype, offset or 0)
-            state["step"].copy_(last_step)  # the rule counts one update, whatever the number of blocks
-            self._adamw(slot.group, [weight], [grad[rows].to(dtype)], [exp_avg], [exp_avg_sq], [state["step"]])
-            store(slot.param, weight, seeds["weight"], rows)
-            for key, value in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-                if seeds[key] is not None and state[key].dtype == torch.bfloat16:
-                    store(state[key], value, seeds[key], rows)
-                else:
-                    write(state, key, rows, value, offset or 0, lambda scale: max_over_shards(slot.param, scale))
-
     # --------------------------------------------------------------------------------------------------------- state
 
     def _check_storage(self, group: dict[str, Any]) -> None:
@@ -411,7 +329,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
             if isinstance(value, Tensor) and group[key] is value:
                 group[key] = value.clone()  # a scheduler that writes one group must not write all
         try:
-            _check_group(group, len(self.param_groups) - 1)
+            check_group(group, len(self.param_groups) - 1)
             own = {*self.defaults, *({"amsgrad"} if group["role"] == "points" else ())} - {"maximize"}
             flags = {key: group[key] for key in FLAGS if key in group and key not in own}
             check_flags(flags, f"parameter group {len(self.param_groups) - 1}")
@@ -419,7 +337,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
                 stacks.set_aside(group, type(self).__name__)
             self._check_storage(group)
             self._present.learn(group["params"])
-            for name, param in _named_parameters(group):
+            for name, param in named_parameters(group):
                 self._allocate(name, param, group)
             check_finite(group, len(self.param_groups) - 1)
         except Exception:
@@ -474,7 +392,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         """All parameters with their state, group by group."""
         unnamed = 0
         for group in self.param_groups:
-            for name, param in _named_parameters(group, unnamed):
+            for name, param in named_parameters(group, unnamed):
                 yield Slot(name, param, self.state.get(param, {}), group)  # indexing would make an entry
             unnamed += len(group["params"])
 
@@ -511,7 +429,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         present.accept(replaced, [param for group in self.param_groups for param in group["params"]])
         anew = [slot for slot in self.slots() if slot.param not in self.state or slot.param in changed]
         for name, param, _, group, *_ in anew:
-            _check_not_flattened(name, param, group)
+            check_not_flattened(name, param, group)
             self._allocate(name, param, group)
         self.state_allocated([slot for slot in self.slots() if any(slot.param is new.param for new in anew)])
 
@@ -590,78 +508,5 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         """
 
 
-def adamw_state(param: Tensor) -> dict[str, StateTensor]:
-    """AdamW's state: torch's names, torch's dtypes."""
-    return {
-        "step": StateTensor((), torch.float32, "replicated"),
-        "exp_avg": StateTensor(tuple(param.shape), param.dtype, "parameter"),
-        "exp_avg_sq": StateTensor(tuple(param.shape), param.dtype, "parameter"),
-    }
-
-
 def _is_updated(state: Mapping[str, Tensor]) -> bool:
     return "step" in state and not state["step"].is_meta and bool((local(state["step"]) > 0).any())
-
-
-def _is_plain(slot: Slot) -> bool:
-    """Whether AdamW may work on it in place: in one type, which the fused kernel rounds once or which needs none."""
-    tensors = [local(slot.param), local(slot.state["exp_avg"]), local(stored_gradient(slot))]
-    is_wide = slot.param.dtype.itemsize >= torch.float32.itemsize
-    one_type = len({tensor.dtype for tensor in tensors}) == 1
-    return one_type and COUNTER not in slot.state and (is_wide or all(tensor.is_contiguous() for tensor in tensors))
-
-
-def _named_parameters(group: dict[str, Any], first: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Parameters with their names, or numbers that count from ``first``."""
-    names = group.get("param_names") or [f"parameter {first + i}" for i in range(len(group["params"]))]
-    yield from zip(names, group["params"], strict=True)
-
-
-def _check_group(group: dict[str, Any], index: int) -> None:
-    role = group["role"]
-    if role not in ROLES:
-        raise ValueError(
-            f"parameter group {index} has role {role!r}; expected one of {', '.join(ROLES)}: a parameter's shape does "
-            "not tell an embedding from a matrix, so pass optim.param_groups(model) instead of model.parameters(), and "
-            "optim.hf_factory(name) instead of a class to Hugging Face's Trainer"
-        )
-    if group["weight_layout"] not in stacks.LAYOUTS:
-        raise ValueError(
-            f"parameter group {index} has weight_layout={group['weight_layout']!r}; expected one of "
-            + ", ".join(map(repr, stacks.LAYOUTS))
-        )
-    for key in ("lr", "weight_decay", "eps"):
-        value = group[key]
-        if not check_rate(value):
-            raise ValueError(f"parameter group {index} has {key}={value!r}; expected a number >= 0, or a tensor of one")
-    if len(set(group["params"])) < len(group["params"]):
-        name = next(key for key, param in _named_parameters(group) if sum(param is p for p in group["params"]) > 1)
-        raise ValueError(f"parameter group {index} has {name!r} as a duplicate of another entry; expected it once")
-    for name, param in _named_parameters(group):
-        if param.is_complex():
-            raise ValueError(
-                f"{name!r} is complex ({param.dtype}); expected real numbers: train torch.view_as_real of it"
-            )
-    for key in ("stochastic_rounding", "offload_state"):
-        if not isinstance(group[key], bool):
-            raise ValueError(f"parameter group {index} has {key}={group[key]!r}; expected True or False")
-    betas = group["betas"]
-    if not isinstance(betas, Sequence) or len(betas) != 2 or not all(is_number(b) and 0 <= b < 1 for b in betas):
-        raise ValueError(f"parameter group {index} has betas={betas!r}; expected two numbers in [0, 1)")
-    group["betas"] = tuple(betas)
-    if role == "matrix":
-        for name, param in _named_parameters(group):
-            if param.ndim < 2 or math.prod(param.shape) == 0:
-                raise ValueError(
-                    f"{name!r} has role 'matrix' and shape {tuple(param.shape)}; expected two non-empty dimensions, or "
-                    "more for a stack of matrices: give it role 'vector' with rules={...} in optim.param_groups"
-                )
-
-
-def _check_not_flattened(name: str, param: Tensor, group: dict[str, Any]) -> None:
-    """Of a parameter that took the place of another."""
-    if group["role"] == "matrix" and param.ndim < 2:
-        raise ValueError(
-            f"{name!r} has role 'matrix', and what replaced it has shape {tuple(param.shape)}: the framework flattens "
-            "parameters, as DeepSpeed and FSDP1 do; shard with FSDP2 (fully_shard) instead"
-        )

@@ -123,7 +123,7 @@ def communicated_bytes(
 
 
 def weight_traffic(optimizer: MatrixOptimizer, param: Tensor, group: dict[str, Any], world_size: int) -> Traffic:
-    """Of all matrices of a weight; nothing for a stack whose matrices are dealt to the ranks whole."""
+    """Return the traffic of all matrices of a weight; none if each rank holds whole matrices of a stack."""
     dim = optimizer.shard_dim(group["role"], param.shape, world_size)
     if not optimizer.takes_apart(param, group):
         return optimizer.traffic(param.shape, param.dtype, group, world_size, dim)

@@ -31,14 +31,14 @@ class CoverageWarning(UserWarning):
 
 @contextmanager
 def unwarned() -> Iterator[None]:
-    """For optimizers that are made to count bytes, and update nothing."""
+    """Suppress the warning for optimizers that only count bytes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CoverageWarning)
         yield
 
 
 def warn_at_the_caller(text: str) -> None:
-    """A ``CoverageWarning`` that points at the first line outside of this package."""
+    """Issue a ``CoverageWarning`` that points at the first line outside of this package."""
     here, level, frame = str(Path(__file__).parent), 1, sys._getframe()
     while frame.f_back is not None and frame.f_code.co_filename.startswith(here):
         level, frame = level + 1, frame.f_back
@@ -83,7 +83,7 @@ def warn(optimizer: MatrixOptimizer, modules: Mapping[str, str]) -> None:
 
 
 def summary(optimizer: MatrixOptimizer) -> str:
-    """A line for every role and kind of update: how many tensors and numbers."""
+    """Return a line for every role and kind of update: how many tensors and numbers."""
     kinds: dict[tuple[str, str], list[Slot]] = {}
     for slot in optimizer.slots():
         kinds.setdefault((slot.group["role"], optimizer.update_of(slot)), []).append(slot)
@@ -107,7 +107,7 @@ class _Kind(NamedTuple):
 
 
 def _is_covered(optimizer: MatrixOptimizer, slot: Slot) -> bool:
-    """What is frozen is there for the method to exchange; points have an update of their own everywhere."""
+    """Return whether AdamW leaves a parameter to the method, to its exchanges or to Riemannian Adam."""
     return slot.group["role"] in (optimizer.method_roles | {"frozen", "points"})
 
 
@@ -120,7 +120,7 @@ def _tensors(count: int) -> str:
 
 
 def _kinds(slots: list[Slot], modules: Mapping[str, str]) -> list[_Kind]:
-    """By module type, those with the most numbers first."""
+    """Return the slots by module type, those with the most numbers first."""
     kinds: dict[str, list[Slot]] = {}
     for slot in slots:
         kinds.setdefault(modules.get(slot.name, "modules not known"), []).append(slot)
@@ -142,7 +142,7 @@ def _described(slots: list[Slot], modules: Mapping[str, str], most: int = 4) -> 
 
 
 def _rule(left: list[Slot], slots: list[Slot]) -> str:
-    """A pattern of names of two dimensions or more, those with the most numbers: of all layers, and of nothing else."""
+    """Return a pattern that matches the largest weights of two dimensions or more, in all layers, and nothing else."""
     numbers: dict[str, int] = {}
     vectors = [slot.name for slot in slots if slot.param.ndim < 2]
     for slot in left:

@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from optim.adamw_update import step_adamw
 from optim.base import MatrixOptimizer, Slot, Traffic, adamw_state, is_number
 from optim.param_groups import param_groups
 from optim.sharding import StateTensor, local, row_range, sum_over_shards, take_rows
@@ -149,7 +150,7 @@ class ReLoRA(MatrixOptimizer):
             members.setdefault((id(slot.group), _clock(slot)), []).append(slot)
         for own in members.values():
             group = {**own[0].group, "lr": _rate(own[0])}
-            self.step_adamw([s._replace(group=group, state={**s.state, "step": s.state["age"]}) for s in own])
+            step_adamw([s._replace(group=group, state={**s.state, "step": s.state["age"]}) for s in own])
 
     def end_step(self) -> None:
         """Advance the clock; restart the adapters whose interval ends."""

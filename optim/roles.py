@@ -64,9 +64,9 @@ class _Owned:
     param: Tensor
     module: nn.Module
     name: str
-    """Of the parameter in its module, or of the tensor it parametrizes there."""
+    """Name of the parameter in its module, or of the tensor that it parametrizes there."""
     path: str
-    """Of the module in the model."""
+    """Name of the module in the model."""
 
     @property
     def is_linear(self) -> bool:
@@ -111,7 +111,7 @@ class _Owned:
 
 
 def roles(model: nn.Module) -> dict[Tensor, Found]:
-    """Of every parameter of a model, by what its modules say.
+    """Return the role of every parameter of a model, with its module and layout.
 
     Raises:
         ValueError: for a parameter to which two modules declare two roles.
@@ -145,7 +145,7 @@ def roles(model: nn.Module) -> dict[Tensor, Found]:
 
 
 def _owned(model: nn.Module) -> Iterator[_Owned]:
-    """Every parameter with each module that has it."""
+    """Yield every parameter with each module that has it."""
     modules = dict(model.named_modules())
     for path, module in modules.items():
         owner, kept_as = module, path
@@ -193,5 +193,5 @@ def _heads(model: nn.Module, owned: dict[Tensor, list[_Owned]]) -> list[Tensor]:
 
 
 def _weights(module: nn.Module) -> list[Tensor]:
-    """Of a layer, parametrized or wrapped or neither."""
+    """Return the weights of a layer, which may be parametrized or wrapped."""
     return [param for param in module.parameters() if param.ndim > 1]

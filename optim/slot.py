@@ -30,7 +30,7 @@ class Slot(NamedTuple):
 def dense_gradient(slot: Slot) -> Tensor:
     """The gradient to descend along, which must exist; raises ValueError if it is sparse.
 
-    It is the parameter's own, or a copy turned round where the group is to ``maximize``.
+    This is the parameter's own gradient, or a negated copy where the group is to ``maximize``.
     """
     grad = stored_gradient(slot)
     return grad.neg() if slot.group.get("maximize") else grad

@@ -5,7 +5,7 @@
     "in,out"        (..., in, out)        the same, transposed: weights that are multiplied from the right
     "out,rest"      (out, ...)            one, the first dimension by all others: the filters of a convolution
 
-Each matrix of a stack is handed to a method as a slot of its own, called ``name[i]``. Its tensors are views, so the
+A method takes each matrix of a stack as a separate slot, called ``name[i]``. Its tensors are views, so the
 method writes into the stack. The state of a stack has the leading dimensions of the weight before those of a matrix's.
 
 A stack that is sharded along a leading dimension, as FSDP2 does by default, leaves whole matrices on each rank. Their
@@ -36,7 +36,7 @@ LAYOUTS = ("out,in", "in,out", "out,rest")
 
 
 def leading(shape: Sequence[int], group: Mapping[str, Any]) -> int:
-    """How many leading dimensions of a weight count matrices."""
+    """Return how many leading dimensions of a weight count matrices."""
     return 0 if group["weight_layout"] == "out,rest" else max(0, len(shape) - 2)
 
 
@@ -47,14 +47,14 @@ def is_taken_apart(shape: Sequence[int], group: Mapping[str, Any]) -> bool:
 
 
 def matrix_like(param: Tensor, group: Mapping[str, Any]) -> Tensor:
-    """One matrix (out, in) of a weight, on meta."""
+    """Return a tensor like one matrix (out, in) of a weight, on meta."""
     rows, columns = param.shape[-2:]
     shape = (columns, rows) if group["weight_layout"] == "in,out" else (rows, columns)
     return torch.empty(shape, dtype=param.dtype, device="meta")
 
 
 def stacked(layout: Mapping[str, StateTensor], param: Tensor, group: Mapping[str, Any]) -> dict[str, StateTensor]:
-    """The state of a whole weight, from that of one of its matrices."""
+    """Return the state of a whole weight, from the state of one of its matrices."""
     count = leading(param.shape, group)
     before, transposed = tuple(param.shape[:count]), group["weight_layout"] == "in,out"
     return {
@@ -83,7 +83,7 @@ def has_own_matrices(slot: Slot) -> bool:
 
 
 def parts(slot: Slot) -> Iterator[Slot]:
-    """The matrices of a weight that this rank has a part of; what is written into them is written into the weight."""
+    """Yield the matrices of a weight that this rank has a part of; they share the memory of the weight."""
     count, transposed = leading(slot.param.shape, slot.group), slot.group["weight_layout"] == "in,out"
     param, gradient = slot.param.detach(), None if slot.grad is None else stored_gradient(slot)
     sizes, origin = local(param).shape[:count], _origin(param, count)
@@ -99,7 +99,7 @@ def parts(slot: Slot) -> Iterator[Slot]:
 
 
 def _origin(param: Tensor, count: int) -> list[int]:
-    """The leading indices of the first matrix of this rank."""
+    """Return the leading indices of the first matrix of this rank."""
     origin, dim = [0] * count, sharded_dim(param)
     if dim is not None and dim < count:
         assert isinstance(param, DTensor)
@@ -110,9 +110,9 @@ def _origin(param: Tensor, count: int) -> list[int]:
 
 
 def _matrix(tensor: Tensor, index: tuple[int, ...], *, transposed: bool = False, replicas: bool = False) -> Tensor:
-    """A tensor at local leading indices, in the same memory and sharded alike; whole if the indices are what is split.
+    """Return a view of a tensor at local leading indices, sharded alike; whole if a leading dimension is sharded.
 
-    ``replicas``: a whole one still knows the ranks that hold copies of it (HSDP), for what one of them must decide.
+    ``replicas``: a whole matrix keeps the mesh of the ranks that hold copies of it (HSDP).
     """
     block = local(tensor)[index]
     block = block.mT if transposed else block
@@ -137,7 +137,7 @@ def _matrix(tensor: Tensor, index: tuple[int, ...], *, transposed: bool = False,
 
 @lru_cache(maxsize=64)
 def _mesh_without(mesh: DeviceMesh, axis: int) -> DeviceMesh:
-    """The ranks of this one's index along ``axis``."""
+    """Return the mesh of the ranks that have the same index along ``axis`` as this one."""
     others = [i for i in range(mesh.ndim) if i != axis]
     if len(others) == 1:
         return DeviceMesh.from_group(mesh.get_group(others[0]), mesh.device_type)

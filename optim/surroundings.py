@@ -1,7 +1,7 @@
 """What surrounds a call of ``step`` does not change its numbers: autocast is off inside, and nothing is compiled.
 
 A step is in-place work on state of fixed types. Autocast would turn its float32 products into bfloat16 ones;
-torch.compile would trace Python that counts steps, compile it anew as the counts change, and round differently. New
+torch.compile would trace Python that counts steps, compile again as the counts change, and round differently. New
 tensors are made on the CPU or where they are said to be, whatever the default device is.
 """
 

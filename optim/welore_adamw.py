@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from optim.adamw_update import step_adamw
 from optim.base import Slot, Traffic, dense_gradient, is_number
 from optim.blocks import chunks
 from optim.low_rank import LowRankOptimizer, resolved_rank
@@ -203,7 +204,7 @@ class WeLoreAdamW(LowRankOptimizer):
         return rank_layout(param, group, uniform, with_gram=_is_watched(group, self._clock()))
 
     def takes_apart(self, param: Tensor, group: dict[str, Any]) -> bool:
-        """Never: state of a rank of its own fits no stack, and which side is the output does not matter here."""
+        """Return False: the matrices of a stack would have state of different shapes, and sides are alike here."""
         return False
 
     def update_of(self, slot: Slot) -> str:
@@ -349,7 +350,7 @@ class WeLoreAdamW(LowRankOptimizer):
                 slot.state["step"] += 1
                 groups.setdefault(id(slot.group), []).append(slot)
         for members in groups.values():
-            self.step_adamw([slot._replace(state={**slot.state, "step": slot.state["age"]}) for slot in members])
+            step_adamw([slot._replace(state={**slot.state, "step": slot.state["age"]}) for slot in members])
 
     def end_step(self) -> None:
         """Advance the clock; choose ranks if that is due; begin to sum gradients before it is."""
