@@ -45,7 +45,7 @@ class Chat(NamedTuple):
 
     @property
     def messages(self) -> list[_Message]:
-        """As a chat template takes them."""
+        """The messages as a chat template takes them."""
         messages: list[_Message] = json.loads(self.content)
         return messages
 
@@ -158,7 +158,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, chat: Chat, turns: int, prompts: bo
 
 
 def _prompt_before_any_turn(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> list[int]:
-    """Of a chat that the assistant opens; templates need not render a chat without messages."""
+    """Return the prompt of a chat that the assistant opens; templates need not render a chat without messages."""
     without, with_prompt = (_ids(tokenizer, chat, 1, prompts) for prompts in (False, True))
     prompt = with_prompt[len(without) :]
     for end in range(len(prompt), len(without) + 1):

@@ -35,13 +35,13 @@ def checkpoints_of(folder: Path) -> list[Path]:
 
 
 def last_good(folder: Path) -> str:
-    """Which checkpoint a message can point to."""
+    """Say which checkpoint is the last good one, for messages."""
     good = checkpoints_of(folder)
     return f"the last good checkpoint is {good[-1]}" if good else "there is no earlier checkpoint"
 
 
 def choose_checkpoint(resume: str, folder: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
-    """The checkpoint a run starts from, its files verified; all ranks must call, and each reads a share of the files.
+    """Return the checkpoint a run starts from, its files verified; all ranks must call, and each reads a share of them.
 
     With ``resume=auto`` a damaged checkpoint is set aside and the one before is taken.
 
@@ -66,7 +66,7 @@ def choose_checkpoint(resume: str, folder: Path, ranks: Ranks) -> tuple[Path | N
 
 
 def find_checkpoint(resume: str, folder: Path) -> Path | None:
-    """The checkpoint that ``resume`` names; nothing of it is read.
+    """Return the checkpoint that ``resume`` names; nothing of it is read.
 
     Args:
         resume: auto (the newest in ``folder``, if any), never, or the path of a checkpoint or of a run folder.
@@ -101,7 +101,7 @@ def find_checkpoint(resume: str, folder: Path) -> Path | None:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """The plain facts beside a checkpoint. Raises UserError if they cannot be read."""
+    """Return the plain facts beside a checkpoint. Raises UserError if they cannot be read."""
     return read_mapping(path / "about.json", f"delete {path}, and resume from the checkpoint before")
 
 
@@ -138,7 +138,7 @@ def error_cause(error: BaseException) -> str:
 
 
 def _problem(path: Path, ranks: Ranks) -> str | None:
-    """What is damaged in a checkpoint, the same on all ranks; None if nothing is."""
+    """Say what is damaged in a checkpoint, the same on all ranks; None if nothing is."""
 
     def compare() -> None:
         damage = damage_in(path, rank=ranks.rank, world_size=ranks.world_size) if has_checksums(path) else None
@@ -161,7 +161,7 @@ def _problem(path: Path, ranks: Ranks) -> str | None:
 
 
 def _one_before(damaged: list[tuple[Path, str]], resume: str) -> Path:
-    """The newest checkpoint that is older than the damaged ones. Raises UserError if there is none to be taken."""
+    """Return the newest checkpoint older than the damaged ones. Raises UserError if there is none to be taken."""
     path, problem = damaged[-1]
     older = checkpoints_of(path.parent)
     older = older[: older.index(path)] if path in older else []

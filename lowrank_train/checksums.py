@@ -26,12 +26,12 @@ _LINE = re.compile(r"([0-9a-f]{8}) (0|[1-9][0-9]*) (\S.*)")
 
 @dataclass(frozen=True)
 class FileChecksum:
-    """The content of a file, in short."""
+    """Size and CRC-32 of a file."""
 
     name: str
     """Its path within the folder, with slashes."""
     size: int
-    """In bytes."""
+    """Size in bytes."""
     crc32: int
 
     @classmethod
@@ -72,7 +72,7 @@ def unverified(folder: Path) -> list[str]:
 
 
 def damage_in(folder: Path, *, rank: int = 0, world_size: int = 1) -> str | None:
-    """What is wrong with the first file that is not as it was written; None if nothing is.
+    """Say what is wrong with the first file that is not as it was written; None if nothing is.
 
     Args:
         folder: with ``checksums.txt``.

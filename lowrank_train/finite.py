@@ -17,7 +17,7 @@ __all__ = ["name_not_finite"]
 
 @torch.no_grad()
 def name_not_finite(tensors: Mapping[str, Any]) -> str | None:
-    """The dotted name of the first tensor that holds nan or inf on this rank; None if all are finite.
+    """Return the dotted name of the first tensor that holds nan or inf on this rank; None if all are finite.
 
     A sum of each tensor shows it: nan and inf survive every sum. A finite tensor whose sum overflows is looked at
     again, number by number. Waits for a device once per kind of tensor.

@@ -96,7 +96,7 @@ def _machine() -> int | None:
 
 
 def _cgroups() -> list[int]:
-    """What the cgroup of this process and those above it leave; pages of files can be given back and count as free."""
+    """Return what the cgroup of this process and those above it leave; pages of files count as free."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -134,7 +134,7 @@ def _cgroup(folder: Path, limit: str, usage: str, reclaimable: str) -> int | Non
 
 
 def _process() -> int | None:
-    """What ``ulimit -v`` leaves."""
+    """Return what ``ulimit -v`` leaves."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit == resource.RLIM_INFINITY:
         return None

@@ -32,7 +32,7 @@ def unlabelled(token: int) -> int:
 
 
 def starting(stored: int) -> int:
-    """How the first token of a document is stored.
+    """Return how the first token of a document is stored.
 
     Args:
         stored: the token as it is stored elsewhere.
@@ -41,7 +41,7 @@ def starting(stored: int) -> int:
 
 
 def largest_id(stored: np.ndarray[Any, Any], rows: int = 2**22) -> int:
-    """The largest token of stored ones (tokens,), read so many at a time; -1 if there is none."""
+    """Return the largest id of stored tokens (tokens,), ``rows`` of which are read at a time; -1 if there is none."""
     largest = -1
     for start in range(0, len(stored), rows):
         part = stored[start : start + rows].astype(np.int64)
@@ -79,7 +79,7 @@ def positions(blocks: Tensor) -> Tensor:
 
 
 def marked_positions(blocks: Tensor) -> Tensor | None:
-    """As ``positions``; None where no document is marked as starting, so that each row is one document."""
+    """Return ``positions``, or None if no document is marked as starting, so that each row is one document."""
     return positions(blocks) if bool((blocks <= _START).any()) else None
 
 

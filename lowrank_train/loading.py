@@ -61,7 +61,7 @@ def load_schema(schema: type[T], arguments: Sequence[str]) -> T:
 
 
 def given_value(arguments: Sequence[str], key: str) -> Any:
-    """What files and overrides say of one dotted key, the last word counts; None if nothing. Nothing is checked.
+    """Return what files and overrides say last of one dotted key; None if they say nothing. Nothing is checked.
 
     Raises UserError for a file that cannot be read.
     """
@@ -184,7 +184,7 @@ def _missing(node: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _short(word: str) -> str:
-    """A word of the command line as a message quotes it."""
+    """Return a word of the command line as a message quotes it."""
     return repr(word if len(word) <= 200 else f"{word[:200]}...")
 
 

@@ -13,7 +13,7 @@ __all__ = ["read_pretrained"]
 
 
 def read_pretrained(reader: Any, source: Path | str, **arguments: Any) -> Any:
-    """What ``reader.from_pretrained`` makes of a folder or a name on the hub.
+    """Return what ``reader.from_pretrained`` makes of a folder or a name on the hub.
 
     Args:
         reader: a class of transformers, such as ``AutoConfig``.
@@ -37,7 +37,7 @@ def read_pretrained(reader: Any, source: Path | str, **arguments: Any) -> Any:
 
 
 def _named(folder: Path) -> str:
-    """The code that the configurations of a folder name."""
+    """Return the code that the configurations of a folder name, for messages."""
     for name in ("config.json", "tokenizer_config.json"):
         wanted = mapping_or_empty(folder / name).get("auto_map")
         if wanted:

@@ -47,7 +47,7 @@ class RunFolder:
 
 
 def changed_settings(folder: Path, config: Any) -> tuple[dict[str, tuple[Any, Any]], list[str]]:
-    """What differs from the settings of the last session in a run folder.
+    """Return what differs from the settings of the last session in a run folder.
 
     Returns:
         Key -> (then, now); and notes on what of the earlier settings could not be read.

@@ -60,7 +60,7 @@ class Range:
         return f"up to {high}" if high else "that is finite"
 
     def expected(self, value: float) -> Range:
-        """What to tell of a value that is not in the range: of a value too low, not also a distant upper end."""
+        """Return the range to tell for a value outside of it; for a value too low, a distant upper end is left out."""
         too_low = (self.at_least is not None and value < self.at_least) or (
             self.above is not None and value <= self.above
         )
@@ -76,7 +76,7 @@ def _shown(closed: float | None, open_: float | None) -> str:
 
 
 def setting(default: Any, meaning: str, *, path: bool = False, **ends: float) -> Any:
-    """A field of a schema.
+    """Make a field of a schema.
 
     Args:
         default: value of the field; a list or a dictionary is copied for each configuration.
@@ -101,7 +101,7 @@ def keys(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
 
 
 def key_help(schema: type[Any]) -> list[str]:
-    """A line for every key of a schema: default, meaning and range."""
+    """Return a line for every key of a schema: default, meaning and range."""
     lines = ["keys (default): meaning"]
     for name, value, metadata in keys(schema()):
         told = "" if metadata["range"] == Range() else f"; a number {metadata['range']}"
@@ -128,7 +128,7 @@ def settle(config: Any, prefix: str = "") -> None:
 
 
 def path_of(key: str, text: str) -> str:
-    """A path as it was typed, ``~`` replaced by the home folder.
+    """Return a path as it was typed, ``~`` replaced by the home folder.
 
     Raises:
         UserError: it is empty, has characters that no path can have, or is too long for a file system.

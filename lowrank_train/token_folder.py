@@ -30,7 +30,7 @@ class TokenRecord:
     """What ``data.json`` says about the tokens beside it."""
 
     settings: dict[str, Any]
-    """Of the configuration; ``data.streams`` is null for text that was tokenized once."""
+    """Settings of the configuration; ``data.streams`` is null for text that was tokenized once."""
     found: dict[str, Any]
     """What was found in the text."""
     text: dict[str, Any] = field(default_factory=dict)
@@ -78,7 +78,7 @@ def read_record(folder: Path) -> TokenRecord | None:
 
 
 def _checked(found: dict[str, Any]) -> dict[str, Any]:
-    """What was found in a text, as the files beside it are read by; raises ValueError or KeyError if it is not that."""
+    """Return what was found in a text, once checked; raises ValueError or KeyError if a value does not fit."""
     if found["dtype"] not in ("uint16", "uint32", "int32"):
         raise ValueError(f"dtype={found['dtype']!r}")
     for key in ("train_tokens", "validation_tokens"):

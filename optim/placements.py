@@ -206,6 +206,6 @@ def _moved(tensor: Tensor, placements: Sequence[Placement]) -> Tensor:
 
 
 def _chunk(size: int, mesh: DeviceMesh, axis: int) -> int:
-    """The length of this rank's piece, as torch.chunk cuts."""
+    """Return the length of this rank's piece, as torch.chunk cuts."""
     step = -(-size // mesh.size(axis))
     return max(0, min(step, size - step * mesh.get_local_rank(axis)))

@@ -79,7 +79,7 @@ def load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any], kept: Sequen
 def _matched(
     groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]
 ) -> tuple[list[Any], list[list[int]]]:
-    """The saved identifier of every parameter, and the indices of the saved groups each group draws from."""
+    """Return the saved identifier of every parameter, and the saved groups that each group draws from."""
     ids = [i for group in saved_groups for i in group["params"]]
     owner = {i: index for index, group in enumerate(saved_groups) for i in group["params"]}
     names, saved_names = _names(groups), _names(saved_groups)
@@ -147,7 +147,7 @@ def _check_names(names: Sequence[str], saved_names: Sequence[str]) -> None:
 
 
 def _settings(group: Mapping[str, Any], saved: Sequence[Mapping[str, Any]], kept: Sequence[str]) -> dict[str, Any]:
-    """What a group takes over from the groups of the checkpoint that its parameters were in."""
+    """Return what a group takes over from the groups of the checkpoint that its parameters were in."""
     ignored = {*_OURS, *_TORCH_ONLY, *kept}
     found = [{key: value for key, value in each.items() if key not in ignored} for each in saved]
     for each in found[1:]:

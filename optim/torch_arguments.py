@@ -32,12 +32,12 @@ FLAGS = (*_REFUSED, "maximize")
 
 
 def is_number(value: Any) -> bool:
-    """An int or float, not a bool."""
+    """Return whether a value is an int or a float, and not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def plain(value: Any) -> Any:
-    """A Python number for a scalar of numpy, so that checkpoints hold nothing else; any other value as it is."""
+    """Return a Python number for a scalar of numpy, so that checkpoints hold nothing else; any other value as it is."""
     if type(value) in (bool, int, float, str) or value is None or isinstance(value, Tensor):
         return value
     if isinstance(value, tuple | list) and value and all(_is_scalar(each) for each in value):
@@ -48,7 +48,7 @@ def plain(value: Any) -> Any:
 
 
 def make_plain(group: dict[str, Any]) -> dict[str, Any]:
-    """The same group with its values made plain, in place; raises TypeError for what is no group."""
+    """Make the values of a group plain, in place, and return the group; raises TypeError for what is no group."""
     if not isinstance(group, dict):
         raise TypeError(
             f"a parameter group must be a dict, with its parameters as 'params'; got a {type(group).__name__}"
@@ -84,7 +84,7 @@ def check_flags(flags: Mapping[str, Any], owner: str) -> None:
 
 
 def accepting_flags(init: Callable[..., None]) -> Callable[..., None]:
-    """A constructor that also takes the flags it does not name itself, and scalars of numpy for its arguments."""
+    """Wrap a constructor, so that it also takes the flags it does not name and scalars of numpy."""
     own = inspect.signature(init).parameters
     taken = [key for key in FLAGS if key not in own]
 

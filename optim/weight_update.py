@@ -20,7 +20,7 @@ __all__ = ["WeightUpdate", "decay_of"]
 
 
 def decay_of(group: Mapping[str, Any]) -> float | Tensor | None:
-    """The factor of decoupled weight decay in one step; None where there is none."""
+    """Return the factor of decoupled weight decay in one step; None where there is none."""
     return 1 - group["lr"] * group["weight_decay"] if group["weight_decay"] else None
 
 
@@ -44,7 +44,7 @@ class WeightUpdate:
 
     @contextmanager
     def rows(self, rows: slice) -> Iterator[Tensor]:
-        """A block (b, d) in the type of the arithmetic to add to; every block is to be entered once."""
+        """Yield a block (b, d) in the type of the arithmetic, to add to; every block is to be entered once."""
         if self._weight is None:
             assert self._sum is not None
             yield self._sum[rows]
