@@ -25,7 +25,7 @@ from optim.adamw_update import adamw_state, step_adamw
 from optim.group_checks import ROLES, check_group, check_not_flattened, named_parameters
 from optim.hyperparameters import check_finite
 from optim.placements import check_even, check_not_scattered, in_work_layout, is_scattered
-from optim.present import PresentParameters, check_gradients, updated_too_early
+from optim.present import PresentParameters, check_gradients, is_updated, updated_too_early
 from optim.quantization import BITS, as_stored
 from optim.sharding import StateTensor, allocate, first_column, is_distributed, local
 from optim.slot import Slot, dense_gradient
@@ -198,7 +198,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         with undisturbed():
             self._follow_model()
             slots = list(self.slots())
-            check_gradients(slots, self._present)
+            check_gradients(slots, self._present, are_kept=self.in_backward is None)
             if self.in_backward is not None:
                 self.in_backward.finish()
             else:
@@ -407,14 +407,18 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
 
         ``if_updated``: what to do where these parameters have been updated already; "refuse" raises RuntimeError.
         """
-        slots, present = list(self.slots()), self._present
-        params = [slot.param for slot in slots]
+        present = self._present
+        params = [param for group in self.param_groups for param in group["params"]]
+        if len(self.state) == len(params) and present.is_undisturbed(params):
+            return
+        slots = list(self.slots())
         replaced = present.replacements(params)
         orphans = self.state.keys() - set(params)
         changed = {slot.param: change for slot in slots if slot.state and (change := present.change(slot.param))}
         if not replaced and not orphans and not changed and all(param in self.state for param in params):
+            present.note(params)
             return
-        updated = [param for param in (*changed, *replaced, *orphans) if _is_updated(self.state[param])]
+        updated = [param for param in (*changed, *replaced, *orphans) if is_updated(self.state[param])]
         if updated and if_updated == "leave" and orphans.isdisjoint(updated):
             return
         if updated:
@@ -432,6 +436,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
             check_not_flattened(name, param, group)
             self._allocate(name, param, group)
         self.state_allocated([slot for slot in self.slots() if any(slot.param is new.param for new in anew)])
+        present.note([param for group in self.param_groups for param in group["params"]])
 
     def has_changed(self, param: Tensor) -> bool:
         """Whether a parameter has another shape, dtype, device or placement than when its state was allocated."""
@@ -506,7 +511,3 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
             shapes: parameter -> state key -> global shape, as saved. Where they do not fit nothing is changed, and
                 what loads them says why.
         """
-
-
-def _is_updated(state: Mapping[str, Tensor]) -> bool:
-    return "step" in state and not state["step"].is_meta and bool((local(state["step"]) > 0).any())
