@@ -102,7 +102,7 @@ class LeftOut:
 
     def with_gradients(self) -> dict[str, Tensor]:
         """Return those that have a gradient now, by name; each is told of once."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for module, key, name in self._idle:
             owner = module()
             param = None if owner is None else owner._parameters.get(key)
