@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from lowrank_train.checksums import FileChecksum, write_checksums
+from lowrank_train.inner_paths import is_inside
 
 __all__ = ["ChecksumWriter", "load_plain", "read_index"]
 
@@ -122,7 +123,7 @@ def _check_index(metadata: Any) -> None:
         raise ValueError("its .metadata is not the index of a checkpoint")
     for place in metadata.storage_data.values():
         name = place.relative_path
-        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
+        if not isinstance(name, str) or not is_inside(name) or "/" in name or "\\" in name:
             raise ValueError(f"its .metadata names the file {name!r}, which is not in the folder")
 
 

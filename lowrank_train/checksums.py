@@ -10,8 +10,9 @@ import re
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
+from lowrank_train.inner_paths import is_inside
 from lowrank_train.small_files import write_text
 
 __all__ = ["CHECKSUMS", "FileChecksum", "damage_in", "has_checksums", "unverified", "write_checksums"]
@@ -106,7 +107,6 @@ def _read(folder: Path) -> list[FileChecksum]:
     if end or len(found) != len(lines) or head != _HEAD.format(len(lines)):
         raise ValueError("it is not as it was written")
     for checksum in found:
-        path = PurePosixPath(checksum.name)
-        if path.is_absolute() or ".." in path.parts:
+        if not is_inside(checksum.name):
             raise ValueError(f"it names {checksum.name!r}, which is not in the folder")
     return found

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from lowrank_train.errors import UserError
+from lowrank_train.inner_paths import is_inside
 from lowrank_train.json_files import mapping_or_empty
 
 __all__ = ["read_pretrained"]
@@ -50,8 +51,7 @@ def _check_indices(folder: Path) -> None:
     for index in sorted(folder.glob("*.index.json")) if folder.is_dir() else []:
         places = mapping_or_empty(index).get("weight_map")
         for file in places.values() if isinstance(places, dict) else []:
-            path = PurePath(str(file))
-            if path.is_absolute() or ".." in path.parts:
+            if not is_inside(str(file)):
                 raise UserError(
                     f"{index} names the file {str(file)!r}, which is not in the folder; fetch the model anew"
                 )
