@@ -132,7 +132,7 @@ def help_text() -> str:
     """How to call it, and every key with its default and meaning."""
     usage = [
         "usage: launch/memory_budget.py --budget 24GiB --models llama opt --seq-len 1024 --world-size 1",
-        "       launch/memory_budget.py --model llama_7b --optimizer dct_adamw --rank 512 --micro-batch 1",
+        "       launch/memory_budget.py --budget 80GiB --model llama_7b --optimizer dct_adamw --rank 512",
         "       launch/memory_budget.py --model llama_1b --optimizer scale --largest batch",
         "       launch/memory_budget.py --budget 12GiB --models llama --weights int8 --fused-backward",
         "       launch/memory_budget.py --recipe configs/budget/llama_7b_16gib.yaml",

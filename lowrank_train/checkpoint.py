@@ -220,6 +220,7 @@ class Checkpoints:
                     if isinstance(entry, TensorStorageMetadata):
                         empty = torch.empty(entry.size, dtype=entry.properties.dtype)
                     extra.setdefault(section, {})[name] = empty
+            _leave_out_unsaved(optimizer_state, metadata)
             state: dict[str, Any] = {"model": parts, "optimizer": optimizer_state, **extra}
             load_plain(state, path)
         except (CheckpointException, OSError, RuntimeError) as error:
@@ -354,6 +355,13 @@ def _in_parts(model_state: Mapping[str, Any]) -> dict[str, Any]:
         else:
             parts[name] = value
     return parts
+
+
+def _leave_out_unsaved(optimizer_state: dict[str, Any], metadata: Mapping[str, Any]) -> None:
+    """Ask for no setting of a parameter group that an earlier version did not save: it keeps its present value."""
+    for index, group in enumerate(optimizer_state["param_groups"]):
+        for key in [key for key in group if f"optimizer.param_groups.{index}.{key}" not in metadata]:
+            del group[key]
 
 
 def _state_shapes(metadata: Mapping[str, Any]) -> dict[str, dict[str, tuple[int, ...]]]:

@@ -48,7 +48,7 @@ class Method(NamedTuple):
 
     def _optimizer_keys(self) -> list[str]:
         own = [key for key in inspect.signature(optim.find(self.optimizer)).parameters if key != "params"]
-        return [*own, *optim.SHARED_SETTINGS]
+        return list(dict.fromkeys([*own, *optim.SHARED_SETTINGS]))
 
 
 _TABLE: dict[str, Method] = {

@@ -14,6 +14,7 @@ from lowrank_train.pretrained import read_pretrained
 __all__ = ["read_tokenizer"]
 
 _SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", *_SENTENCEPIECE_FILES)
 _PACKAGES = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
 """Module -> package that has it."""
 
@@ -24,6 +25,7 @@ def read_tokenizer(source: Path | str) -> PreTrainedTokenizerBase:
     Raises:
         UserError: the folder holds a SentencePiece model only, and a package that reads it is not installed; or the
             folder wants code of its own to be run.
+        ValueError: the folder holds no file of a tokenizer.
         Exception: whatever the library raises.
     """
     verbosity = transformers_logging.get_verbosity()
@@ -35,6 +37,7 @@ def read_tokenizer(source: Path | str) -> PreTrainedTokenizerBase:
     except Exception:
         missing = _missing_packages(Path(source))
         if not missing:
+            _check_holds_one(source)
             raise
         raise UserError(
             f"it has a SentencePiece model and no tokenizer.json, which needs: pip install {' '.join(missing)}"
@@ -49,6 +52,13 @@ def _missing_packages(folder: Path) -> list[str]:
     if not is_sentencepiece or (folder / "tokenizer.json").is_file():
         return []
     return [package for module, package in _PACKAGES.items() if not _is_installed(module)]
+
+
+def _check_holds_one(source: Path | str) -> None:
+    """Say what the library does not: its own first line on an empty folder ends in a colon."""
+    folder = Path(source)
+    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise ValueError(f"the folder holds no tokenizer; expected one of {', '.join(_TOKENIZER_FILES)}") from None
 
 
 def _is_installed(module: str) -> bool:

@@ -9,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import optim
+from lowrank_train import methods
 from lowrank_train.config import Config, help_text, load_config
 from lowrank_train.errors import UserError
 from lowrank_train.loading import save_config
@@ -280,3 +281,9 @@ PARTS = [path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.nam
 def test_every_part_of_a_recipe_goes_on_top_of_one(part: str) -> None:
     recipe = str(ROOT / "configs" / "llama_60m.yaml")
     assert load_config([recipe, str(ROOT / part)]) != load_config([recipe])
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_method_names_every_argument_once(name: str) -> None:
+    arguments = methods.find(name).arguments()
+    assert len(arguments) == len(set(arguments))

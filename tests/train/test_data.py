@@ -626,6 +626,9 @@ def test_a_text_cannot_produce_the_end_of_text_token(tmp_path: Path) -> None:
 
 def test_a_tokenizer_that_is_not_there_or_cannot_end_a_text(tmp_path: Path, text: Path) -> None:
     assert "cannot load data.tokenizer=no/such" in error(text, tmp_path, "data.tokenizer=no/such")
+    (tmp_path / "bare").mkdir()
+    message = error(text, tmp_path, f"data.tokenizer={tmp_path / 'bare'}")
+    assert f"{tmp_path / 'bare'}: the folder holds no tokenizer; expected one of tokenizer.json, vocab.json" in message
     tokenizer = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(tmp_path / "endless")
     assert "no end-of-text token" in error(text, tmp_path, f"data.tokenizer={tmp_path / 'endless'}")

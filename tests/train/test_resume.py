@@ -9,10 +9,12 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 
+import optim
 from lowrank_train import checkpoint as checkpoint_module
 from lowrank_train import run as run_module
 from lowrank_train.metrics import read_metrics
@@ -96,6 +98,27 @@ def test_a_longer_run_continues_a_finished_one(text: Path, tmp_path: Path) -> No
     train_on(1, arguments(text, tmp_path / "short", "steps=4", constant))
     train_on(1, arguments(text, tmp_path / "short", "steps=8", constant))
     assert losses(tmp_path / "short") == losses(tmp_path / "long")
+
+
+def test_a_checkpoint_from_before_a_setting_existed_is_resumed(text: Path, tmp_path: Path) -> None:
+    """An earlier version saved fewer settings of the parameter groups, and the run goes on bit for bit."""
+
+    def save_fewer() -> None:
+        original = optim.MatrixOptimizer.state_dict
+
+        def state_dict(self: optim.MatrixOptimizer) -> dict[str, Any]:
+            saved = original(self)
+            for group in saved["param_groups"]:
+                del group["weight_layout"], group["stochastic_rounding"]
+            return saved
+
+        optim.MatrixOptimizer.state_dict = state_dict  # type: ignore[method-assign]
+
+    train_on(1, arguments(text, tmp_path / "whole", "steps=4", optimizer="dct_adamw"))
+    words = arguments(text, tmp_path / "old", "steps=4", optimizer="dct_adamw")
+    train_on(1, words, lambda: [save_fewer(), at_step(2, send(signal.SIGTERM))()])  # type: ignore[arg-type, func-returns-value]
+    train_on(1, words)
+    assert_equal_tensors(*(checkpoint_tensors(tmp_path / name / "checkpoints" / "step-4") for name in ("old", "whole")))
 
 
 def test_the_configuration_decides_hyperparameters_after_a_resume(text: Path, tmp_path: Path) -> None:
