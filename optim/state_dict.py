@@ -51,7 +51,7 @@ def load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any], kept: Sequen
     ]
     if state_dict["state"]:
         slots = list(optimizer.slots())
-        saved = [_as_tensors(state_dict["state"].get(i, {})) for i in saved_ids]
+        saved = [_as_tensors(state_dict["state"].get(i, {}), slot) for i, slot in zip(saved_ids, slots, strict=True)]
         objection = _structural_objection(optimizer, saved_groups, sources)
         if objection is None:
             shapes = {
@@ -195,14 +195,19 @@ def _structural_objection(
 # --------------------------------------------------------------------------------------------------------------- state
 
 
-def _as_tensors(state: Mapping[str, Any]) -> Saved:
-    """One parameter's saved state; torch's older versions and some scripts have Python numbers in it."""
+def _as_tensors(state: Mapping[str, Any], slot: Slot) -> Saved:
+    """Return one parameter's saved state as tensors.
+
+    torch's older versions and some scripts have Python numbers in it. A count of steps may have another shape than here:
+    a stack of one matrix counts in one number of shape (1,), and torch in one of shape ().
+    """
     tensors = {
         key: value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
         for key, value in state.items()
     }
-    if "step" in tensors and tensors["step"].numel() == 1:
-        tensors["step"] = tensors["step"].reshape(())
+    expected = slot.state.get("step")
+    if "step" in tensors and expected is not None and tensors["step"].numel() == expected.numel() == 1:
+        tensors["step"] = tensors["step"].reshape(expected.shape)
     return tensors
 
 

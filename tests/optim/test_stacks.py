@@ -28,6 +28,8 @@ from tests.optim.models import all_whole, assert_equal, beside_layers, build, gr
 pytestmark = pytest.mark.filterwarnings("ignore:the gradient of .* is zero")
 STEPS = 7
 SMALL = {"tall": (4, 10, 6), "wide": (4, 5, 9), "turned": (3, 6, 8), "square turned": (2, 5, 5), "two": (2, 3, 6, 4)}
+WITH_ONE = {**SMALL, "alone": (1, 6, 4)}
+"""A stack of one matrix counts its steps in one number, as a matrix does, but of another shape."""
 LARGE = {"tall": (2, 80, 64), "turned": (2, 60, 72)}
 STACKS = [name for name in optim.names() if optim.find(name).takes_stacks]
 IN_BITS = [name for name in STACKS if optim.find(name).offloads_state]
@@ -219,7 +221,7 @@ def test_quantised_stacks_sharded_equal_one_process() -> None:
 
 @pytest.mark.parametrize("name", STACKS)
 def test_a_stack_resumes_bit_for_bit(name: str) -> None:
-    stacks = stacks_of(SMALL, torch.float64)
+    stacks = stacks_of(WITH_ONE, torch.float64)
     optimizer = trained(name, stacks, range(4))
     copies = {key: nn.Parameter(value.detach().clone()) for key, value in stacks.items()}
     resumed = quietly(lambda: build(name, beside_layers(name, groups_of(copies))))
