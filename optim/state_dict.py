@@ -198,8 +198,8 @@ def _structural_objection(
 def _as_tensors(state: Mapping[str, Any], slot: Slot) -> Saved:
     """Return one parameter's saved state as tensors.
 
-    torch's older versions and some scripts have Python numbers in it. A count of steps may have another shape than here:
-    a stack of one matrix counts in one number of shape (1,), and torch in one of shape ().
+    Older versions of torch and some scripts have Python numbers in it. A single count of steps may have another
+    shape: a stack of one matrix has (1,), torch has ().
     """
     tensors = {
         key: value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
