@@ -29,6 +29,7 @@ from lowrank_train.record import provenance
 from lowrank_train.small_files import write_text
 from lowrank_train.spectral import to_spectral
 from lowrank_train.step_benchmark import output_folder, positive
+from optim.coverage import unwarned
 
 __all__ = ["METHODS", "measure_digits", "train_digits"]
 
@@ -49,12 +50,14 @@ def _lora(model: nn.Module, lr: float, steps_per_epoch: int) -> optim.MatrixOpti
 
 def _relora(model: nn.Module, lr: float, steps_per_epoch: int) -> optim.MatrixOptimizer:
     add_adapters(model, RANK, layers=HIDDEN_LAYERS)
-    return optim.create("relora", model, lr=lr, restart_every=steps_per_epoch, warmup_steps=2, weight_decay=0.0)
+    with unwarned():  # the output layer is left to AdamW, as in the paper
+        return optim.create("relora", model, lr=lr, restart_every=steps_per_epoch, warmup_steps=2, weight_decay=0.0)
 
 
 def _sst(model: nn.Module, lr: float, steps_per_epoch: int) -> optim.MatrixOptimizer:
     to_spectral(model, RANK, layers=HIDDEN_LAYERS)
-    return optim.SST(model, lr=lr, resample_every=steps_per_epoch, warmup_steps=2)
+    with unwarned():
+        return optim.SST(model, lr=lr, resample_every=steps_per_epoch, warmup_steps=2)
 
 
 METHODS: dict[str, Callable[[nn.Module, float, int], optim.MatrixOptimizer]] = {

@@ -14,6 +14,7 @@ from lowrank_train.errors import UserError
 from lowrank_train.loading import load_schema
 from lowrank_train.parametrization import Parametrization
 from lowrank_train.settings import key_help, setting, settle
+from optim.coverage import unwarned
 
 __all__ = ["RecipeConfig", "build_method", "check_recipe", "load_recipe", "recipe_help"]
 
@@ -111,7 +112,8 @@ def build_method(
         for group in groups:
             if group["role"] in (rates or {}):
                 group["lr"] = (rates or {})[group["role"]]
-        return layers, optim.create(method.optimizer, groups, **method.optimizer_arguments(settings))
+        with unwarned():  # the recipe names the layers to convert; that AdamW updates the others is its choice
+            return layers, optim.create(method.optimizer, groups, **method.optimizer_arguments(settings))
     except UserError:
         raise
     except (ValueError, TypeError) as error:

@@ -288,7 +288,7 @@ def test_a_graph_in_pieces_is_refused_unless_expected(folder: Path, tmp_path: Pa
     ("change", "message"),
     [
         ("data.graph=oak", r"there is no .*oak\.npz; the folder has tree"),
-        ("model.curvature=-1", r"model\.curvature=-1\.0; expected a number from 1e-06"),
+        ("model.curvature=-1", r"model\.curvature=-1\.0; expected a number >= 1e-06"),
         ("model.widht=3", r"unknown key 'model\.widht' .*did you mean 'model\.width'\?"),
         ("optimizer.name=sts", r"in optimizer: unknown optimizer 'sts'; did you mean 'sst'\?"),
         ("optimizer.rank=2", r"in optimizer: optimizer 'adamw' takes no argument 'rank'"),

@@ -274,7 +274,7 @@ def test_a_finished_run_is_not_trained_again(folder: Path, tmp_path: Path) -> No
         ("data.vocab_size=256", r"data\.vocab_size=256; expected a number >= 257"),
         ("data.task=summaries", r"wrong value .*data\.task"),
         ("clip=0", r"clip=0\.0; expected a number > 0, or null"),
-        ("model.curvature=0", r"model\.curvature=0\.0; expected a number from 1e-06 to 1e\+06"),
+        ("model.curvature=0", r"model\.curvature=0\.0; expected a number >= 1e-06"),
         ("model.max_time=0", r"model\.max_time=0\.0; expected a number > 0"),
         ("seed=-1", r"seed=-1; expected a number >= 0"),
     ],

@@ -29,7 +29,6 @@ from tests.optim.models import (
     REFRESH_INTERVAL,
     MixedModel,
     assert_equal,
-    beside_layers,
     build,
     gradient,
     laid_out_as,
@@ -679,20 +678,6 @@ def test_a_gradient_not_finite_on_one_shard_keeps_the_columns_on_all_ranks() -> 
 
     before, after = zip(*run_distributed(worker, 2), strict=True)
     assert before == after
-
-
-def test_doubly_sharded_parameters_are_refused() -> None:
-    def worker() -> list[str]:
-        mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "tensor"))
-        param = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0), Shard(1)]))
-        refused = []
-        for name in optim.names():
-            with pytest.raises(ValueError, match=r"shape \(4, 4\) with placements .* tensor-parallel"):
-                optim.create(name, beside_layers(name, [{"params": [("w", param)], "role": "matrix"}])).step()
-            refused.append(name)
-        return refused
-
-    assert run_distributed(worker, 1) == [optim.names()]
 
 
 # ----------------------------------------------------------------------------------------------- unlike ones together

@@ -9,7 +9,7 @@ import runpy
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,15 @@ from tests.train.helpers import LAUNCHER, arguments, at_step, checkpoints, losse
 
 SCHEDULERS = [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
 """Beside SIGINT and SIGTERM, which test_resume.py sends."""
+
+
+@pytest.fixture(autouse=True)
+def _heard() -> Iterator[None]:
+    """Signals of these tests are not ignored, whoever started the tests: under nohup SIGHUP would be."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in SCHEDULERS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", SCHEDULERS)
