@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from optim.quantization import BITS, MOMENTS
 from optim.sharding import matrix_shape
 from optim.slot import Slot
 
@@ -97,8 +98,20 @@ def summary(optimizer: MatrixOptimizer) -> str:
         wide = [slot for slot in slots if role == "vector" and slot.param.ndim > 1]
         if wide:
             line += f"; {len(wide)} of them, {_numbers(wide):,} numbers, have two dimensions or more"
+        whole = [slot for slot in slots if _is_kept_whole(slot)]
+        if whole:
+            line += (
+                f"; {len(whole)} of them, {_numbers(whole):,} numbers, keep their moments in full precision: they are "
+                f"too small for {whole[0].group['state_dtype']}, or have not two dimensions"
+            )
         lines.append(line)
     return "\n".join(lines)
+
+
+def _is_kept_whole(slot: Slot) -> bool:
+    """Return whether the moments of a parameter are kept in full precision although the group asks for fewer bits."""
+    wanted = slot.group["state_dtype"] in BITS and any(key in MOMENTS for key in slot.state)
+    return wanted and not any(key.endswith("_scale") for key in slot.state)
 
 
 class _Kind(NamedTuple):

@@ -274,3 +274,15 @@ def test_the_state_of_experts_is_that_of_low_rank() -> None:
                       (("adamw", {}), ("dct_adamw", {"rank": 1})))  # fmt: skip
         aside: list[Tensor] = [model.get_parameter(key) for key, role in roles(model).items() if role != "matrix"]
         assert low - 8 * sum(p.numel() for p in aside) < 0.35 * (dense - 8 * sum(p.numel() for p in aside))
+
+
+@pytest.mark.filterwarnings("ignore::optim.coverage.CoverageWarning")
+@pytest.mark.parametrize("name", ["adamw", "dct_adamw", "muon"])
+def test_moments_that_stay_in_full_precision_are_shown(name: str) -> None:
+    """The filters have four dimensions; the biases of each layer are short."""
+    model = nn.ModuleDict({"large": nn.Linear(256, 256), "filters": nn.Conv2d(64, 64, 3)})
+    shown = repr(optim.create(name, model, lr=1e-3, state_dtype="8bit"))
+    lines = [line for line in shown.splitlines() if "keep their moments in full precision" in line]
+    assert len(lines) == 1
+    assert "3 of them, 37,184 numbers, keep" in lines[0]
+    assert "full precision" not in repr(optim.create(name, model, lr=1e-3))
