@@ -128,7 +128,7 @@ def _llama(architecture: PretrainedConfig, size: Sizes) -> tuple[int, int, int, 
     norm += c * stream  # the norm's output, for the linear layers that read it
     attention = c * stream  # queries, turned by rotary embeddings
     read = size.hidden if size.masked else size.key_values
-    attention += c * tokens * read  # keys, likewise
+    attention += c * tokens * read  # keys, turned by rotary embeddings
     attention += c * tokens * read  # values
     attention += c * stream  # attention's output, for itself and for the output projection
     attention += 4 * tokens * size.heads  # its logsumexp, float32

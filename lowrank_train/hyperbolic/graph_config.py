@@ -26,7 +26,9 @@ class GraphDataConfig:
     validation_share: float | None = setting(
         None, "of nodes or edges; null: 0.15 of nodes, 0.05 of edges", above=0, below=1
     )
-    test_share: float | None = setting(None, "likewise; null: 0.15 of nodes, 0.10 of edges", above=0, below=1)
+    test_share: float | None = setting(
+        None, "share of nodes or edges for testing; null: 0.15 of nodes, 0.10 of edges", above=0, below=1
+    )
     split_seed: int = setting(1234, "of the draw of the parts", at_least=0, at_most=2**32 - 1)
     connected: bool = setting(True, "refuse a graph in several pieces; false: they are as they should be")
     normalize_features: bool = setting(True, "divide each row of features by its sum")
