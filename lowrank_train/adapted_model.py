@@ -3,7 +3,7 @@
 peft builds its layers from the weights they stand beside (singular vectors, norms, samples of activations), so the
 model is there in full before it is sharded; meta-device construction, which pretraining uses, is not possible. The
 adapted layers sit inside the Hugging Face model itself; peft's wrapper around it is kept for what it alone knows:
-penalties, merging, and its own file format.
+AdaLoRA's budget, merging, and its own file format.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -41,16 +40,11 @@ class AdaptedModel:
     blueprint: Any
     """A copy of the wrapper whose parameters are on meta, never sharded."""
     budget: RankBudget | None
-    """What AdaLoRA does after every step."""
+    """What AdaLoRA adds to the loss, and does after every step."""
     one_group: bool
-    """Whether all parameters must be gathered together: some are used by several layers, or by a penalty."""
+    """Whether all parameters must be gathered together: some are used by several layers, or by AdaLoRA's penalty."""
     buffers: frozenset[str]
     """Names of the adapter's own floating-point buffers, such as VeRA's projections."""
-
-    @property
-    def has_penalty(self) -> bool:
-        """Whether the adapter adds a term to the loss; the model's method ``adapter_penalty`` gives it."""
-        return hasattr(self.model, "adapter_penalty")
 
     def with_values(self, values: Mapping[str, Tensor]) -> Any:
         """A copy of the wrapper, unsharded, with these parameters and persistent buffers, in float32 or wider.
@@ -134,11 +128,10 @@ def adapt(
         ranks.first(lambda: _write_initial(wrapper, initial))
     _declare_roles(model)
     budget = RankBudget(wrapper) if settings.name == "adalora" else None
-    penalty = _penalty(wrapper, config)
     blueprint = _on_meta(wrapper)
-    if penalty is not None:
-        model.adapter_penalty = MethodType(lambda self: penalty(), model)
-    return AdaptedModel(model, wrapper, blueprint, budget, _shares(model) or penalty is not None, frozenset(buffers))
+    if budget is not None:
+        model.adapter_penalty = budget.penalty
+    return AdaptedModel(model, wrapper, blueprint, budget, _shares(model) or budget is not None, frozenset(buffers))
 
 
 def changes_frozen_weights(config: Any) -> bool:
@@ -162,28 +155,6 @@ def _write_initial(wrapper: Any, folder: Path) -> None:
         wrapper.save_pretrained(folder, save_embedding_layers=False)
     finally:
         config.init_lora_weights = kept
-
-
-def _penalty(wrapper: Any, config: Any) -> Any:
-    """The term an adapter adds to the loss, as a function of no arguments; None for most."""
-    tuner = wrapper.base_model
-    if getattr(config, "kasa_config", None) is not None:
-        return tuner._get_kasa_loss
-    if getattr(config, "monteclora_config", None) is not None:
-        return tuner._get_monteclora_loss
-    if getattr(config, "orth_reg_weight", 0) > 0:
-        return lambda: config.orth_reg_weight * _distance_from_orthonormal(tuner.model)
-    return None
-
-
-def _distance_from_orthonormal(model: nn.Module) -> Tensor:
-    """Mean over the factors of |P P^T - I|_F and |Q^T Q - I|_F (AdaLoRA, arXiv 2303.10512, equation 4)."""
-    distances = []
-    for name, param in model.named_parameters():
-        if ".lora_A." in name or ".lora_B." in name:
-            gram = param @ param.mT if ".lora_A." in name else param.mT @ param
-            distances.append(torch.linalg.norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)))
-    return torch.stack(distances).mean()
 
 
 def _check_shardable(model: nn.Module, wrapper: Any, name: str) -> None:

@@ -44,6 +44,18 @@ class RankBudget:
             if ".lora_E." in name:
                 fill(param.detach(), view.tensors[name].detach())
 
+    def penalty(self) -> Tensor:
+        """Return AdaLoRA's term of the loss: ``orth_reg_weight`` times the factors' mean distance from orthonormal.
+
+        The distances are |P P^T - I|_F and |Q^T Q - I|_F (equation 4 of the paper); the parameters must be whole.
+        """
+        distances = []
+        for name, param in self.tuner.model.named_parameters():
+            if ".lora_A." in name or ".lora_B." in name:
+                gram = param @ param.mT if ".lora_A." in name else param.mT @ param
+                distances.append(torch.linalg.norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)))
+        return self.tuner.peft_config["default"].orth_reg_weight * torch.stack(distances).mean()
+
     def state_dict(self) -> dict[str, Tensor]:
         """Scores and the present choice, whole, equal on all ranks."""
         allocator = self.tuner.rankallocator

@@ -34,9 +34,7 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "loftq": ("lora", {"init_lora_weights": "loftq", "loftq_config": {}}),  # Li et al., arXiv 2310.08659
     "orthogonal": ("lora", {"init_lora_weights": "orthogonal"}),
     "mica": ("lora", {"init_lora_weights": "mica"}),
-    "kasa": ("lora", {"kasa_config": {}}),  # Wang et al., arXiv 2412.06071
     "velora": ("lora", {"velora_config": {}}),  # Miles et al., arXiv 2405.17991
-    "monteclora": ("lora", {"monteclora_config": {}}),
     "bone": ("miss", {"init_weights": "bat"}),  # Kang, arXiv 2409.15371, before it was called MiSS
 }
 """Name -> tuner of peft, and arguments that make it so."""
@@ -46,9 +44,7 @@ _NESTED = {
     "corda_config": "CordaConfig",
     "lora_ga_config": "LoraGAConfig",
     "loftq_config": "LoftQConfig",
-    "kasa_config": "KasaConfig",
     "velora_config": "VeloraConfig",
-    "monteclora_config": "MontecloraConfig",
 }
 """Argument of ``LoraConfig`` -> the class a dict of its arguments is made into."""
 
@@ -56,10 +52,20 @@ _OWN_TARGETS = {"beft", "ia3", "ln_tuning", "osf", "trainable_tokens"}
 """Tuners of something else than the block matrices: peft's own choice of modules is right."""
 
 _PROMPTS = "it puts trained vectors into the model's input or attention cache and changes no weights"
+_KASA = (
+    "KaSA adds a term to every loss, which the training loop does not have; use adapter.name=pissa, "
+    "which starts from singular vectors too, or adalora, which also trains singular values"
+)
+_MONTECLORA = (
+    "MonteCLoRA adds a term to every loss and keeps noise that no checkpoint holds, so that a run could not "
+    "be resumed exactly; use adapter.name=lora with adapter.arguments.lora_dropout, or pvera"
+)
 _REFUSED = {
     "adaption_prompt": _PROMPTS,
     "cartridge": _PROMPTS,
     "cpt": _PROMPTS,
+    "kasa": _KASA,
+    "monteclora": _MONTECLORA,
     "multitask_prompt_tuning": _PROMPTS,
     "p_tuning": _PROMPTS,
     "prefix_tuning": _PROMPTS,
@@ -70,7 +76,14 @@ _REFUSED = {
     "adapter.arguments.trainable_token_indices in a loop of your own",
     "xlora": "it mixes adapters that are trained already",
 }
-"""Tuner -> why a run cannot train it."""
+"""Tuner or variant -> why a run cannot train it."""
+
+_REFUSED_ARGUMENTS = {
+    "kasa_config": _KASA,
+    "monteclora_config": _MONTECLORA,
+    "use_asa": "a run does not update that budget of subspaces; leave it out",
+}
+"""Key of ``adapter.arguments`` -> why a run cannot train with it."""
 
 _RANKS: dict[str, Callable[[int], dict[str, int]]] = {
     # the initial budget: Zhang et al., arXiv 2303.10512, section 3.3
@@ -127,8 +140,8 @@ def adapter_config(settings: AdapterConfig, model: nn.Module | None = None, step
     for key in settings.arguments:
         if key not in known:
             raise UserError(f"adapter {name!r} takes no argument {key!r}; {suggestion(key, list(known))}")
-    if settings.arguments.get("use_asa"):
-        raise UserError("adapter.arguments.use_asa=true: a run does not update that budget of subspaces; leave it out")
+        if key in _REFUSED_ARGUMENTS and settings.arguments[key] not in (None, False):
+            raise UserError(f"adapter.arguments.{key} cannot be trained by a run: {_REFUSED_ARGUMENTS[key]}")
     arguments = {**_fixed(name), **_ranked(name, settings, known), **settings.arguments}
     if "target_modules" in known and "target_modules" not in arguments and name not in _OWN_TARGETS and model:
         arguments["target_modules"] = _block_matrices(model)

@@ -184,8 +184,7 @@ def _check_adapter(config: Config) -> None:
         raise UserError(
             f"weights=int8 is for matrices that are trained as they are; with adapter.name={name} use bfloat16"
         )
-    penalised = name in ("adalora", "kasa", "monteclora")
-    if config.fused_backward and penalised:
+    if config.fused_backward and name == "adalora":
         raise UserError(
             f"fused_backward=true with adapter.name={name}, which adds to the loss of a whole step or reads its "
             "gradients; set it to false"

@@ -272,7 +272,7 @@ def _losses(run: Run) -> Iterator[Tensor]:
     for part in parts:
         apart = positions(part) if config.data.separates else None
         loss = run.model.token_loss(*split(part), config.loss_chunk, apart) / share
-        if run.adapted is not None and run.adapted.has_penalty:  # some are of what forward has just drawn
+        if run.adapted is not None and run.adapted.budget is not None:
             loss = loss + run.model.adapter_penalty() / len(parts)
         yield loss
 

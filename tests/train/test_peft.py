@@ -209,13 +209,13 @@ def load_adapter(base: Path, folder: Path, dtype: torch.dtype | None) -> Any:
 
 # ------------------------------------------------------------------------------------------------------ many ranks
 
-KINDS = ["adalora", "boft", "dora", "eva", "kasa", "lily", "pissa", "vera"]
-"""Of what matters to shards: budgets, three dimensions, norms of weights, data, penalties, shared parameters, changed
-weights, buffers."""
+KINDS = ["adalora", "boft", "dora", "eva", "lily", "pissa", "vera"]
+"""Of what matters to shards: a budget and its penalty, three dimensions, norms of weights, data, shared parameters,
+changed weights, buffers."""
 if os.environ.get("ALL_ADAPTERS"):  # how the table of docs/peft.md was made; takes minutes
     KINDS = TRAINABLE
-DRAWS = {"monteclora", "pvera"}
-"""They draw in every forward pass, each rank its own numbers."""
+DRAWS = {"pvera"}
+"""It draws in every forward pass, each rank its own numbers."""
 
 Ranks = tuple[Path, dict[str, list[dict[str, Any]]]]
 
@@ -263,7 +263,7 @@ def test_two_ranks_train_as_one(everyone: dict[str, dict[str, Any]], two_ranks: 
         torch.testing.assert_close(merged, found[name][0]["logits"], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if name != "monteclora"])  # it keeps noise drawn ahead
+@pytest.mark.parametrize("name", KINDS)
 def test_resume_is_bit_exact(two_ranks: Ranks, resumed: Ranks, name: str) -> None:
     (root, whole), (again, found) = two_ranks, resumed
     assert "error" not in found[name][0], found[name][0].get("error")
@@ -419,6 +419,21 @@ def test_unknown_names_and_arguments(folders: Path) -> None:
     assert "adapter.name=shadow cannot be trained by a run: it trains a second" in refused(folders, name="shadow")
     assert "adapter.name=lora" in refused(folders, "adapter.arguments.layers_pattern=x")
     assert "does not update that budget" in refused(folders, "adapter.arguments.use_asa=true", name="adamss")
+
+
+@pytest.mark.parametrize(("name", "instead"), [("kasa", "pissa"), ("monteclora", "pvera")])
+def test_variants_that_add_to_the_loss_are_refused_by_name_and_by_argument(
+    folders: Path, name: str, instead: str
+) -> None:
+    assert name not in NAMES
+    told = [refused(folders, name=name), refused(folders, f"adapter.arguments.{name}_config={{}}")]
+    told.append(refused(folders, f"adapter.arguments.{name}_config={{}}", name="adalora"))
+    assert told[0].startswith(f"adapter.name={name} cannot be trained by a run: ")
+    for message in told[1:]:
+        assert message.startswith(f"adapter.arguments.{name}_config cannot be trained by a run: ")
+    for message in told:
+        assert "adds a term to every loss" in message
+        assert instead in message
 
 
 def test_settings_that_do_not_go_together(folders: Path, tmp_path: Path) -> None:
