@@ -11,7 +11,6 @@ try:
     from lowrank_train.digits import measure_digits
     from lowrank_train.errors import UserError
     from lowrank_train.hyperbolic import graph_benchmark, translation_benchmark
-    from lowrank_train.memory_benchmark import measure_memory
     from lowrank_train.tree_benchmark import measure_tree
     from optim.__main__ import main as list_optimizers
     from optim.suggestion import suggestion
@@ -57,11 +56,6 @@ def measure_hyperbolic(arguments: list[str]) -> None:
     print(graph_benchmark.measure_graphs(graph_benchmark.load_benchmark(arguments)))
 
 
-def memory(arguments: list[str]) -> None:
-    """Compare predicted, tracked and measured memory of a training step, from 60M to 7B."""
-    print(measure_memory(arguments))
-
-
 def measure_translation(arguments: list[str]) -> None:
     """Train a small translator in hyperbolic and in Euclidean space: full, LoRA, ReLoRA* and SST."""
     if {"-h", "--help"} & set(arguments):
@@ -91,7 +85,6 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "training-step": measure_training,
     "compression": measure_compression,
     "hyperbolic": measure_hyperbolic,
-    "memory": memory,
     "translation": measure_translation,
     "digits": digits,
     "tree": tree,

@@ -12,8 +12,8 @@ from the start of forward to the end of backward. With more than one rank the bu
 until the next, and in backward the next layer is gathered while one is computed. Gradients of a group are copied to a
 buffer in the type they are reduced in, which lives until the next group reduces its own.
 
-``lowrank_train.memory_tracker`` counts the same by running the step on tensors without numbers; tests keep the two
-within 3 percent.
+A tracker in the tests (``tests/tools/memory_tracker.py``) counts the same by running the step on fake tensors; the two
+agree within 3 percent.
 """
 
 from __future__ import annotations

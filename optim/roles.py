@@ -34,8 +34,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
 __all__ = ["Found", "roles"]
@@ -45,7 +43,10 @@ FEWEST = 4
 
 _WEIGHT = re.compile(r"(^|_)(weight(_|$)|proj(ection)?$)|^[wv]\d+$")
 _EMBEDS = re.compile(r"emb(ed|edding|eddings|s)?(_|\.|$)", re.IGNORECASE)
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
+)
 
 
 class Found(NamedTuple):
@@ -74,7 +75,7 @@ class _Owned:
 
     @property
     def is_convolution(self) -> bool:
-        return isinstance(self.module, _ConvNd) or hasattr(self.module, "kernel_size")
+        return hasattr(self.module, "kernel_size")
 
     @property
     def is_norm(self) -> bool:

@@ -16,6 +16,8 @@ LAYERS = {"optim": (), "lowrank_train": ("optim",), "launch": ("optim", "lowrank
 """Each top-level directory and the others it may import."""
 
 OPTIM_MAY_IMPORT = {"torch", "geoopt", "optim"}
+PRIVATE_ALLOWED = {"optim/int8_weight.py": ["torch.autograd.grad_mode._unsafe_preserve_version_counter"]}
+"""What ``optim`` imports of torch's private parts: FSDP2's own way to write into a weight without a new version."""
 DISTRIBUTED_ALLOWED = {
     "optim/placements.py",
     "optim/sharding.py",
@@ -25,7 +27,6 @@ DISTRIBUTED_ALLOWED = {
     "lowrank_train/checkpoint.py",
     "lowrank_train/checkpoint_files.py",
     "lowrank_train/trainer.py",
-    "lowrank_train/memory_tracker.py",  # torch's memory tracker for FSDP2 lives in torch.distributed._tools
 }
 
 
@@ -60,6 +61,12 @@ def uses_of_distributed(tree: ast.AST) -> list[str]:
         if is_attribute and isinstance(node.value, ast.Name) and node.value.id == "torch":
             found.append("torch.distributed")
     return found
+
+
+def private_imports(tree: ast.AST) -> list[str]:
+    """Names of torch in an import that have a part with a leading underscore."""
+    parts = ((name, name.split(".")) for name in imported_modules(tree))
+    return [name for name, (top, *rest) in parts if top == "torch" and any(part.startswith("_") for part in rest)]
 
 
 def shadows_of_optim(tree: ast.AST) -> list[str]:
@@ -129,6 +136,12 @@ def test_imports_never_point_backwards(path: Path) -> None:
 def test_optim_depends_on_torch_alone(path: Path) -> None:
     tops = {name.split(".")[0] for name in imported_modules(parsed(path))}
     assert tops <= OPTIM_MAY_IMPORT | sys.stdlib_module_names | {""}
+
+
+@pytest.mark.parametrize("path", sources("optim"), ids=relative)
+def test_optim_imports_nothing_private_of_torch(path: Path) -> None:
+    """A private module may move with any release, and then ``import optim`` would fail."""
+    assert private_imports(parsed(path)) == PRIVATE_ALLOWED.get(relative(path), [])
 
 
 @every_source
@@ -202,6 +215,19 @@ def test_backward_imports_are_found(directory: str, code: str, refused: bool) ->
 )
 def test_uses_of_distributed_are_found(code: str, refused: bool) -> None:
     assert bool(uses_of_distributed(ast.parse(code))) == refused
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("from torch._guards import detect_fake_mode", ["torch._guards", "torch._guards.detect_fake_mode"]),
+        ("from torch.nn.modules.conv import _ConvNd", ["torch.nn.modules.conv._ConvNd"]),
+        ("import torch._subclasses", ["torch._subclasses"]),
+        ("from torch import Tensor, nn\nfrom optim.base import _private", []),
+    ],
+)
+def test_private_parts_of_torch_are_found(code: str, found: list[str]) -> None:
+    assert private_imports(ast.parse(code)) == found
 
 
 @pytest.mark.parametrize(

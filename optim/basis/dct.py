@@ -21,17 +21,16 @@ We differ:
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
 
 from optim.basis.base import Directions
 from optim.basis.columns import FixedMatrix, energy_
 from optim.basis.directions import Vectors
 from optim.blocks import add_rows_, contiguous_rows, row_blocks
+from optim.surroundings import kept
 
 __all__ = ["DCT", "FourierColumns", "dct_matrix"]
 
@@ -39,25 +38,18 @@ _FFT_MIN_RANK = 96
 """Where the two paths cross on a CPU: measured 10 ms (FFT) against 52 r/512 ms (GEMM) for 5504 x 2048, two cores."""
 
 
+@kept
 def dct_matrix(d: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The orthonormal DCT-II vectors as rows, (d, d): row k is q_k, so a selection of columns of Q is contiguous.
 
-    Kept for the next call, except under ``FakeTensorMode``: fake and real tensors must not meet.
+    The result is kept for the next call.
     """
-    build = _build_dct_matrix if detect_fake_mode() is not None else _cached_dct_matrix
-    return build(d, device, dtype)
-
-
-def _build_dct_matrix(d: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     k = torch.arange(d, device=device).unsqueeze(1)
     i = torch.arange(d, device=device).unsqueeze(0)
     angle = (k * (2 * i + 1)) % (4 * d)
     rows = torch.cos(angle.double() * (math.pi / (2 * d))) * math.sqrt(2 / d)
     rows[0] *= math.sqrt(0.5)
     return rows.to(dtype)
-
-
-_cached_dct_matrix = lru_cache(maxsize=16)(_build_dct_matrix)
 
 
 class DCT(FixedMatrix):

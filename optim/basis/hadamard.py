@@ -8,17 +8,16 @@ So d = 2^k and d = 2^k (p + 1) exist here: 768 = 64 x 12, 1280 = 64 x 20, 5120 =
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
 
 from optim.basis.base import Directions
 from optim.basis.columns import FixedMatrix, energy_
 from optim.basis.directions import Vectors
 from optim.blocks import row_blocks
+from optim.surroundings import kept
 
 __all__ = ["Hadamard", "hadamard_matrix"]
 
@@ -50,22 +49,15 @@ class Hadamard(FixedMatrix):
         return Vectors(hadamard_matrix(d, like.device, like.dtype)[index])
 
 
+@kept
 def hadamard_matrix(d: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The orthonormal matrix, candidates as rows (d, d); kept for the next call, except under ``FakeTensorMode``."""
-    build = _build if detect_fake_mode() is not None else _cached
-    return build(d, device, dtype)
-
-
-def _build(d: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the orthonormal matrix, candidates as rows (d, d); it is kept for the next call."""
     prime = _paley_prime(d)
     assert prime is not None
     matrix = _paley(prime) if prime else torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < d:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     return (matrix / d**0.5).to(device=device, dtype=dtype)
-
-
-_cached = lru_cache(maxsize=16)(_build)
 
 
 def _paley_prime(d: int) -> int | None:

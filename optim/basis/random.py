@@ -16,12 +16,12 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
 
 from optim.basis.base import Basis, Directions, Moments
 from optim.basis.dense import rotate
 from optim.basis.directions import Vectors
 from optim.sharding import StateTensor
+from optim.surroundings import tensors_hold_numbers
 
 __all__ = ["RandomVectors"]
 
@@ -51,7 +51,7 @@ class RandomVectors(Basis):
     def directions(self, state: Mapping[str, Tensor], d: int, r: int, like: Tensor) -> Directions:
         """Drawn anew when the seed has changed."""
         key = (d, r, self.is_orthonormal, like.device, like.dtype)
-        if detect_fake_mode() is not None:
+        if not tensors_hold_numbers():
             return Vectors(_draw(0, *key))
         seed = int(state["basis_seed"])
         if _drawn.get(key, (None,))[0] != seed:

@@ -8,8 +8,8 @@ from lowrank_train import memory_budget, models
 from lowrank_train.config import Config, ModelConfig, load_config
 from lowrank_train.memory_measured import measure
 from lowrank_train.memory_terms import StepMemory, predict
-from lowrank_train.published_memory import SCALE_TABLE, weights_and_states
 from lowrank_train.run import unsharded
+from tests.tools.published_memory import SCALE_TABLE, weights_and_states
 
 SIZES = {
     "llama_60m": 58_073_600,

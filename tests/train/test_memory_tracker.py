@@ -9,7 +9,7 @@ import pytest
 from lowrank_train.config import load_config
 from lowrank_train.errors import UserError
 from lowrank_train.memory_terms import predict
-from lowrank_train.memory_tracker import track
+from tests.tools.memory_tracker import track
 
 BOUND = 0.03
 """In every phase."""

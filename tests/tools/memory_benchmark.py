@@ -1,6 +1,9 @@
 """Predicted, tracked and measured peaks of a training step, side by side, for settings from 60M to 7B.
 
-Predicted: closed formulas (``memory_terms``). Tracked: the step run on tensors without numbers (``memory_tracker``).
+    python tests/tools/memory_benchmark.py                        all settings, predicted and tracked
+    python tests/tools/memory_benchmark.py --only llama_60m --device cpu    also measured, one setting
+
+Predicted: closed formulas (``memory_terms``). Tracked: the step run on fake tensors (``memory_tracker``).
 Measured: the step run, its allocations counted by CUDA, or by torch's profiler on a CPU (``memory_measured``).
 """
 
@@ -9,22 +12,27 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
+from lowrank_train.command import run_command
 from lowrank_train.config import Config, load_config
 from lowrank_train.errors import UserError
 from lowrank_train.memory_measured import measure
 from lowrank_train.memory_terms import predict
-from lowrank_train.memory_tracker import track
 from lowrank_train.progress import show_progress
 from lowrank_train.record import provenance
 from lowrank_train.small_files import write_text
 from lowrank_train.step_benchmark import output_folder
 from lowrank_train.units import show_bytes
+from tests.tools.memory_tracker import track
 
 __all__ = ["SETTINGS", "measure_memory"]
 
@@ -65,7 +73,7 @@ def measure_memory(arguments: Sequence[str]) -> str:
     Raises:
         UserError: unknown settings, an unwritable folder, no tracker in this torch.
     """
-    parser = argparse.ArgumentParser(prog="launch/benchmark.py memory", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[], help="words that a setting must have, e.g. llama_7b int8")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="also measure there, settings of one rank")
     parser.add_argument("--largest", type=float, default=float("inf"), help="measure only up to this predicted GiB")
@@ -127,3 +135,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
             cells += [show_bytes(row[kind]["peak"]), f"{100 * (own / row[kind]['peak'] - 1):+.2f} %"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(lambda: print(measure_memory(sys.argv[1:])), stopped="stopped; it starts from the beginning"))

@@ -148,8 +148,7 @@ def _as_on_cuda(stack: ExitStack) -> None:
     dct, blocks = optim.basis.dct, optim.blocks
     stack.enter_context(mock.patch.object(blocks, "_CPU_BLOCK_NUMBERS", blocks._DEVICE_BLOCK_NUMBERS))
     stack.enter_context(mock.patch.object(dct, "_FFT_MIN_RANK", 2**62))
-    made = lru_cache(maxsize=None)(dct._build_dct_matrix)
-    stack.enter_context(mock.patch.object(dct, "_build_dct_matrix", made))
+    stack.enter_context(mock.patch.object(dct, "dct_matrix", lru_cache(maxsize=None)(dct.dct_matrix)))
 
 
 def refresh_interval(optimizer: optim.MatrixOptimizer) -> int:
