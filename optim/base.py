@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,6 +83,9 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
 
     structural_settings: tuple[str, ...] = ()
     """Hyperparameters that say what the state means, so that a checkpoint must have been written with the same."""
+
+    retired_settings: ClassVar[Mapping[str, Any]] = {}
+    """Hyperparameters that exist no more, with the value that a checkpoint may have: the present behaviour."""
 
     method_roles: frozenset[str] = frozenset({"matrix"})
     """The roles the method itself updates; parameters of the others get AdamW."""

@@ -75,8 +75,8 @@ class DCTAdamW(LowRankOptimizer):
         lr: learning rate, a step of about ``lr`` per coordinate; float or tensor.
         rank: directions kept per matrix, 1 .. min(m, n); None keeps a quarter of them (at least 1).
         refresh_interval: steps between two choices of columns.
-        basis: dct, or dct_l1 for the paper's ranking.
-        residual: drop, or error_feedback, error_feedback_8bit, error_feedback_4bit as the paper's option.
+        basis: dct; dct_l1, for comparison, ranks the columns as the released code.
+        residual: drop, or error_feedback or error_feedback_8bit, the paper's option.
         moments: rotate (by index, exact), keep or reset.
         betas: decay of the first and second moment.
         eps: added to the root of the second moment.
@@ -92,7 +92,7 @@ class DCTAdamW(LowRankOptimizer):
     We differ from the paper's code: ``refresh_interval`` defaults to 100, not 1, because a column that enters starts
     from nothing (measured on a small LLaMA: docs/quickstart.md); moments follow their columns exactly, where it
     multiplies them by a matrix in place, or by default not at all; bias correction is per column; columns are ranked by
-    l2; no error feedback unless asked, and then with all 256 (16) levels; more than two dimensions are not skipped.
+    l2; no error feedback unless asked, and then with all 256 levels; more than two dimensions are not skipped.
     """
 
     source = "Modoranu et al., arXiv 2505.17967"
@@ -179,8 +179,8 @@ class Fira(LowRankOptimizer):
         refresh_interval: steps between two choices of directions.
         scale: the paper's alpha, of the part inside the directions.
         basis: subspace or svd, as for GaLore, or any orthonormal one.
-        residual: fira (the paper), or fira_released: the released code removes only ``scale`` of the inside from what
-            it calls the rest.
+        residual: fira (the paper); fira_released, for comparison, removes only ``scale`` of the inside from the rest,
+            as the released code.
         moments: keep (the paper), reset or rotate.
         betas: decay of the first and second moment.
         eps: added to the root of the second moment.

@@ -11,8 +11,7 @@ In 4 bits (``state_dtype="4bit"``), two codes a byte, columns j and j + 1 togeth
     first moment,  signed:    x = s sgn(c) (c / 7)^2,     c = -7 .. 7
     second moment, unsigned:  x = s ((c + 1) / 16)^2,     c = 0 .. 15;  nothing becomes 0 but a block of zeros
 
-Error feedback, row-wise and uniform: x = s c with s = largest magnitude of the row / 127 (8 bits) or / 7 (4 bits, two
-codes a byte).
+Error feedback, row-wise and uniform: x = s c with s = largest magnitude of the row / 127, c in 8 bits.
 
 Which tensors are quantised, and in what blocks, follows from global shapes alone, so precision never depends on the
 number of ranks. torchao's 8-bit state decides by the size of the local shard and needs it to be a multiple of its
@@ -20,7 +19,7 @@ block, which low-rank moments (m, r) seldom are; hence a storage of our own.
 
 Sources: block-wise quantisation, Dettmers et al. (arXiv 2110.02861); 4 bits, and no zero for
 the second moment, Li et al. (arXiv 2309.01507), where it is linear; rows for error feedback, Modoranu et al.
-(arXiv 2505.17967), whose released 8-bit code uses 16 levels and whose 4-bit code returns numbers in another order.
+(arXiv 2505.17967), whose released 8-bit code uses 16 levels.
 """
 
 from __future__ import annotations
@@ -37,9 +36,10 @@ __all__ = [
     "BITS",
     "MOMENTS",
     "STATE_DTYPES",
-    "RowCodec",
     "as_stored",
+    "decode_rows",
     "dequantize",
+    "encode_rows",
     "quantize",
     "read",
     "replace",
@@ -195,32 +195,12 @@ def _spread(scale: Tensor, n: int, offset: int) -> Tensor:
     return scale.repeat_interleave(BLOCK, dim=1)[:, offset : offset + n]
 
 
-class RowCodec:
-    """Rows of numbers in 8 or 4 bits, with one scale each."""
+def encode_rows(value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codes (m, d) int8 and scales (m, 1) of rows (m, d)."""
+    scale = value.abs().amax(1, keepdim=True) / 127
+    return (value / torch.where(scale > 0, scale, 1)).round_().to(torch.int8), scale
 
-    def __init__(self, bits: int) -> None:
-        self.bits = bits
-        self.levels = 2 ** (bits - 1) - 1
 
-    def state_tensors(self, key: str, m: int, d: int, scale_dtype: torch.dtype) -> dict[str, StateTensor]:
-        """Codes and scales of an (m, d) matrix whose rows are sharded."""
-        codes = (
-            StateTensor((m, d), torch.int8, "rows")
-            if self.bits == 8
-            else StateTensor((m, math.ceil(d / 2)), torch.uint8, "rows")
-        )
-        return {key: codes, f"{key}_scale": StateTensor((m, 1), scale_dtype, "rows")}
-
-    def encode(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes and scales of rows (m, d)."""
-        scale = value.abs().amax(1, keepdim=True) / self.levels
-        codes = (value / torch.where(scale > 0, scale, 1)).round_().to(torch.int8)
-        if self.bits == 8:
-            return codes, scale
-        return _packed((codes + 8).to(torch.uint8)), scale
-
-    def decode(self, codes: Tensor, scale: Tensor, d: int, dtype: torch.dtype) -> Tensor:
-        """Rows (m, d) from codes and scales."""
-        if self.bits == 4:
-            codes = _unpacked(codes, d).to(torch.int8) - 8
-        return codes.to(dtype).mul_(scale.to(dtype))
+def decode_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return rows (m, d) from their codes and scales."""
+    return codes.to(dtype).mul_(scale.to(dtype))

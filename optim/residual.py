@@ -3,7 +3,7 @@
 With A the gradient (error feedback included), g = project(A), u Adam's direction for g, and D = A - lift(g):
 
     drop              W -= lr s lift(u)
-    error feedback    A = G + E;  E <- D;  W -= lr s lift(u)                        E whole, or 8 or 4 bits, per row
+    error feedback    A = G + E;  E <- D;  W -= lr s lift(u)                        E whole, or in 8 bits, per row
     LDAdam            as that, E <- D + b1 / (1 - b1) (lift_old(M_old) - lift(M))   what M lost by the change of basis
     sign              W -= lr (s lift(u) + t sign(D))                               FRUGAL
     normalized        W -= lr (s lift(u) + t sqrt((d - r) / d) D_i / rms(D_i))      row by row, as SCALE on the rest
@@ -23,14 +23,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from optim.basis import Directions
 from optim.blocks import add_rows_, contiguous_rows
-from optim.quantization import RowCodec
+from optim.quantization import decode_rows, encode_rows
 from optim.sharding import StateTensor
 from optim.suggestion import suggestion
 
@@ -121,21 +121,22 @@ class Drop(Residual):
 class ErrorFeedback(Residual):
     """It is added to the next gradient."""
 
-    def __init__(self, bits: Literal[8, 4] | None = None, *, momentum: bool = False) -> None:
-        self.codec = RowCodec(bits) if bits else None
+    def __init__(self, *, in_8bit: bool = False, momentum: bool = False) -> None:
+        self.in_8bit = in_8bit
         self.tracks_momentum = momentum
 
     def state_tensors(self, m: int, d: int, dtype: torch.dtype) -> dict[str, StateTensor]:
-        """``error_feedback``, tall; with bits also ``error_feedback_scale``."""
-        if self.codec is None:
+        """``error_feedback``, tall; in 8 bits also ``error_feedback_scale``."""
+        if not self.in_8bit:
             return {"error_feedback": StateTensor((m, d), dtype, "rows")}
-        return self.codec.state_tensors("error_feedback", m, d, torch.promote_types(dtype, torch.float32))
+        scale = StateTensor((m, 1), torch.promote_types(dtype, torch.float32), "rows")
+        return {"error_feedback": StateTensor((m, d), torch.int8, "rows"), "error_feedback_scale": scale}
 
     def recall(self, gradient: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
         """G + E."""
         error = rows["error_feedback"]
-        if self.codec is not None:
-            error = self.codec.decode(error, rows["error_feedback_scale"], gradient.shape[1], gradient.dtype)
+        if self.in_8bit:
+            error = decode_rows(error, rows["error_feedback_scale"], gradient.dtype)
         return gradient + error
 
     def add_(
@@ -149,12 +150,12 @@ class ErrorFeedback(Residual):
             lost = torch.add(lost, block.carried, alpha=share)
             block.previous.directions.add_lift_(error, block.previous.exp_avg * share)
         block.directions.add_lift_(error, -lost)
-        if self.codec is None:
+        if not self.in_8bit:
             if rows["error_feedback"].dtype == torch.float16:  # of a long row of large gradients, above 65504
                 error.clamp_(*(sign * torch.finfo(torch.float16).max for sign in (-1, 1)))
             rows["error_feedback"].copy_(error)
         else:
-            codes, scale = self.codec.encode(error)
+            codes, scale = encode_rows(error)
             rows["error_feedback"].copy_(codes)
             rows["error_feedback_scale"].copy_(scale)
         block.directions.add_lift_(weight, block.update.mul_(-rates.lr * rates.scale))
@@ -318,8 +319,7 @@ RESIDUALS: dict[str, Residual] = {
     "apollo_mini": ApolloTensor(),
     "drop": Drop(),
     "error_feedback": ErrorFeedback(),
-    "error_feedback_8bit": ErrorFeedback(8),
-    "error_feedback_4bit": ErrorFeedback(4),
+    "error_feedback_8bit": ErrorFeedback(in_8bit=True),
     "fira": Fira(),
     "fira_released": Fira(leak=True),
     "ldadam": ErrorFeedback(momentum=True),

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from optim.base import Slot
-from optim.quantization import RowCodec
+from optim.quantization import encode_rows
 from optim.sharding import local, put_rows, row_range, take_rows
 
 __all__ = ["FACTORS", "SCALES", "SpectralFactors", "decode", "decompose", "encode", "factors_of", "singular_values"]
@@ -35,8 +35,6 @@ SCALES = ("u_frozen_scale", "v_frozen_scale")
 
 _WORST_RATIO = 1e-4
 """Smallest sigma_i / sigma_1 for which v_i = b_i / sigma_i are orthogonal to 1e-7: many such errors add up."""
-
-_CODEC = RowCodec(8)
 
 
 def decompose(weight: Tensor) -> dict[str, Tensor]:
@@ -105,7 +103,7 @@ def decode(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 def encode(vectors: Tensor) -> tuple[Tensor, Tensor]:
     """8-bit codes (n, d) and scales (n, 1) with which the decoded vectors are as long as these."""
-    codes, scale = _CODEC.encode(vectors)
+    codes, scale = encode_rows(vectors)
     length = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
     coded = torch.linalg.vector_norm(codes.to(vectors.dtype), dim=1, keepdim=True)
     return codes, torch.where(coded > 0, length / coded.clamp_min(1), scale)

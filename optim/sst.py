@@ -30,7 +30,7 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +57,8 @@ __all__ = ["SST"]
 _MOMENTS = ("exp_avg", "exp_avg_sq", "age")
 
 _SHARED = (
-    *("resample_every", "resvd_every", "warmup_steps", "sampling", "seed", "staggered"),
-    *("keep_sigma_moments", "keep_vector_moments", "tangent", "negative_sigma"),
+    *("resample_every", "resvd_every", "warmup_steps", "sampling", "seed"),
+    *("keep_sigma_moments", "keep_vector_moments"),
 )
 """Settings that all factors of a layer have in common."""
 
@@ -80,11 +80,9 @@ class SST(MatrixOptimizer):
         sampling: ``multinomial`` (Eq. 16), ``uniform``, ``sequential`` or ``top``. With ``sequential`` a round must be
             of ceil(k / r) iterations or more, or some triplets never have their turn.
         seed: of all draws.
-        keep_sigma_moments: carry the moments of sigma from one iteration to the next (not over a re-SVD).
-        keep_vector_moments: likewise those of vectors that are drawn again.
-        tangent: remove from the gradient of a vector what lies along it, before Adam sees it.
-        negative_sigma: ``clamp`` to 0 as the paper, or ``reflect``: -sigma, -u, the same W.
-        staggered: spread the re-SVDs of the layers over the iterations of a round.
+        keep_sigma_moments: for comparison: carry the moments of sigma from one iteration to the next (not over a
+            re-SVD), where the paper resets them.
+        keep_vector_moments: for comparison: carry the moments of vectors that are drawn again.
         betas: decay of Adam's moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled, per unit of ``lr``; of the factors, it acts on sigma.
@@ -105,7 +103,8 @@ class SST(MatrixOptimizer):
     layers = "spectral"
     method_roles = frozenset({"singular_vectors", "singular_values"})
     refresh_setting = "resample_every"
-    structural_settings = ("resample_every", "resvd_every", "sampling", "seed", "staggered")
+    structural_settings = ("resample_every", "resvd_every", "sampling", "seed")
+    retired_settings: ClassVar = {"tangent": False, "negative_sigma": "clamp", "staggered": False}
 
     # Of the class, because torch's copies and pickles drop attributes
     resvd_failures = 0
@@ -127,20 +126,16 @@ class SST(MatrixOptimizer):
         seed: int = 0,
         keep_sigma_moments: bool = False,
         keep_vector_moments: bool = False,
-        tangent: bool = False,
-        negative_sigma: Literal["clamp", "reflect"] = "clamp",
-        staggered: bool = False,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
         schedule = {"resample_every": resample_every, "resvd_every": resvd_every, "warmup_steps": warmup_steps}
-        draw = {"sampling": sampling, "seed": seed, "staggered": staggered}
+        draw = {"sampling": sampling, "seed": seed, "vector_scale": vector_scale}
         keep = {"keep_sigma_moments": keep_sigma_moments, "keep_vector_moments": keep_vector_moments}
-        update = {"tangent": tangent, "negative_sigma": negative_sigma, "vector_scale": vector_scale}
         adam = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
         groups = param_groups(params) if isinstance(params, nn.Module) else params
-        super().__init__(groups, {"lr": lr, **schedule, **draw, **keep, **update, **adam})
+        super().__init__(groups, {"lr": lr, **schedule, **draw, **keep, **adam})
         layers = self._layers()
         if not layers:
             raise ValueError(
@@ -200,8 +195,6 @@ class SST(MatrixOptimizer):
             for slot in layer.slots.values():
                 if slot.state:
                     slot.state["step"] += 1
-            if _settings(layer)["negative_sigma"] == "reflect":
-                _reflect(layer)
         turns = [turn for turn in self._turns(layers) if turn.steps == 0]
         if not turns:
             return
@@ -218,8 +211,7 @@ class SST(MatrixOptimizer):
             settings = _settings(layer)
             t2 = longest if settings["resvd_every"] is None else int(settings["resvd_every"])
             iteration, steps = divmod(_clock(layer), int(settings["resample_every"]))
-            offset = index * t2 // len(layers) if settings["staggered"] else 0
-            turns.append(_Turn(layer, index, iteration, steps, t2, offset))
+            turns.append(_Turn(layer, index, iteration, steps, t2))
         return turns
 
     def _decompose(self, layers: list[SpectralFactors]) -> set[str]:
@@ -290,8 +282,6 @@ class _Turn(NamedTuple):
     """Since the iteration began."""
     round_iterations: int
     """T2; 0 for no rounds."""
-    offset: int
-    """Iterations before its first re-SVD, where layers are staggered."""
 
     @property
     def is_due(self) -> bool:
@@ -301,9 +291,7 @@ class _Turn(NamedTuple):
     @property
     def since_svd(self) -> int:
         """Iterations since the last re-SVD, or since the start."""
-        if self.round_iterations == 0 or self.iteration < self.offset:
-            return self.iteration
-        return (self.iteration - self.offset) % self.round_iterations
+        return self.iteration % self.round_iterations if self.round_iterations else self.iteration
 
 
 def _update_vectors(slot: Slot) -> None:
@@ -312,8 +300,6 @@ def _update_vectors(slot: Slot) -> None:
     param, gradient = local(slot.param), local(dense_gradient(slot))
     vectors = param.to(torch.promote_types(param.dtype, torch.float32))
     gradient = gradient.to(vectors.dtype)
-    if slot.group["tangent"]:
-        gradient = gradient - (gradient * vectors).sum(1, keepdim=True) * vectors
     vectors = vectors.sub_(_adam(slot, gradient) * (slot.group["vector_scale"] * _rate(slot)))
     length = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
     vectors.div_(length.clamp_min(torch.finfo(vectors.dtype).tiny))
@@ -327,9 +313,7 @@ def _update_values(slot: Slot) -> None:
     values = param.to(torch.promote_types(param.dtype, torch.float32))
     rate = _rate(slot)
     step = _adam(slot, local(dense_gradient(slot)).to(values.dtype))
-    values.mul_(1 - rate * group["weight_decay"]).sub_(step * rate)
-    if group["negative_sigma"] == "clamp":
-        values.clamp_(min=0)
+    values.mul_(1 - rate * group["weight_decay"]).sub_(step * rate).clamp_(min=0)
     if values.dtype != param.dtype:
         param.copy_(values)
 
@@ -360,22 +344,6 @@ def _rate(slot: Slot) -> float | Tensor:
     group = slot.group
     since = int(slot.state["step"]) % group["resample_every"]
     return group["lr"] * min(1.0, (since + 1) / max(1, group["warmup_steps"]))
-
-
-def _reflect(layer: SpectralFactors) -> None:
-    """-sigma_i and -u_i for sigma_i < 0: the same W.
-
-    G v_i stays as it is, while G^T u_i and u_i^T G v_i change sign: so do the first moments of v_i and sigma_i.
-    """
-    for segment in layer.segments:
-        sigma, u, v = (layer.slots[f"{kind}_{segment}"] for kind in ("sigma", "u", "v"))
-        values = local(sigma.param)
-        signs = torch.where(values < 0, -1, 1)
-        values.mul_(signs)
-        local(sigma.state["exp_avg"]).mul_(signs)
-        local(u.param).mul_(signs.unsqueeze(1).to(u.param.dtype))
-        if v.state:
-            local(v.state["exp_avg"]).mul_(signs.unsqueeze(1))
 
 
 def _settings(layer: SpectralFactors) -> dict[str, Any]:
@@ -506,9 +474,8 @@ def _check(name: str, group: dict[str, Any]) -> None:
     scale = group["vector_scale"]
     if not is_number(scale) or not 0 < scale < math.inf:
         raise ValueError(f"vector_scale={scale!r} for {name!r}; expected a number > 0")
-    for key, valid in (("sampling", tuple(SAMPLERS)), ("negative_sigma", ("clamp", "reflect"))):
-        if group[key] not in valid:
-            raise ValueError(f"{key}={group[key]!r} for {name!r}; expected one of {', '.join(valid)}")
-    for key in ("keep_sigma_moments", "keep_vector_moments", "tangent", "staggered"):
+    if group["sampling"] not in SAMPLERS:
+        raise ValueError(f"sampling={group['sampling']!r} for {name!r}; expected one of {', '.join(SAMPLERS)}")
+    for key in ("keep_sigma_moments", "keep_vector_moments"):
         if not isinstance(group[key], bool):
             raise ValueError(f"{key}={group[key]!r} for {name!r}; expected True or False")

@@ -47,8 +47,10 @@ def load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any], kept: Sequen
     groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
     saved_ids, sources = _matched(groups, saved_groups)
     settings = [
-        _settings(group, [saved_groups[i] for i in source], kept) for group, source in zip(groups, sources, strict=True)
+        _settings(group, [saved_groups[i] for i in source], (*kept, *optimizer.retired_settings))
+        for group, source in zip(groups, sources, strict=True)
     ]
+    _check_retired(optimizer, saved_groups)
     if state_dict["state"]:
         slots = list(optimizer.slots())
         saved = [_as_tensors(state_dict["state"].get(i, {}), slot) for i, slot in zip(saved_ids, slots, strict=True)]
@@ -164,6 +166,18 @@ def _settings(group: Mapping[str, Any], saved: Sequence[Mapping[str, Any]], kept
                 "it adds to the gradient; here weight decay is decoupled (AdamW), so training would not continue"
             )
     return copy.deepcopy(found[0]) if found else {}
+
+
+def _check_retired(optimizer: MatrixOptimizer, saved_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError if a checkpoint was written with an option that no longer exists."""
+    for key, present in optimizer.retired_settings.items():
+        for saved in saved_groups:
+            if saved.get(key, present) != present:
+                raise ValueError(
+                    f"the checkpoint was written with {key}={saved[key]!r}, an option that no longer exists; only "
+                    f"{key}={present!r} continues: start a new run from the weights, or finish this one with the "
+                    "version that wrote it"
+                )
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -70,7 +70,7 @@ class Trion(MatrixOptimizer):
             its own.
         rank: columns stepped along per matrix, 1 .. min(m, n); None takes a quarter of them.
         momentum: what is left, after a step, of the momentum in the columns stepped along.
-        basis: dct, dct_l1 (ranked by absolute values), hadamard or identity.
+        basis: dct, hadamard or identity; dct_l1, for comparison, ranks the columns by absolute values.
         betas: decay of AdamW's moments, for what is not a matrix.
         eps: added to the root of AdamW's second moment.
         weight_decay: decoupled, per unit of ``lr``.

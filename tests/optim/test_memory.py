@@ -96,7 +96,6 @@ RESIDUAL: dict[str, Callable[[Sizes], int]] = {
     **dict.fromkeys(("apollo", "apollo_mini", "fira", "fira_released"), lambda s: s.wide_item),
     **dict.fromkeys(("error_feedback", "ldadam"), lambda s: s.m_local * s.d * s.item),
     "error_feedback_8bit": lambda s: s.m_local * (s.d + s.wide_item),
-    "error_feedback_4bit": lambda s: s.m_local * (math.ceil(s.d / 2) + s.wide_item),
 }
 
 

@@ -64,7 +64,7 @@ def test_the_clock_of_relora_is_on_the_host() -> None:
     assert optimizer.figures()["restarts"] == 1
 
 
-@pytest.mark.parametrize("settings", [{"negative_sigma": "reflect"}, {"tangent": True, "warmup_steps": 5}])
+@pytest.mark.parametrize("settings", [{"keep_sigma_moments": True}, {"vector_scale": 3.0, "warmup_steps": 5}])
 def test_of_spectral_layers(settings: dict[str, object]) -> None:
     """What is not the default; frozen vectors are not looked at, whatever they are stored in."""
     optimizer_without_values("sst", **settings).step()

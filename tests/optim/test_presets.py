@@ -227,7 +227,6 @@ RESIDUALS = [
     "apollo_mini",
     "drop",
     "error_feedback",
-    "error_feedback_4bit",
     "error_feedback_8bit",
     "fira",
     "fira_released",
@@ -674,7 +673,7 @@ def test_the_size_of_gradients_does_not_matter(basis: str, residual: str) -> Non
 
 
 @pytest.mark.parametrize("basis", ["dct", "svd", "random", "gaussian"])
-@pytest.mark.parametrize("residual", ["drop", "apollo", "fira", "error_feedback_4bit"])
+@pytest.mark.parametrize("residual", ["drop", "apollo", "fira", "error_feedback_8bit"])
 def test_a_wide_matrix_is_a_tall_one_transposed(basis: str, residual: str) -> None:
     if basis == "gaussian" and residual not in ANY_DIRECTIONS:
         residual = "apollo_mini"

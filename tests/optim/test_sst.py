@@ -154,7 +154,6 @@ def follow_reference(
     layers: str = SPECTRAL,
     steps: int = 6 * T3 + 2,
     enhanced: bool = True,
-    first_resvd: dict[str, int] | None = None,
     sampling: str = "multinomial",
     values: Callable[[Tensor], Tensor] = lambda sigma: sigma + 0.5,
     **settings: Any,
@@ -170,15 +169,11 @@ def follow_reference(
     )
     both: dict[str, Any] = {"lr": LR, "resample_every": T3, "resvd_every": 3, "warmup_steps": 3, **settings}
     optimizer = optim.SST(model, sampling=sampling, **both)
-    reflect = both.pop("negative_sigma", "clamp") == "reflect"
-    both.pop("staggered", None)
     references = {
         name: ReferenceSST(
             plain.get_submodule(name).weight.detach().numpy().copy(),
             **both,
             enhanced=enhanced,
-            reflect=reflect,
-            first_resvd=(first_resvd or {}).get(name, 0),
         )
         for name in spectral_layers(model)
     }
@@ -235,11 +230,9 @@ def follow_reference(
         {"keep_sigma_moments": True},
         {"keep_vector_moments": True},
         {"keep_vector_moments": True, "keep_sigma_moments": True, "resvd_every": 0},
-        {"tangent": True},
-        {"tangent": True, "enhanced": False, "keep_vector_moments": True},
+        {"enhanced": False, "keep_vector_moments": True},
         {"resvd_every": 0},
         {"resvd_every": 1},
-        {"staggered": True, "first_resvd": {"tall": 0, "square": 1, "wide": 2}},
         {"sampling": "uniform"},
         {"sampling": "sequential"},
         {"sampling": "top"},
@@ -250,11 +243,10 @@ def test_equals_reference(settings: dict[str, Any]) -> None:
     follow_reference(**settings)
 
 
-@pytest.mark.parametrize("negative_sigma", ["clamp", "reflect"])
-def test_negative_singular_values_equal_reference(negative_sigma: str) -> None:
+def test_negative_singular_values_equal_reference() -> None:
     """Without re-SVD: the vectors of a singular value 0 are not unique."""
-    settings: dict[str, Any] = {"negative_sigma": negative_sigma, "resvd_every": 0, "keep_sigma_moments": True}
-    references = follow_reference(**settings, keep_vector_moments=True, values=lambda sigma: 0.05 * sigma)
+    settings: dict[str, Any] = {"resvd_every": 0, "keep_sigma_moments": True, "keep_vector_moments": True}
+    references = follow_reference(**settings, values=lambda sigma: 0.05 * sigma)
     assert all(reference.negative > 0 for reference in references.values()), "the case must be met"
 
 
@@ -289,13 +281,12 @@ def test_neither_a_draw_nor_a_decomposition_moves_w(
     assert not any(torch.equal(after[f"{name}.u_active"], active[f"{name}.u_active"]) for name in before)
 
 
-@pytest.mark.parametrize("negative_sigma", ["clamp", "reflect"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])
 def test_after_every_step_vectors_have_length_one_and_no_singular_value_is_negative(
-    negative_sigma: str, dtype: torch.dtype, tolerance: float
+    dtype: torch.dtype, tolerance: float
 ) -> None:
     model = spectral_network(dtype=dtype)
-    optimizer = build(model, lr=0.3, negative_sigma=negative_sigma)
+    optimizer = build(model, lr=0.3)
     smallest = math.inf
     for step in range(3 * T3 + 1):
         train(model, optimizer, step, step + 1)
@@ -303,58 +294,7 @@ def test_after_every_step_vectors_have_length_one_and_no_singular_value_is_negat
             for vectors in (layer.u_active, layer.v_active, layer.u_frozen, layer.v_frozen):
                 assert (vectors.norm(dim=1) - 1).abs().max() < tolerance
             smallest = min(smallest, sigma_of(layer).min().item())
-    assert smallest >= 0
-    assert (smallest == 0) == (negative_sigma == "clamp")
-
-
-def test_reflecting_keeps_w_where_clamping_does_not() -> None:
-    """One step of 2 sigma_1 down, of sigma only: all of them become negative."""
-    for negative_sigma in ("clamp", "reflect"):
-        model = spectral_network(layers="^square$")
-        layer = spectral_layers(model)["square"]
-        sigma = sigma_of(layer)
-        size = sigma.max().item()
-        u = torch.cat([layer.u_active, layer.u_frozen]).detach()
-        v = torch.cat([layer.v_active, layer.v_frozen]).detach()
-        adam: dict[str, Any] = {"warmup_steps": 0, "eps": 0.0, "betas": (0.0, 0.0)}
-        optimizer = build(model, lr=2 * size, negative_sigma=negative_sigma, **adam)
-        layer.sigma_active.grad = torch.ones_like(layer.sigma_active)
-        layer.sigma_frozen.grad = torch.ones_like(layer.sigma_frozen)
-        optimizer.step()
-        expected = (u.mT * (sigma - 2 * size)) @ v if negative_sigma == "reflect" else torch.zeros_like(layer.weight)
-        torch.testing.assert_close(layer.weight, expected, rtol=0, atol=1e-12)
-        assert sigma_of(layer).min() >= 0
-
-
-def test_after_a_reflection_moments_are_along_the_gradients_to_come() -> None:
-    """With a constant G those of u_i, G v_i, keep their sign when u_i changes it; u_i^T G v_i and G^T u_i do not."""
-    torch.manual_seed(0)
-    linear = nn.Linear(8, 8, bias=False, dtype=torch.float64)
-    linear.weight.data.mul_(0.1)
-    model = to_spectral(nn.Sequential(linear), 8, layers="")
-    layer = spectral_layers(model)["0"]
-    optimizer = build(model, lr=3e-3, resample_every=1000, warmup_steps=0, negative_sigma="reflect")
-    G = gradient("G", torch.Size((8, 8)), 0)
-    reflections = 0
-    for _ in range(40):
-        before = layer.u_active.detach().clone()
-        for last in (False, True):
-            u, v = layer.u_active.detach(), layer.v_active.detach()
-            layer.u_active.grad, layer.v_active.grad = v @ G.mT, u @ G
-            layer.sigma_active.grad = ((u @ G) * v).sum(1)
-            if not last:
-                optimizer.step()
-        reflected = (layer.u_active * before).sum(1) < 0
-        reflections += int(reflected.sum())
-        for param in (layer.u_active, layer.v_active):
-            moment = optimizer.state[param]["exp_avg"][reflected]
-            assert param.grad is not None
-            cosine = torch.nn.functional.cosine_similarity(moment, param.grad[reflected], dim=1)
-            assert (cosine > 0.5).all()
-        moment = optimizer.state[layer.sigma_active]["exp_avg"][reflected]
-        assert layer.sigma_active.grad is not None
-        assert (moment * layer.sigma_active.grad[reflected] > 0).all()
-    assert reflections > 0
+    assert smallest == 0, "the case must be met"
 
 
 def test_frozen_vectors_do_not_move_between_draws() -> None:
@@ -369,7 +309,7 @@ def test_frozen_vectors_do_not_move_between_draws() -> None:
 
 def test_gradients_are_never_written() -> None:
     model = spectral_network()
-    optimizer = build(model, tangent=True)
+    optimizer = build(model)
     for step in range(T3 + 1):
         loss_of(model, step).backward()
         expected = {name: param.grad.clone() for name, param in model.named_parameters() if param.grad is not None}
@@ -528,9 +468,6 @@ def shapes_by_iteration(monkeypatch: pytest.MonkeyPatch, iterations: int, **sett
         ({"resvd_every": 1}, [[6, 10, 4]] * 7),
         ({"resvd_every": 3}, [[], [], [6, 10, 4], [], [], [6, 10, 4], []]),
         ({"resvd_every": None}, [[], [], [], [], [6, 10, 4], [], []]),
-        ({"resvd_every": 3, "staggered": True}, [[10], [4], [6], [10], [4], [6], [10]]),
-        ({"resvd_every": 2, "staggered": True}, [[4], [6, 10], [4], [6, 10], [4], [6, 10], [4]]),
-        ({"resvd_every": 0, "staggered": True}, [[]] * 7),
     ],
     ids=str,
 )
@@ -540,17 +477,12 @@ def test_when_layers_are_decomposed(
     assert shapes_by_iteration(monkeypatch, 7, **settings) == expected
 
 
-@pytest.mark.parametrize("staggered", [False, True])
 @pytest.mark.parametrize("resvd_every", [None, 0])
 @pytest.mark.parametrize("rank", [1, 2, 3])
-def test_sequential_gives_every_triplet_a_turn_in_each_round(
-    rank: int, resvd_every: int | None, staggered: bool
-) -> None:
-    """From the start or a layer's own re-SVD to its next; nothing moves, so a singular value tells a triplet."""
+def test_sequential_gives_every_triplet_a_turn_in_each_round(rank: int, resvd_every: int | None) -> None:
+    """From the start or a re-SVD to the next; nothing moves, so a singular value tells a triplet."""
     model = spectral_network(rank, sampling="sequential")
-    optimizer = build(
-        model, sampling="sequential", lr=0.0, resvd_every=resvd_every, staggered=staggered, resample_every=1
-    )
+    optimizer = build(model, sampling="sequential", lr=0.0, resvd_every=resvd_every, resample_every=1)
     layers = spectral_layers(model)
     turns = math.ceil(10 / rank)
     everything = {name: {round(x, 9) for x in sigma_of(layer).tolist()} for name, layer in layers.items()}
@@ -559,9 +491,8 @@ def test_sequential_gives_every_triplet_a_turn_in_each_round(
         for name, layer in layers.items():
             active[name].append({round(x, 9) for x in layer.sigma_active.tolist()})
         step_with(model, optimizer)
-    for i, name in enumerate(layers):
-        offset = i * turns // 3 if staggered and resvd_every is None else 0
-        for start in range(offset, 2 * turns, turns):
+    for name in layers:
+        for start in range(0, 2 * turns, turns):
             window = active[name][start : start + turns]
             assert set().union(*window) == everything[name], f"{name} from iteration {start}"
             if len(everything[name]) == turns * rank:
@@ -648,7 +579,7 @@ def through_a_file(state: Any) -> Any:
 @pytest.mark.parametrize("saved_at", [0, T3 + 2, 2 * T3 - 1, 2 * T3])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"keep_sigma_moments": True, "keep_vector_moments": True, "staggered": True, "sampling": "sequential"}],
+    [{}, {"keep_sigma_moments": True, "keep_vector_moments": True, "sampling": "sequential"}],
     ids=["paper", "ours"],
 )
 def test_resuming_is_bit_exact(saved_at: int, settings: dict[str, Any]) -> None:
@@ -703,8 +634,34 @@ def test_copies_continue_alike_and_apart(duplicate: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("setting", "value", "present"),
+    [("tangent", True, False), ("negative_sigma", "reflect", "clamp"), ("staggered", True, False)],
+)
+def test_a_checkpoint_with_an_option_that_is_gone_is_refused_unless_it_was_off(
+    setting: str, value: object, present: object
+) -> None:
+    model = spectral_network()
+    optimizer = build(model)
+    train(model, optimizer, 0, 2)
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        group[setting] = value
+    other_model = spectral_network()
+    other = build(other_model)
+    before = states(other_model, other)
+    with pytest.raises(ValueError, match=f"{setting}={value!r}, an option that no longer exists; only {setting}="):
+        other.load_state_dict(saved)
+    assert_equal(states(other_model, other), before)
+    for group in saved["param_groups"]:
+        group[setting] = present
+    other.load_state_dict(saved)
+    assert_equal(states(other_model, other), states(model, optimizer))
+    assert all(setting not in group for group in other.param_groups)
+
+
+@pytest.mark.parametrize(
     ("setting", "value"),
-    [("resample_every", T3 + 1), ("resvd_every", 2), ("sampling", "top"), ("seed", 3), ("staggered", True)],
+    [("resample_every", T3 + 1), ("resvd_every", 2), ("sampling", "top"), ("seed", 3)],
 )
 def test_a_checkpoint_of_another_schedule_is_refused(setting: str, value: Any) -> None:
     model = spectral_network()
@@ -768,9 +725,6 @@ def test_only_trainable_parameters_are_refused() -> None:
         ("vector_scale", 0),
         ("seed", "a"),
         ("seed", -1),
-        ("negative_sigma", "ignore"),
-        ("tangent", 1),
-        ("staggered", None),
         ("keep_sigma_moments", "yes"),
         ("keep_vector_moments", 0),
         ("lr", -1.0),
@@ -784,9 +738,7 @@ def test_arguments_out_of_range_are_refused(setting: str, value: Any) -> None:
         build(spectral_network(), **{setting: value})
 
 
-@pytest.mark.parametrize(
-    ("setting", "value"), [("resample_every", 0), ("warmup_steps", -1), ("sampling", "best"), ("negative_sigma", "no")]
-)
+@pytest.mark.parametrize(("setting", "value"), [("resample_every", 0), ("warmup_steps", -1), ("sampling", "best")])
 def test_settings_of_a_group_out_of_range_are_refused(setting: str, value: Any) -> None:
     groups = optim.param_groups(spectral_network(), rules={"square": {setting: value}})
     with pytest.raises(ValueError, match=f"{setting}="):
@@ -810,10 +762,9 @@ def test_state_is_of_the_trained_only() -> None:
 
 
 @pytest.mark.parametrize("frozen_dtype", ["float32", "float16", "bfloat16", "8bit"])
-@pytest.mark.parametrize("negative_sigma", ["clamp", "reflect"])
-def test_narrow_frozen_vectors_train_for_whole_rounds(frozen_dtype: str, negative_sigma: str) -> None:
+def test_narrow_frozen_vectors_train_for_whole_rounds(frozen_dtype: str) -> None:
     model = spectral_network(dtype=torch.float32, frozen_dtype=frozen_dtype)
-    optimizer = build(model, lr=0.03, negative_sigma=negative_sigma)
+    optimizer = build(model, lr=0.03)
     losses = train(model, optimizer, 0, 12 * T3 + 1)
     assert sum(losses[-6:]) < 0.7 * sum(losses[:6])
     expected = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "8bit": torch.int8}

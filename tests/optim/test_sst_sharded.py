@@ -29,11 +29,8 @@ STEPS = 5 * T3 + 1  # re-SVDs after steps 4 and 8, a draw with and one without f
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # of the model, and of the optimizer
     "paper": ({}, {}),
-    "kept": (
-        {"rank": 3},
-        {"keep_sigma_moments": True, "keep_vector_moments": True, "tangent": True, "negative_sigma": "reflect"},
-    ),
-    "staggered": ({"frozen_dtype": "float16"}, {"staggered": True, "sampling": "sequential", "weight_decay": 0.1}),
+    "kept": ({"rank": 3}, {"keep_sigma_moments": True, "keep_vector_moments": True}),
+    "float16": ({"frozen_dtype": "float16"}, {"sampling": "sequential", "weight_decay": 0.1}),
     "never decomposed": ({}, {"resvd_every": 0, "sampling": "uniform"}),
     "full rank": ({"rank": 4, "layers": "^wide$"}, {}),
     "8bit": ({"frozen_dtype": "8bit", "rank": 1}, {}),
@@ -121,9 +118,7 @@ def test_a_step_within_an_iteration_communicates_nothing(placement: str, world_s
     def worker() -> list[list[str]]:
         model = new("8bit")
         shard(model, placement)
-        optimizer = build(
-            model, resample_every=T3, resvd_every=2, tangent=True, negative_sigma="reflect", weight_decay=0.1
-        )
+        optimizer = build(model, resample_every=T3, resvd_every=2, weight_decay=0.1)
         recorded = []
         for step in range(2 * T3):
             set_gradients_of_trained(model, step)

@@ -20,8 +20,8 @@ At every step, with the gradient G:
     (6)  W <- W - lr * update, with lift(c) = c V and D = A - lift(g), D_i = 0 where |D_i|^2 <= 64 eps |A_i|^2:
 
     drop                update = alpha lift(u)                                                          GaLore
-    error_feedback      the same;  E <- stored(D), per row exact or (6a) rounded to 8 or 4 bits         arXiv 2505.17967
-                        (6a)  s = max|row| / 127 (8 bits) or / 7 (4 bits);  stored(row) = s round(row / s)
+    error_feedback      the same;  E <- stored(D), per row exact or (6a) rounded to 8 bits              arXiv 2505.17967
+                        (6a)  s = max|row| / 127;  stored(row) = s round(row / s)
     ldadam              the same;  (6b) directions are chosen from  (1 - rho) A + rho lift_old(M / (1 - b1^age)),
                         and from A at t = 0;                                                     LDAdam, Algorithm 1
                         (6c)  E <- D + b1 / (1 - b1) (lift_old(M_old) - lift(M_old R)),  M_old as before (3)
@@ -44,8 +44,7 @@ import numpy as np
 
 from tests.reference.directions import Chooser, Directions, Matrix
 
-COMPENSATED = ("error_feedback", "error_feedback_8bit", "error_feedback_4bit", "ldadam")
-LEVELS = {"error_feedback_8bit": 127, "error_feedback_4bit": 7}
+COMPENSATED = ("error_feedback", "error_feedback_8bit", "ldadam")
 
 
 def norm(x: Matrix) -> float:
@@ -53,11 +52,11 @@ def norm(x: Matrix) -> float:
     return math.sqrt(sum(float(entry) ** 2 for entry in x.flat))
 
 
-def quantized(X: Matrix, levels: int) -> Matrix:
+def quantized(X: Matrix) -> Matrix:
     """(6a)"""
     stored = np.zeros_like(X)
     for i, row in enumerate(X):
-        s = np.max(np.abs(row)) / levels
+        s = np.max(np.abs(row)) / 127
         if s > 0:
             stored[i] = s * np.round(row / s)
     return stored
@@ -131,7 +130,7 @@ class ReferenceLowRankAdamW:
             elif self.residual == "error_feedback":
                 self.E = D
             else:
-                self.E = quantized(D, LEVELS[self.residual])
+                self.E = quantized(D)
 
         self.weight = W.T if self.is_wide else W
         self.steps += 1

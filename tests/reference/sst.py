@@ -64,9 +64,6 @@ class ReferenceSST:
     weight_decay: float = 0.0
     keep_sigma_moments: bool = False
     keep_vector_moments: bool = False
-    tangent: bool = False
-    reflect: bool = False
-    first_resvd: int = 0  # the iteration of it, modulo T2
 
     steps: int = 0
     negative: int = 0
@@ -114,7 +111,7 @@ class ReferenceSST:
         if self.steps % self.resample_every != 0:
             return False
         iteration = self.steps // self.resample_every
-        if self.resvd_every != 0 and (iteration - self.first_resvd) % self.resvd_every == 0:
+        if self.resvd_every != 0 and iteration % self.resvd_every == 0:
             self.decompose(self.W())
         return True
 
@@ -133,26 +130,15 @@ class ReferenceSST:
             decayed = (1 - lr * self.weight_decay) * Sigma[i]
             self.Sigma[i] = decayed - lr * self.adam_sigma[i].direction(g)
             self.negative += int(self.Sigma[i] < 0)
-            if not self.reflect:
-                self.Sigma[i] = max(self.Sigma[i], 0.0)  # (4)
+            self.Sigma[i] = max(self.Sigma[i], 0.0)  # (4)
 
         for i in self.S:
             scale = 1.0 if self.enhanced else Sigma[i]
             g_u = scale * (G @ V[:, i])  # (14), or (9)
             g_v = scale * (G.T @ U[:, i])  # (15), or (9)
-            if self.tangent:
-                g_u = g_u - (U[:, i] @ g_u) * U[:, i]
-                g_v = g_v - (V[:, i] @ g_v) * V[:, i]
             u = U[:, i] - lr * self.adam_u[i].direction(g_u)
             v = V[:, i] - lr * self.adam_v[i].direction(g_v)
             self.U[:, i] = u / math.sqrt(float(u @ u))  # (7)
             self.V[:, i] = v / math.sqrt(float(v @ v))
-
-        if self.reflect:
-            for i in range(len(Sigma)):
-                if self.Sigma[i] < 0:  # the same W; and what (8), (14), (15) would have been with -U_i
-                    self.Sigma[i], self.U[:, i] = -self.Sigma[i], -self.U[:, i]
-                    self.adam_sigma[i].m = -self.adam_sigma[i].m
-                    self.adam_v[i].m = -self.adam_v[i].m
 
         self.steps += 1
