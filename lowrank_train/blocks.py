@@ -10,7 +10,6 @@ Step t of a run uses the same blocks whatever the number of ranks; rank r of W t
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -138,6 +137,7 @@ class _SubStream:
         self.config, self.tokenizer, self.held_out_below, self.index = config, tokenizer, held_out_below, index
         state = {"rows": None, "ahead": []} if saved is None else json.loads(saved)
         self.ahead: list[int] = state["ahead"]
+        self.revision: str | None = state.get("revision")
         self.encoder = Encoder(config.data, tokenizer)
         self._open(state["rows"])
 
@@ -150,15 +150,19 @@ class _SubStream:
 
     def state(self) -> str:
         # rows that were not read yet do not know where they will start
-        return json.dumps({"rows": self.rows.state_dict() if self.reading else self.start, "ahead": self.ahead})
+        rows = self.rows.state_dict() if self.reading else self.start
+        return json.dumps({"rows": rows, "ahead": self.ahead, "revision": self.revision})
 
     def _open(self, start: dict[str, Any] | None) -> None:
         from datasets.distributed import split_dataset_by_node
 
         data = self.config.data
-        self.rows = split_dataset_by_node(open_stream(data, "train"), rank=self.index, world_size=data.streams)
+        stream = open_stream(data, "train", self.revision)
+        self.revision = stream.revision
+        self.rows = split_dataset_by_node(stream.rows, rank=self.index, world_size=data.streams)
         if start is not None:
-            if '"ArrowExamplesIterable"' in json.dumps(start) and Path(str(data.path)).exists():
+            by_tables = ['"ArrowExamplesIterable"' in json.dumps(state) for state in (start, self.rows.state_dict())]
+            if by_tables == [True, False]:
                 raise UserError(
                     f"the position in data.path={data.path} was written by an earlier version, which counted rows of "
                     "streamed files in another way; resume with that version, or start in another run_dir"

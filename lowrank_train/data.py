@@ -229,7 +229,7 @@ def _documents(config: DataConfig, streaming: bool) -> tuple[_Opener, _Opener, f
         if config.path is None:
             return embedded_documents()
         if streaming or not Path(config.path).exists():
-            return _of_rows(config, open_stream(config, "train"), f"data.path={config.path}")
+            return _of_rows(config, open_stream(config, "train").rows, f"data.path={config.path}")
         return _local(config, config.path, "data.path", without=config.validation, training=True)
 
     if config.validation is None:
@@ -248,7 +248,7 @@ def _documents(config: DataConfig, streaming: bool) -> tuple[_Opener, _Opener, f
                     f"data.validation={config.validation} does not exist; expected a file or folder of text"
                 )
             return _local(config, config.validation, "data.validation")
-        return _of_rows(config, open_stream(config, config.validation), f"data.validation={config.validation}")
+        return _of_rows(config, open_stream(config, config.validation).rows, f"data.validation={config.validation}")
 
     def training() -> Iterator[Document]:
         copies = set() if streaming else {lot(text) for text in validation()}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import sysconfig
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from lowrank_train.text_rows import PLACE, kind_of, rows
 __all__ = [
     "Document",
     "Example",
+    "Stream",
     "chats",
     "check_exists",
     "columns_of",
@@ -50,6 +52,15 @@ class Example(NamedTuple):
 
 Document = str | Example | Chat
 """Plain text, or text of which only a part is to be learned; of one kind in a run."""
+
+
+class Stream(NamedTuple):
+    """Rows that are read while training."""
+
+    rows: Any
+    """A ``datasets.IterableDataset``."""
+    revision: str | None
+    """Commit of a dataset on the hub; None for local files."""
 
 
 def lot(document: Document) -> float:
@@ -116,8 +127,13 @@ def local_rows(
     return _rows_of_files(find_files(path, key, without=without, training=training).files, columns)
 
 
-def open_stream(config: DataConfig, split: str) -> Any:
-    """Open a streaming ``datasets.IterableDataset``: of local files, or a split of a Hugging Face dataset by name.
+def open_stream(config: DataConfig, split: str, revision: str | None = None) -> Stream:
+    """Open local files, or a split of a Hugging Face dataset by name, without reading them.
+
+    Args:
+        config: where text comes from.
+        split: of a dataset on the hub, e.g. train, or test+validation.
+        revision: commit of the dataset on the hub; None: the newest.
 
     Raises:
         UserError: the dataset, its configuration or its split cannot be opened.
@@ -126,13 +142,16 @@ def open_stream(config: DataConfig, split: str) -> Any:
     columns = columns_of(config)
     if Path(config.path).exists():
         found = find_files(config.path, "data.path", without=config.validation, training=True)
-        return _streamed(found.files, columns)
+        return Stream(_streamed(found.files, columns), None)
     check_exists(config.path, "data.path")
     import datasets  # slow to import, and not needed for the embedded text
 
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(config.path, config.name, split=split, streaming=True)
+        builder = datasets.load_dataset_builder(config.path, config.name, revision=revision)
+        files = _files_of_split(builder.config, split)
+        rows = _streamed(files, columns) if files else builder.as_streaming_dataset(split=split)
+        return Stream(rows, builder.hash)
     except Exception as error:  # datasets raises whatever its readers and the network raise
         name = f" data.name={config.name}" if config.name else ""
         raise UserError(
@@ -148,15 +167,32 @@ def check_exists(name: str, key: str) -> None:
         raise UserError(f"{key}={name} does not exist; expected a file, a folder, or a name on the Hugging Face hub")
 
 
-def _streamed(files: list[Path], columns: Mapping[str, str]) -> Any:
+def _files_of_split(config: Any, split: str) -> list[str]:
+    """Return the URLs of a dataset's files if ``text_rows.rows`` reads them as the dataset's configuration says.
+
+    The list is empty for other kinds of files, for plain text, of which ``datasets`` makes a row of each line, and for
+    settings such as ``field``, which only ``datasets`` knows.
+    """
+    import datasets  # as above
+
+    usual = type(config)(**{field.name: getattr(config, field.name) for field in fields(datasets.BuilderConfig)})
+    splits = {str(name): list(files) for name, files in (config.data_files or {}).items()}
+    names = split.split("+")
+    if config != usual or not splits.keys() >= set(names):
+        return []
+    found = [file for name in names for file in splits[name]]
+    return found if all(kind_of(file) in ("json", "parquet", "arrow") for file in found) else []
+
+
+def _streamed(files: Sequence[Path | str], columns: Mapping[str, str]) -> Any:
     import datasets  # as above
 
     return datasets.IterableDataset.from_generator(
-        _rows_of_files, gen_kwargs={"files": files, "columns": dict(columns)}
+        _rows_of_files, gen_kwargs={"files": list(files), "columns": dict(columns)}
     )
 
 
-def _rows_of_files(files: list[Path], columns: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+def _rows_of_files(files: Sequence[Path | str], columns: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     for file in files:
         yield from rows(file, columns)
 

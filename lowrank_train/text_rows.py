@@ -2,6 +2,8 @@
 
 A reader of whole tables would infer one schema for all columns of all files. Columns that nobody asked for would then
 stop a data set, because they are null, change their type, or exist in one file only.
+
+A file lies at a ``Path`` of this machine, or at a URL that fsspec opens, such as hf://datasets/OWNER/NAME/FILE.
 """
 
 from __future__ import annotations
@@ -14,8 +16,11 @@ import json
 import lzma
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+import fsspec
 
 from lowrank_train.errors import UserError, type_and_line
 
@@ -35,7 +40,19 @@ _KINDS = {
     ".py": "text",
 }
 
-_COMPRESSED = {".gz", ".zst", ".bz2", ".xz"}
+
+def _zst(stream: IO[bytes]) -> io.BufferedReader:
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(stream, compression="zstd"))
+
+
+_COMPRESSED: dict[str, Callable[[IO[bytes]], Any]] = {
+    ".gz": lambda stream: gzip.GzipFile(fileobj=stream),
+    ".zst": _zst,
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+}
 
 SUFFIXES = f"{', '.join(_KINDS)} (JSON and text also with {', '.join(sorted(_COMPRESSED))})"
 """For messages: what can be read."""
@@ -45,15 +62,15 @@ _ROWS_AT_ONCE = 128  # of a table; long documents make even these large
 _ROWS_UNTIL_MISSING = 10_000  # of JSON, which says which columns it has row by row
 
 
-def kind_of(file: Path) -> str | None:
+def kind_of(file: Path | str) -> str | None:
     """Return json, parquet, arrow or text, by the suffix of a file; None for a file that is not text."""
-    suffixes = [suffix.lower() for suffix in file.suffixes]
+    suffixes = [suffix.lower() for suffix in Path(file).suffixes]
     compressed = bool(suffixes) and suffixes[-1] in _COMPRESSED
     kind = _KINDS.get((suffixes[:-1] if compressed else suffixes or [""])[-1]) if suffixes[compressed:] else None
     return None if compressed and kind in ("parquet", "arrow") else kind
 
 
-def rows(file: Path, columns: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+def rows(file: Path | str, columns: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     """Yield a dict for each row of a file, in the order of the file.
 
     Args:
@@ -80,7 +97,7 @@ def rows(file: Path, columns: Mapping[str, str]) -> Iterator[dict[str, Any]]:
 class _Place:
     """Where a reader is at work."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path | str) -> None:
         self.file, self.number, self.unit = file, 0, "line"
 
     def __str__(self) -> str:
@@ -155,7 +172,7 @@ def _after_space(content: str, position: int) -> int:
 def _parquet_rows(place: _Place, columns: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     from pyarrow import parquet
 
-    with parquet.ParquetFile(place.file) as table:
+    with _stored(place.file) as stream, parquet.ParquetFile(stream) as table:
         if table.metadata.num_rows:
             _check_columns(place.file, columns, table.schema_arrow.names)
             yield from _of_batches(place, table.iter_batches(_ROWS_AT_ONCE, columns=list(columns)), columns)
@@ -164,7 +181,8 @@ def _parquet_rows(place: _Place, columns: Mapping[str, str]) -> Iterator[dict[st
 def _arrow_rows(place: _Place, columns: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     import pyarrow
 
-    with pyarrow.memory_map(str(place.file)) as source:
+    local = isinstance(place.file, Path)
+    with pyarrow.memory_map(str(place.file)) if local else _stored(place.file) as source:
         try:
             reader = pyarrow.ipc.open_stream(source)
             batches: Iterator[Any] = iter(reader)
@@ -211,28 +229,25 @@ _ROWS: dict[str, Callable[[_Place, Mapping[str, str]], Iterator[dict[str, Any]]]
 }
 
 
-def _opened(file: Path) -> IO[bytes]:
-    """Open a file that may be compressed."""
-    match file.suffix.lower():
-        case ".gz":
-            return gzip.open(file)  # type: ignore[return-value]
-        case ".bz2":
-            return bz2.open(file)
-        case ".xz":
-            return lzma.open(file)
-        case ".zst":
-            import pyarrow
-
-            return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))
-    return file.open("rb")
+def _stored(file: Path | str) -> IO[bytes]:
+    """Open the bytes of a file."""
+    return file.open("rb") if isinstance(file, Path) else fsspec.open(file).open()
 
 
-def _check_columns(file: Path, columns: Mapping[str, str], names: list[str]) -> None:
+@contextmanager
+def _opened(file: Path | str) -> Iterator[IO[bytes]]:
+    """Open the content of a file that may be compressed."""
+    with _stored(file) as stream:
+        expand = _COMPRESSED.get(Path(file).suffix.lower())
+        yield expand(stream) if expand else stream
+
+
+def _check_columns(file: Path | str, columns: Mapping[str, str], names: list[str]) -> None:
     missing = {column: key for column, key in columns.items() if column not in names}
     if missing:
         raise _no_column(file, missing, names)
 
 
-def _no_column(file: Path, missing: Mapping[str, str], names: list[str]) -> UserError:
+def _no_column(file: Path | str, missing: Mapping[str, str], names: list[str]) -> UserError:
     column, key = next(iter(missing.items()))
     return UserError(f"{file}: column {column!r} holds nothing; set {key} to one of {', '.join(map(str, names))}")

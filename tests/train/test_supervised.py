@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -258,17 +257,6 @@ def test_a_tokenizer_learns_prompts_and_responses(tmp_path: Path) -> None:
     vocabulary = data.tokenizer.get_vocab()
     assert "Ġzyzzyva" in vocabulary
     assert "Ġquokka" in vocabulary
-
-
-def test_a_dataset_of_the_hub_is_read_once_it_is_not_streamed(
-    tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = {"train": many(30), "test": many(4, seed=1)}
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, name, split, streaming: rows[split])
-    words = (tokenizer, "data.validation=test", "evaluation.tokens=64", "data.streaming=false")
-    data = prepare("some/where", tmp_path, *words, seq_len=SEQUENCE)
-    assert [shown(one) for one in rows_of(stored(tmp_path, "train"))] == [as_stored(one) for one in rows["train"]]
-    assert [shown(one) for one in data.validation[:, :-1].tolist()] == [as_stored(one) for one in rows["test"]]
 
 
 # ------------------------------------------------------------------------------------------------------------ training
