@@ -14,8 +14,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-import optim
-from optim.low_rank import LowRankOptimizer
+from lowrank_train import optim
+from lowrank_train.optim.low_rank.engine import LowRankOptimizer
 
 DOCS = Path(__file__).resolve().parent
 
@@ -135,8 +135,8 @@ def page_of(name: str) -> str:
     doc = inspect.cleandoc(cls.__doc__ or "")
     before, arguments, after = split_arguments(doc)
     module: Any = importlib.import_module(cls.__module__)
-    if issubclass(cls, LowRankOptimizer) and module.__name__ == "optim.low_rank_adamw":
-        module = importlib.import_module("optim.low_rank")
+    if issubclass(cls, LowRankOptimizer) and module.__name__ == "lowrank_train.optim.methods.low_rank_adamw":
+        module = importlib.import_module("lowrank_train.optim.low_rank.engine")
     defaults = {key: p.default for key, p in inspect.signature(cls).parameters.items() if key != "params"}
     rows = [
         f"| `{key}` | {'' if key == 'params' else f'`{defaults[key]!r}`'} | {text} |" for key, text in arguments.items()
@@ -144,7 +144,7 @@ def page_of(name: str) -> str:
     missing = defaults.keys() - arguments.keys()
     assert not missing, f"{cls.__name__} does not document {sorted(missing)}"
     lr = defaults["lr"]
-    source = module.__name__.replace(".", "/") + ".py"
+    source = module.__name__.removeprefix("lowrank_train.").replace(".", "/") + ".py"
     call = f'optimizer = optim.create("{name}", model, lr={lr!r})'
     if cls.layers is not None:
         call += f"  # a model with {cls.layers} layers"
@@ -159,7 +159,7 @@ def page_of(name: str) -> str:
             f"Published: {cls.source}. [All optimizers](../README.md), [in your loop](../swap.md).",
             "",
             "```python",
-            "import optim",
+            "from lowrank_train import optim",
             "",
             call,
             "```",

@@ -6,14 +6,18 @@ import sys
 from collections.abc import Callable
 
 try:
-    from lowrank_train import compression_benchmark, quality, step_benchmark, training_benchmark
-    from lowrank_train.command import run_command
-    from lowrank_train.digits import measure_digits
-    from lowrank_train.errors import UserError
-    from lowrank_train.hyperbolic import graph_benchmark, translation_benchmark
-    from lowrank_train.tree_benchmark import measure_tree
-    from optim.__main__ import main as list_optimizers
-    from optim.suggestion import suggestion
+    from lowrank_train.bench import compression as compression_benchmark
+    from lowrank_train.bench import graphs as graph_benchmark
+    from lowrank_train.bench import optimizer_step as step_benchmark
+    from lowrank_train.bench import quality
+    from lowrank_train.bench import training_step as training_benchmark
+    from lowrank_train.bench import translation as translation_benchmark
+    from lowrank_train.bench.digits import measure_digits
+    from lowrank_train.bench.tree import measure_tree
+    from lowrank_train.common.command import run_command
+    from lowrank_train.common.errors import UserError
+    from lowrank_train.optim.__main__ import main as list_optimizers
+    from lowrank_train.optim.arguments.suggestion import suggestion
 except ModuleNotFoundError as error:
     if error.name not in ("lowrank_train", "optim"):
         raise
@@ -111,7 +115,7 @@ def help_text() -> str:
     """Every command and what it does."""
     lines = [f"  {name}: {command.__doc__}" for name, command in COMMANDS.items()]
     usage = "usage: launch/benchmark.py COMMAND [ARGUMENT ...]; COMMAND --help lists its arguments"
-    table = "  --list: All optimizers on one matrix, as python -m optim."
+    table = "  --list: All optimizers on one matrix, as python -m lowrank_train.optim."
     return "\n".join([usage, "", "commands:", *lines, table])
 
 

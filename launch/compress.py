@@ -6,8 +6,8 @@ import os
 import sys
 
 try:
-    from lowrank_train.command import run_command
-    from lowrank_train.compress_run import compress_folder, help_text, load_settings
+    from lowrank_train.common.command import run_command
+    from lowrank_train.compress.command import compress_folder, help_text, load_settings
 except ModuleNotFoundError as error:
     if error.name not in ("lowrank_train", "optim"):
         raise

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 
 try:
-    from lowrank_train.command import run_command
-    from lowrank_train.finetuning import finetuning_help, load_finetuning
-    from lowrank_train.trainer import train
+    from lowrank_train.common.command import run_command
+    from lowrank_train.train.finetune import finetuning_help, load_finetuning
+    from lowrank_train.train.loop import train
 except ModuleNotFoundError as error:
     if error.name not in ("lowrank_train", "optim"):
         raise

@@ -10,18 +10,18 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 try:
-    from lowrank_train.command import run_command
-    from lowrank_train.errors import UserError
-    from lowrank_train.hyperbolic.graph_config import GraphConfig, graph_help_text, load_graph_config
-    from lowrank_train.hyperbolic.graph_training import train_graph
-    from lowrank_train.hyperbolic.translation_config import (
+    from lowrank_train.common.command import run_command
+    from lowrank_train.common.errors import UserError
+    from lowrank_train.common.signals import resume_command
+    from lowrank_train.config.loading import flags_to_keys, given_value
+    from lowrank_train.hyperbolic.graphs.config import GraphConfig, graph_help_text, load_graph_config
+    from lowrank_train.hyperbolic.graphs.train import train_graph
+    from lowrank_train.hyperbolic.translation.config import (
         TranslationConfig,
         load_translation_config,
         translation_help_text,
     )
-    from lowrank_train.hyperbolic.translation_training import train_translation
-    from lowrank_train.loading import flags_to_keys, given_value
-    from lowrank_train.signals import resume_command
+    from lowrank_train.hyperbolic.translation.train import train_translation
 except ModuleNotFoundError as error:
     if error.name not in ("lowrank_train", "optim"):
         raise

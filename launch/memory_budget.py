@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 try:
-    from lowrank_train.budget_report import check_budget, table, write_budget
-    from lowrank_train.budget_run import help_text, load_budget, measured_against, solve
-    from lowrank_train.command import run_command
+    from lowrank_train.common.command import run_command
+    from lowrank_train.memory.budget import help_text, load_budget, measured_against, solve
+    from lowrank_train.memory.report import check_budget, table, write_budget
 except ModuleNotFoundError as error:
     if error.name not in ("lowrank_train", "optim"):
         raise

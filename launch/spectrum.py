@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 try:
-    from lowrank_train.command import run_command
-    from lowrank_train.spectrum_run import help_text, load_settings, measure
+    from lowrank_train.common.command import run_command
+    from lowrank_train.spectra.command import help_text, load_settings, measure
 except ModuleNotFoundError as error:
     if error.name not in ("lowrank_train", "optim"):
         raise

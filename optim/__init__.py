@@ -1,27 +1,36 @@
 """Low-rank optimizers that drop into any training loop and stay exact under FSDP2.
 
-from optim import DCTAdamW, param_groups
+from lowrank_train.optim import DCTAdamW, param_groups
 optimizer = DCTAdamW(param_groups(model), lr=1e-3, rank=256, weight_decay=0.1)
 """
 
-from optim.adamw import AdamW
-from optim.backward import BackwardUpdates, attach_to_backward
-from optim.base import SHARED_SETTINGS, MatrixOptimizer
-from optim.hf import hf_factory
-from optim.int8_weight import keep_in_int8
-from optim.low_rank_adamw import APOLLO, FRUGAL, APOLLOMini, DCTAdamW, Fira, GaLoreAdamW, LDAdam, LowRankAdamW
-from optim.memory import layout_bytes, predicted_state_bytes, state_bytes
-from optim.muon import Muon
-from optim.param_groups import keep_manifolds, param_groups
-from optim.registry import check_arguments, create, describe, find, names
-from optim.relora import ReLoRA
-from optim.riemannian import RiemannianAdamW
-from optim.scale import SCALE
-from optim.sharding import preferred_shard_dim
-from optim.sst import SST
-from optim.titan import titan_config
-from optim.trion import Trion
-from optim.welore_adamw import WeLoreAdamW
+from lowrank_train.optim.core.backward import BackwardUpdates, attach_to_backward
+from lowrank_train.optim.core.groups import keep_manifolds, param_groups
+from lowrank_train.optim.core.optimizer import SHARED_SETTINGS, MatrixOptimizer
+from lowrank_train.optim.costs.state import layout_bytes, predicted_state_bytes, state_bytes
+from lowrank_train.optim.frameworks.torchtitan import titan_config
+from lowrank_train.optim.frameworks.trainer import hf_factory
+from lowrank_train.optim.methods.adamw import AdamW
+from lowrank_train.optim.methods.low_rank_adamw import (
+    APOLLO,
+    FRUGAL,
+    APOLLOMini,
+    DCTAdamW,
+    Fira,
+    GaLoreAdamW,
+    LDAdam,
+    LowRankAdamW,
+)
+from lowrank_train.optim.methods.muon import Muon
+from lowrank_train.optim.methods.registry import check_arguments, create, describe, find, names
+from lowrank_train.optim.methods.relora import ReLoRA
+from lowrank_train.optim.methods.riemannian import RiemannianAdamW
+from lowrank_train.optim.methods.scale import SCALE
+from lowrank_train.optim.methods.sst import SST
+from lowrank_train.optim.methods.trion import Trion
+from lowrank_train.optim.methods.welore_adamw import WeLoreAdamW
+from lowrank_train.optim.shards.layout import preferred_shard_dim
+from lowrank_train.optim.storage.int8_weight import keep_in_int8
 
 __all__ = [
     "APOLLO",

@@ -1,4 +1,4 @@
-"""``python -m optim``: every optimizer of this package on one matrix, measured on this machine."""
+"""``python -m lowrank_train.optim``: every optimizer of this package on one matrix, measured on this machine."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Sequence
 
 import torch
 
-from optim.table import Row, aligned, compare, size_text, summary, timing_sizes
+from lowrank_train.optim.costs.table import Row, aligned, compare, size_text, summary, timing_sizes
 
 __all__ = ["main"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
-def main(arguments: Sequence[str] | None = None, program: str = "python -m optim") -> int:
+def main(arguments: Sequence[str] | None = None, program: str = "python -m lowrank_train.optim") -> int:
     """Print the table; exit code 0, or 2 for anything the user must mend."""
     parser = argparse.ArgumentParser(
         prog=program,

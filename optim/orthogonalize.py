@@ -32,7 +32,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from optim.sharding import sum_over_shards
+from lowrank_train.optim.shards.collectives import sum_over_shards
 
 __all__ = ["CHUNK_NUMBERS", "gram_polynomial", "newton_schulz", "orthogonalized"]
 

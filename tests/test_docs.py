@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-import optim
+from lowrank_train import optim
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

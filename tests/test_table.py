@@ -1,4 +1,4 @@
-"""``python -m optim`` and the commands of ``launch/benchmark.py`` that compare optimizers without training."""
+"""The table of ``python -m lowrank_train.optim``, and the benchmarks that compare optimizers without training."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import optim
-from lowrank_train import step_benchmark
-from lowrank_train.errors import UserError
-from lowrank_train.step_benchmark import communication, measure_steps
-from optim.__main__ import main
-from optim.table import aligned, compare, size_text, timing_sizes
+from lowrank_train import optim
+from lowrank_train.bench import optimizer_step as step_benchmark
+from lowrank_train.bench.optimizer_step import communication, measure_steps
+from lowrank_train.common.errors import UserError
+from lowrank_train.optim.__main__ import main
+from lowrank_train.optim.costs.table import aligned, compare, size_text, timing_sizes
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--rows", "32", "--columns", "48", "--rank", "4"]
@@ -26,7 +26,7 @@ def rows_of(text: str) -> dict[str, list[str]]:
     return {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
 
 
-# ------------------------------------------------------------------------------------------------------ python -m optim
+# ---------------------------------------------------------------------------------------- python -m lowrank_train.optim
 
 
 def test_every_optimizer_is_in_the_table_with_its_paper(capsys: pytest.CaptureFixture[str]) -> None:

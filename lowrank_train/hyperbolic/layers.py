@@ -21,7 +21,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lowrank_train.errors import UserError
+from lowrank_train.common.errors import UserError
 from lowrank_train.hyperbolic.lorentz import centroid, check_curvature, check_points, lift, on_manifold
 
 __all__ = ["LorentzAttention", "LorentzEmbedding", "LorentzLinear"]

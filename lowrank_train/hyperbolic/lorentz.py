@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from lowrank_train.errors import UserError
+from lowrank_train.common.errors import UserError
 
 __all__ = [
     "centroid",

@@ -8,13 +8,13 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-import optim
-from lowrank_train import methods
-from lowrank_train.errors import UserError
-from lowrank_train.loading import load_schema
-from lowrank_train.parametrization import Parametrization
-from lowrank_train.settings import key_help, setting, settle
-from optim.coverage import unwarned
+from lowrank_train import optim
+from lowrank_train.common.errors import UserError
+from lowrank_train.config import methods
+from lowrank_train.config.loading import load_schema
+from lowrank_train.config.settings import key_help, setting, settle
+from lowrank_train.layers.parametrization import Parametrization
+from lowrank_train.optim.core.coverage import unwarned
 
 __all__ = ["RecipeConfig", "build_method", "check_recipe", "load_recipe", "recipe_help"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lowrank_train.small_files import write_text
+from lowrank_train.common.small_files import write_text
 
 __all__ = ["write_table"]
 
@@ -25,7 +25,7 @@ def write_table(
         folder: of the run.
         rows: (what, value).
         more: Markdown lines after the table.
-        made: see ``lowrank_train.record.provenance``.
+        made: see ``lowrank_train.common.record.provenance``.
         seed: of the run.
         precision: likewise.
     """

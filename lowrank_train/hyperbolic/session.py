@@ -7,17 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from lowrank_train import parallel
-from lowrank_train.checkpoint_folder import choose_checkpoint, last_good
-from lowrank_train.config import ParallelConfig
-from lowrank_train.disk import write_failure
-from lowrank_train.errors import UserError
-from lowrank_train.hyperbolic.network_run import CPU, NetworkRun
+from lowrank_train.common.errors import UserError
+from lowrank_train.common.ranks import Ranks, start
+from lowrank_train.common.signals import Stop, stop_signals
+from lowrank_train.files.checkpoint_folder import choose_checkpoint, last_good
+from lowrank_train.files.disk import write_failure
 from lowrank_train.hyperbolic.recipes import RecipeConfig
-from lowrank_train.metrics import Metrics
-from lowrank_train.parallel import Ranks
-from lowrank_train.run_folder import RunFolder, changed_settings
-from lowrank_train.signals import Stop, stop_signals
+from lowrank_train.hyperbolic.run import CPU, NetworkRun
+from lowrank_train.train.metrics import Metrics
+from lowrank_train.train.run_folder import RunFolder, changed_settings
 
 __all__ = ["hold_session", "show_report"]
 
@@ -47,7 +45,7 @@ def hold_session(
         UserError: more than one rank; the folder, a checkpoint or the settings do not fit; as ``build``, ``loop`` and
             ``finish``.
     """
-    with parallel.start(ParallelConfig(), CPU.type) as ranks:
+    with start(CPU.type) as ranks:
         if ranks.world_size > 1:
             raise UserError(
                 f"these networks are trained in one process, not in {ranks.world_size}; start launch/hyperbolic.py "
@@ -69,8 +67,8 @@ def hold_session(
         folder.write_config(config)
         metrics = Metrics(folder.path, start=run.progress.done, steps=steps, active=True)
         settings = ", ".join(f"{key} {value}" for key, value in config.optimizer.items())
-        start = f"resuming from {checkpoint}" if checkpoint else f"writing to {run.folder}"
-        metrics.say(f"{run.greeting()}; {config.model.geometry}; optimizer {settings}; {start}")
+        begin = f"resuming from {checkpoint}" if checkpoint else f"writing to {run.folder}"
+        metrics.say(f"{run.greeting()}; {config.model.geometry}; optimizer {settings}; {begin}")
         for note in [*notes, *unknown]:
             metrics.say(note)
         for key, (then, now) in changes.items():

@@ -5,8 +5,6 @@ import io
 import pytest
 from matplotlib import pyplot
 
-from lowrank_train.hyperbolic import graph_report  # noqa: F401  chooses the backend without a window
-
 
 @pytest.fixture(scope="session", autouse=True)
 def _warm() -> None:

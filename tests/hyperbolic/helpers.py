@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
 
-from lowrank_train.errors import UserError
-from lowrank_train.hyperbolic.graph_config import load_graph_config
-from lowrank_train.hyperbolic.graph_record import GraphRecord
-from lowrank_train.hyperbolic.graph_tasks import LinkPrediction
-from lowrank_train.hyperbolic.graph_training import train_graph
-from lowrank_train.hyperbolic.graphs import Graph, make_graph
+from lowrank_train.common.errors import UserError
+from lowrank_train.hyperbolic.graphs.config import load_graph_config
+from lowrank_train.hyperbolic.graphs.data import Graph, make_graph
+from lowrank_train.hyperbolic.graphs.record import GraphRecord
+from lowrank_train.hyperbolic.graphs.tasks import LinkPrediction
+from lowrank_train.hyperbolic.graphs.train import train_graph
 from tests.distributed import run_distributed
 
 LEVELS, CHILDREN = 4, 3

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from lowrank_train.errors import UserError
-from lowrank_train.hyperbolic import graph_benchmark
-from lowrank_train.hyperbolic.graph_benchmark import PUBLISHED, load_benchmark, measure_graphs
+from lowrank_train.bench import graphs as graph_benchmark
+from lowrank_train.bench.graphs import PUBLISHED, load_benchmark, measure_graphs
+from lowrank_train.common.errors import UserError
 from tests.distributed import run_distributed
 from tests.hyperbolic.helpers import at_call, tree_arrays, tree_folder
 from tests.train.helpers import ROOT

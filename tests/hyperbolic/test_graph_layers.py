@@ -9,20 +9,16 @@ import torch
 from sklearn import metrics as sklearn_metrics
 from torch import Tensor, nn
 
-import optim
-from lowrank_train.errors import UserError
+from lowrank_train import optim
+from lowrank_train.common.errors import UserError
 from lowrank_train.hyperbolic import lorentz
 from lowrank_train.hyperbolic.adjacency import Adjacency
-from lowrank_train.hyperbolic.geometry import GEOMETRIES, Euclidean, Lorentz
-from lowrank_train.hyperbolic.graph_layers import (
-    EuclideanClassifier,
-    GraphConvolution,
-    LorentzClassifier,
-    LorentzGraphConvolution,
-)
-from lowrank_train.hyperbolic.graph_network import GraphNetwork, NodeFeatures, with_degrees
-from lowrank_train.hyperbolic.graph_report import spearman
-from lowrank_train.hyperbolic.graph_scores import average_precision, micro_f1, roc_auc
+from lowrank_train.hyperbolic.classifiers import EuclideanClassifier, LorentzClassifier
+from lowrank_train.hyperbolic.graphs.layers import GraphConvolution, LorentzGraphConvolution
+from lowrank_train.hyperbolic.graphs.network import GraphNetwork, NodeFeatures, with_degrees
+from lowrank_train.hyperbolic.graphs.report import spearman
+from lowrank_train.hyperbolic.graphs.scores import average_precision, micro_f1, roc_auc
+from lowrank_train.hyperbolic.graphs.spaces import GEOMETRIES, Euclidean, Lorentz
 
 EDGES = torch.tensor([[0, 1], [1, 2], [1, 3], [4, 4]])
 NODES = 5

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank_train.errors import UserError
-from lowrank_train.hyperbolic.graph_splits import PROTOCOLS, Clean, EdgeSplit, Inherited
-from lowrank_train.hyperbolic.graphs import Graph, make_graph
+from lowrank_train.common.errors import UserError
+from lowrank_train.hyperbolic.graphs.data import Graph, make_graph
+from lowrank_train.hyperbolic.graphs.splits import PROTOCOLS, Clean, EdgeSplit, Inherited
 from tests.hyperbolic.helpers import tree
 
 Pairs = list[tuple[int, int]]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowrank_train.hyperbolic.geometry import GEOMETRIES
-from lowrank_train.hyperbolic.graph_network import GraphNetwork
-from lowrank_train.hyperbolic.graph_splits import PROTOCOLS
-from lowrank_train.hyperbolic.graph_tasks import LinkPrediction, NodeClassification
+from lowrank_train.hyperbolic.graphs.network import GraphNetwork
+from lowrank_train.hyperbolic.graphs.spaces import GEOMETRIES
+from lowrank_train.hyperbolic.graphs.splits import PROTOCOLS
+from lowrank_train.hyperbolic.graphs.tasks import LinkPrediction, NodeClassification
 from tests.hyperbolic.helpers import tree
 
 WIDTH = 4

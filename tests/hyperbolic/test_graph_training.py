@@ -14,15 +14,17 @@ import numpy as np
 import pytest
 import torch
 
-import optim
-from lowrank_train.errors import UserError
-from lowrank_train.hyperbolic import lorentz, network_run
-from lowrank_train.hyperbolic.graph_config import load_graph_config
-from lowrank_train.hyperbolic.graph_network import NodeFeatures
-from lowrank_train.hyperbolic.graph_record import GraphRecord
-from lowrank_train.hyperbolic.graph_run import build_graph_run, load_network
-from lowrank_train.hyperbolic.graphs import load_graph
-from lowrank_train.metrics import read_metrics
+from lowrank_train import optim
+from lowrank_train.common.errors import UserError
+from lowrank_train.common.ranks import start
+from lowrank_train.hyperbolic import lorentz
+from lowrank_train.hyperbolic import run as network_run
+from lowrank_train.hyperbolic.graphs.config import load_graph_config
+from lowrank_train.hyperbolic.graphs.data import load_graph
+from lowrank_train.hyperbolic.graphs.network import NodeFeatures
+from lowrank_train.hyperbolic.graphs.record import GraphRecord
+from lowrank_train.hyperbolic.graphs.run import build_graph_run, load_network
+from lowrank_train.train.metrics import read_metrics
 from tests.distributed import DistributedFailure
 from tests.hyperbolic.helpers import at_call, failure, train, tree_folder, words
 from tests.train.helpers import ROOT, Launched, assert_equal_tensors, checkpoint_tensors, checkpoints, send
@@ -250,7 +252,7 @@ def _spoil() -> None:
     def spoiled(total: torch.Tensor, k: float = 1.0) -> torch.Tensor:
         return lorentz_lift(total, k) * math.nan
 
-    from lowrank_train.hyperbolic import geometry
+    from lowrank_train.hyperbolic.graphs import spaces as geometry
 
     original = geometry.Lorentz.closeness
     geometry.Lorentz.closeness = lambda self, x, y: original(self, x, y) * math.nan  # type: ignore[method-assign]
@@ -312,12 +314,10 @@ def test_what_the_user_must_mend_is_said(folder: Path, tmp_path: Path, change: s
 
 
 def _whole_failure(arguments: list[str]) -> str:
-    from lowrank_train import parallel
-    from lowrank_train.config import ParallelConfig
 
     try:
         config = load_graph_config(arguments)
-        with parallel.start(ParallelConfig(), "cpu") as ranks:
+        with start("cpu") as ranks:
             build_graph_run(config, ranks)
     except UserError as error:
         return str(error)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank_train.errors import UserError
-from lowrank_train.hyperbolic.graphs import components, depths, load_graph, make_graph, middle, with_binned_labels
+from lowrank_train.common.errors import UserError
+from lowrank_train.hyperbolic.graphs.data import components, depths, load_graph, make_graph, middle, with_binned_labels
 from tests.hyperbolic.helpers import CHILDREN, LEVELS, tree, tree_arrays
 
 

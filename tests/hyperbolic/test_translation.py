@@ -17,16 +17,18 @@ import torch
 from matplotlib.figure import Figure
 from pyarrow import parquet
 
-from lowrank_train.errors import UserError
-from lowrank_train.hyperbolic import lorentz, translation_benchmark, translation_training
-from lowrank_train.hyperbolic.bleu import bleu
-from lowrank_train.hyperbolic.translation_config import load_translation_config
-from lowrank_train.hyperbolic.translation_data import load_translation_data
-from lowrank_train.hyperbolic.translation_record import TranslationRecord
-from lowrank_train.hyperbolic.translation_run import load_translator
-from lowrank_train.hyperbolic.translator import Translator
-from lowrank_train.loading import given_value
-from lowrank_train.metrics import read_metrics
+from lowrank_train.bench import translation as translation_benchmark
+from lowrank_train.common.errors import UserError
+from lowrank_train.config.loading import given_value
+from lowrank_train.hyperbolic import lorentz
+from lowrank_train.hyperbolic.translation import train as translation_training
+from lowrank_train.hyperbolic.translation.bleu import bleu
+from lowrank_train.hyperbolic.translation.config import load_translation_config
+from lowrank_train.hyperbolic.translation.data import load_translation_data
+from lowrank_train.hyperbolic.translation.network import Translator
+from lowrank_train.hyperbolic.translation.record import TranslationRecord
+from lowrank_train.hyperbolic.translation.run import load_translator
+from lowrank_train.train.metrics import read_metrics
 from tests.distributed import run_distributed
 from tests.train.helpers import ROOT, Launched, assert_equal_tensors, checkpoint_tensors, checkpoints, send
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import optim
-from lowrank_train.errors import UserError
+from lowrank_train import optim
+from lowrank_train.common.errors import UserError
 from lowrank_train.hyperbolic import lorentz
-from lowrank_train.hyperbolic.translation_data import IGNORED, Pairs, batches, padded
-from lowrank_train.hyperbolic.translation_training import batch_loss, translate
-from lowrank_train.hyperbolic.translator import LINEAR_MAPS, SPACES, Translator
-from lowrank_train.spectral import to_spectral
+from lowrank_train.hyperbolic.translation.data import IGNORED, Pairs, batches, padded
+from lowrank_train.hyperbolic.translation.network import LINEAR_MAPS, SPACES, Translator
+from lowrank_train.hyperbolic.translation.train import batch_loss, translate
+from lowrank_train.layers.spectral import to_spectral
 from tests.reference import lorentz_transformer as reference
 
 END, WORDS = 0, 20

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-import optim
-from lowrank_train.spectral import merged_state_dict, to_spectral
-from optim.manifolds import Description, find_manifold
+from lowrank_train import optim
+from lowrank_train.layers.spectral import merged_state_dict, to_spectral
+from lowrank_train.optim.manifolds.maps import Description, find_manifold
 from tests.distributed import dumps
 
 MATRIX_SHAPES = [(1, 8), (3, 12), (5, 4), (5, 1), (17, 6), (6, 17), (12, 24), (24, 12), (8, 8)]
@@ -39,7 +39,7 @@ SCHEDULE = {
 
 
 def _add_adapters(model: nn.Module, rank: int, **settings: Any) -> nn.Module:
-    from lowrank_train.adapters import add_adapters  # peft is optional
+    from lowrank_train.layers.lora import add_adapters
 
     return add_adapters(model, rank, **settings)
 
@@ -247,7 +247,7 @@ def plain_weights(model: nn.Module) -> dict[str, Tensor]:
     """As ``weights``, converted layers as the matrices they stand for: what a change of factors alone leaves."""
     plain = merged_state_dict(weights(model))
     if any(".lora_A." in name for name in plain):
-        from lowrank_train.adapters import LowRankAdapters
+        from lowrank_train.layers.lora import LowRankAdapters
 
         rank = next(value.shape[0] for name, value in plain.items() if ".lora_A." in name)
         plain = LowRankAdapters(rank).plain_state_dict(plain)

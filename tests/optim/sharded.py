@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import optim
+from lowrank_train import optim
 from tests.optim.models import MixedModel, run_steps, states, weights
 
 Placement = Literal["preferred", "rows", "columns"]

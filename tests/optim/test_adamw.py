@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-import optim
+from lowrank_train import optim
 from tests.optim.models import MixedModel, assert_equal, build, run_steps, set_gradients, weights
 
 STEPS = 20

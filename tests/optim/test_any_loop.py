@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import optim
-from optim.residual import RESIDUALS
+from lowrank_train import optim
+from lowrank_train.optim.low_rank.residuals import RESIDUALS
 from tests.optim.models import (
     MixedModel,
     assert_equal,

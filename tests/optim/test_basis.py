@@ -12,12 +12,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import optim
-from optim.basis import BASES, Basis, Directions, Moments, dct_matrix, find_basis, hadamard_matrix
-from optim.basis.columns import ColumnBasis
-from optim.basis.dct import DCT, FourierColumns
-from optim.basis.random import RandomVectors
-from optim.basis.svd import ExactSVD, SubspaceIteration
+from lowrank_train import optim
+from lowrank_train.optim.low_rank.bases import (
+    BASES,
+    Basis,
+    Directions,
+    Moments,
+    dct_matrix,
+    find_basis,
+    hadamard_matrix,
+)
+from lowrank_train.optim.low_rank.bases.columns import ColumnBasis
+from lowrank_train.optim.low_rank.bases.dct import DCT, FourierColumns
+from lowrank_train.optim.low_rank.bases.random import RandomVectors
+from lowrank_train.optim.low_rank.bases.svd import ExactSVD, SubspaceIteration
 from tests.distributed import run_distributed
 from tests.reference.directions import dct_vector, hadamard_vector
 

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
-import optim
+from lowrank_train import optim
 from tests.distributed import run_distributed
 from tests.optim.models import (
     MixedModel,

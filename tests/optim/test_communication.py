@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-import optim
-from optim.communication import FORMULAS, ModelShapes, all_reduce_bytes, communicated_bytes, model_shapes
-from optim.timing import rank_argument
+from lowrank_train import optim
+from lowrank_train.optim.costs.sent import FORMULAS, ModelShapes, all_reduce_bytes, communicated_bytes, model_shapes
+from lowrank_train.optim.costs.time import rank_argument
 from tests.optim.models import MixedModel, prepare, tiny_llama
 
 MEGA, GIGA = 1e6, 1e9

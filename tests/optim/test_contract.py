@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-import optim
+from lowrank_train import optim
 from tests.optim.models import (
     MixedModel,
     assert_equal,

@@ -12,8 +12,8 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-import optim
-from optim.coverage import CoverageWarning
+from lowrank_train import optim
+from lowrank_train.optim.arguments.caller import CoverageWarning
 from tests.optim.models import MixedModel, gradient, tiny_llama, tiny_opt, weights
 
 SMALL = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -224,7 +224,7 @@ def test_little_coverage_is_said_once_with_numbers_and_the_rule_that_ends_it(nam
 
 
 def test_nothing_is_said_where_all_roles_are_alike_or_bytes_are_counted() -> None:
-    from optim.communication import communicated_bytes
+    from lowrank_train.optim.costs.sent import communicated_bytes
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", CoverageWarning)
@@ -238,7 +238,7 @@ def test_nothing_is_said_where_all_roles_are_alike_or_bytes_are_counted() -> Non
 
 
 def test_matrices_that_are_no_layers_of_the_method_are_named() -> None:
-    from lowrank_train.spectral import to_spectral
+    from lowrank_train.layers.spectral import to_spectral
 
     model = to_spectral(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 6)), rank=4, layers="^0$")
     with pytest.warns(CoverageWarning, match=r"AdamW, and not the method of SST, updates 1 matrices of 48 numbers"):
@@ -276,7 +276,7 @@ def test_the_state_of_experts_is_that_of_low_rank() -> None:
         assert low - 8 * sum(p.numel() for p in aside) < 0.35 * (dense - 8 * sum(p.numel() for p in aside))
 
 
-@pytest.mark.filterwarnings("ignore::optim.coverage.CoverageWarning")
+@pytest.mark.filterwarnings("ignore::optim.arguments.caller.CoverageWarning")
 @pytest.mark.parametrize("name", ["adamw", "dct_adamw", "muon"])
 def test_moments_that_stay_in_full_precision_are_shown(name: str) -> None:
     """The filters have four dimensions; the biases of each layer are short."""

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import optim
-from optim.basis import dct_matrix
+from lowrank_train import optim
+from lowrank_train.optim.low_rank.bases import dct_matrix
 from tests.optim.models import MixedModel, build, gradient, states, weights
 from tests.reference.adamw_in_dct import ReferenceDCTAdamW
 

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import optim
-from optim.basis import BASES
-from optim.residual import RESIDUALS
+from lowrank_train import optim
+from lowrank_train.optim.low_rank.bases import BASES
+from lowrank_train.optim.low_rank.residuals import RESIDUALS
 from tests.distributed import run_distributed
 from tests.optim.models import (
     MixedModel,

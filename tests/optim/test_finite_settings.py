@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-import optim
+from lowrank_train import optim
 from tests.optim.models import MixedModel, prepare
 
 OPTIONAL_NUMBERS = ("rank", "resvd_every", "alpha", "point_rank", "budget_bytes", "reallocate_every")

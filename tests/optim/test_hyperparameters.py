@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import optim
+from lowrank_train import optim
 from tests.optim.models import (
     REFRESH_INTERVAL,
     MixedModel,

@@ -11,10 +11,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-import optim
-from optim.int8_weight import BLOCK, Int8Weight, held_bytes
-from optim.rounding import seed_of, store
-from optim.sharding import local
+from lowrank_train import optim
+from lowrank_train.optim.shards.layout import local
+from lowrank_train.optim.storage.int8_weight import BLOCK, Int8Weight, held_bytes
+from lowrank_train.optim.storage.rounding import seed_of, store
 from tests.distributed import run_distributed
 
 WIDTHS = (128, 200, 384)

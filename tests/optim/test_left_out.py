@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import optim
-from optim.coverage import CoverageWarning
+from lowrank_train import optim
+from lowrank_train.optim.arguments.caller import CoverageWarning
 from tests.optim.models import weights
 from tests.optim.test_present import loss_of, new_model
 

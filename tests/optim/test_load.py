@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import optim
+from lowrank_train import optim
 from tests.optim.models import MixedModel, assert_equal, build, prepare, run_steps, states, weights
 
 every_optimizer = pytest.mark.parametrize("name", optim.names())

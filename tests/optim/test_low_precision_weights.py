@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import optim
-from optim.rounding import round_to_bfloat16, seed_of, store, uniform_bits
+from lowrank_train import optim
+from lowrank_train.optim.storage.rounding import round_to_bfloat16, seed_of, store, uniform_bits
 from tests.distributed import run_distributed
 from tests.optim.models import (
     MixedModel,

@@ -15,9 +15,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
-import optim
-from optim.basis import BASES
-from optim.residual import RESIDUALS
+from lowrank_train import optim
+from lowrank_train.optim.low_rank.bases import BASES
+from lowrank_train.optim.low_rank.residuals import RESIDUALS
 from tests.distributed import run_distributed
 from tests.optim.models import (
     LAYER_RANK,

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import optim
-from optim.muon import Muon
+from lowrank_train import optim
+from lowrank_train.optim.methods.muon import Muon
 from tests.distributed import run_distributed
 from tests.optim.models import (
     MATRIX_SHAPES,
@@ -109,7 +109,7 @@ def test_without_momentum_every_step_is_the_orthogonal_factor_of_its_gradient() 
 
 def test_chunks_do_not_change_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = trained(build, 10)
-    monkeypatch.setattr("optim.muon.CHUNK_NUMBERS", 70)
+    monkeypatch.setattr("lowrank_train.optim.methods.muon.CHUNK_NUMBERS", 70)
     assert_equal(trained(build, 10), expected, 1e-12)
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-import optim
-from optim import rules
-from optim.basis import BASES
-from optim.residual import RESIDUALS
+from lowrank_train import optim
+from lowrank_train.optim.core import adam as rules
+from lowrank_train.optim.low_rank.bases import BASES
+from lowrank_train.optim.low_rank.residuals import RESIDUALS
 from tests.optim.models import prepare
 
 SHAPES = [(128, 256), (384, 128), (128, 128)]  # in, out

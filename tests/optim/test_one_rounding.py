@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import optim
-from optim.residual import RESIDUALS
+from lowrank_train import optim
+from lowrank_train.optim.low_rank.residuals import RESIDUALS
 from tests.distributed import run_distributed
 from tests.optim.models import MixedModel, build, gradient, laid_out_as, prepare, trainable, weights
 from tests.optim.sharded import Placement, shard

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from optim.blocks import chunks
-from optim.orthogonalize import gram_polynomial, orthogonalized
+from lowrank_train.optim.orthogonalize import gram_polynomial, orthogonalized
+from lowrank_train.optim.shards.blocks import chunks
 from tests.reference.muon import newton_schulz
 
 SPECTRA = {
@@ -114,7 +114,7 @@ def test_products_are_full_float32_and_the_users_choice_comes_back(
         inside.extend(backend.fp32_precision for backend in backends)
         return gram_polynomial(gram, unit=unit)
 
-    monkeypatch.setattr("optim.orthogonalize.gram_polynomial", spy)
+    monkeypatch.setattr("lowrank_train.optim.orthogonalize.gram_polynomial", spy)
     X = with_spectrum(SPECTRA["flat"], 200).float()
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)

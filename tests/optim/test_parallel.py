@@ -22,7 +22,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import optim
+from lowrank_train import optim
 from tests.distributed import run_distributed
 from tests.optim.models import MixedModel, assert_equal, build, gradient, prepare, tolerance, trainable, whole
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-import optim
+from lowrank_train import optim
 from tests.optim.models import MixedModel, tiny_llama, tiny_opt
 
 

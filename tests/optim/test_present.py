@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-import optim
+from lowrank_train import optim
 from tests.distributed import run_distributed
 from tests.optim.models import (
     assert_equal,

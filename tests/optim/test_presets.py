@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import optim
-from optim.basis import find_basis
-from optim.basis.svd import SubspaceIteration
+from lowrank_train import optim
+from lowrank_train.optim.low_rank.bases import find_basis
+from lowrank_train.optim.low_rank.bases.svd import SubspaceIteration
 from tests.optim.models import gradient
 from tests.reference import directions
 from tests.reference.low_rank import ReferenceLowRankAdamW
@@ -303,8 +303,8 @@ def test_blocks_of_rows_equal_their_reference(
     basis: str, residual: str, starts: Starts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In blocks as small as they get, and with every matrix summed up by itself."""
-    monkeypatch.setattr("optim.blocks._CPU_BLOCK_NUMBERS", 1)
-    monkeypatch.setattr("optim.low_rank._CHUNK_NUMBERS", 1)
+    monkeypatch.setattr("lowrank_train.optim.shards.blocks._CPU_BLOCK_NUMBERS", 1)
+    monkeypatch.setattr("lowrank_train.optim.low_rank.engine._CHUNK_NUMBERS", 1)
     combination(basis, residual, "rotate", starts, ranks={(40, 6): 2, (6, 40): 2, (33, 17): 4, (17, 6): 2})
 
 

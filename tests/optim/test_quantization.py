@@ -17,11 +17,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-import optim
-import optim.blocks
-from optim.base import adamw_state
-from optim.quantization import BLOCK, as_stored, dequantize, quantize, read
-from optim.sharding import StateTensor
+from lowrank_train import optim
+from lowrank_train.optim.core.optimizer import adamw_state
+from lowrank_train.optim.shards.layout import StateTensor
+from lowrank_train.optim.storage.quantization import BLOCK, as_stored, dequantize, quantize, read
 from tests.distributed import run_distributed
 from tests.optim.models import assert_equal, gradient, prepare, run_steps, states, weights
 
@@ -349,7 +348,7 @@ def test_blocks_of_rows_make_the_whole(state_dtype: str, monkeypatch: pytest.Mon
     """A step converts some rows at a time, and counts once."""
     finals = []
     for numbers in (2**19, 1):
-        monkeypatch.setattr(optim.blocks, "_CPU_BLOCK_NUMBERS", numbers)
+        monkeypatch.setattr(optim.shards.blocks, "_CPU_BLOCK_NUMBERS", numbers)
         torch.manual_seed(0)
         model = nn.Sequential(nn.Embedding(60, 80, dtype=torch.float64), nn.Linear(80, 60, dtype=torch.float64))
         optimizer = optim.create("dct_adamw", model, rank=60, refresh_interval=2, state_dtype=state_dtype)

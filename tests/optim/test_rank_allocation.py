@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from optim.rank_allocation import SCORES, allocate_ranks, scores
+from lowrank_train.optim.spectral.ranks import SCORES, allocate_ranks, scores
 from tests.reference.rank_allocation import allocate_ranks as reference
 
 

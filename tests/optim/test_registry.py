@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-import optim
+from lowrank_train import optim
 from tests.optim.models import MixedModel, beside_layers, prepare, tiny_llama
 
 

@@ -17,9 +17,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
-import optim
-from lowrank_train.adapters import add_adapters
-from optim.relora import ReLoRA
+from lowrank_train import optim
+from lowrank_train.layers.lora import add_adapters
+from lowrank_train.optim.methods.relora import ReLoRA
 from tests.distributed import run_distributed
 from tests.optim.models import assert_equal, gradient, laid_out_as, states, weights
 from tests.optim.sharded import AllReduces

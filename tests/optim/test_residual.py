@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import optim
-from optim.basis import BASES, Directions
-from optim.basis.directions import Columns, Vectors
-from optim.quantization import decode_rows, encode_rows
-from optim.residual import RESIDUALS, Block, Previous, Rates, Residual, find_residual
+from lowrank_train import optim
+from lowrank_train.optim.low_rank.bases import BASES, Directions
+from lowrank_train.optim.low_rank.bases.directions import Columns, Vectors
+from lowrank_train.optim.low_rank.residuals import RESIDUALS, Block, Previous, Rates, Residual, find_residual
+from lowrank_train.optim.storage.quantization import decode_rows, encode_rows
 
 M, D, R = 12, 9, 3
 LR, S, T, BETA1 = 0.1, 0.25, 1.7, 0.8

@@ -19,9 +19,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 from transformers import PreTrainedConfig, PreTrainedModel
 
-import optim
-from optim.communication import communicated_bytes
-from optim.manifolds import Description, describe_manifold, find_manifold
+from lowrank_train import optim
+from lowrank_train.optim.costs.sent import communicated_bytes
+from lowrank_train.optim.manifolds.maps import Description, describe_manifold, find_manifold
 from tests.distributed import run_distributed
 from tests.optim.models import assert_equal, gradient, laid_out_as, run_steps, states, weights
 from tests.reference.riemannian import Ball, Geometry, Lorentz, Sphere, adam, low_rank_adam
@@ -269,7 +269,7 @@ def test_every_optimizer_moves_points_alike(name: str) -> None:
 
 
 def test_sst_and_relora_move_points_too() -> None:
-    from lowrank_train.spectral import to_spectral
+    from lowrank_train.layers.spectral import to_spectral
 
     model, plain = Embeddings(), Embeddings()
     to_spectral(model, 2, layers="^linear$")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from optim.sampling import SAMPLERS, sample
+from lowrank_train.optim.spectral.sampling import SAMPLERS, sample
 
 every_rule = pytest.mark.parametrize("rule", list(SAMPLERS))
 

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import optim
-from optim.scale import SCALE
+from lowrank_train import optim
+from lowrank_train.optim.methods.scale import SCALE
 from tests.distributed import run_distributed
 from tests.optim.models import (
     MixedModel,

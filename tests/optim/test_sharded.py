@@ -18,10 +18,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import optim
-from optim.basis import BASES
-from optim.communication import communicated_bytes, weight_traffic
-from optim.residual import RESIDUALS
+from lowrank_train import optim
+from lowrank_train.optim.costs.sent import communicated_bytes, weight_traffic
+from lowrank_train.optim.low_rank.bases import BASES
+from lowrank_train.optim.low_rank.residuals import RESIDUALS
 from tests.distributed import DistributedFailure, run_distributed
 from tests.optim.models import (
     LAYER_RANK,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from optim.spectral_factors import decode, decompose, encode
+from lowrank_train.optim.spectral.factors import decode, decompose, encode
 
 
 def orthonormal(rows: int, columns: int, seed: int) -> Tensor:

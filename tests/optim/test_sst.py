@@ -15,9 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import optim
-import optim.sst
-from lowrank_train.spectral import SpectralLinear, to_spectral
+from lowrank_train import optim
+from lowrank_train.layers.spectral import SpectralLinear, to_spectral
 from tests.optim.models import assert_equal, gradient, states, weights
 from tests.reference.sst import ReferenceSST
 
@@ -124,8 +123,8 @@ class Decompositions:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> None:
         self.shapes: list[tuple[int, ...]] = []
         self.error = error
-        self._original = optim.sst.decompose
-        monkeypatch.setattr("optim.sst.decompose", self)
+        self._original = optim.methods.sst.decompose
+        monkeypatch.setattr("lowrank_train.optim.methods.sst.decompose", self)
 
     def __call__(self, weight: Tensor) -> dict[str, Tensor]:
         self.shapes.append(tuple(weight.shape))

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-import optim
+from lowrank_train import optim
 from tests.distributed import run_distributed
 from tests.optim.models import assert_equal, set_gradients, states, weights
 from tests.optim.test_sharded import Collectives, one_dimensional_mesh, swap_parameters, two_by_two_mesh

@@ -18,10 +18,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import optim
-from optim.communication import Communication, communicated_bytes
-from optim.coverage import CoverageWarning
-from optim.sharding import local
+from lowrank_train import optim
+from lowrank_train.optim.arguments.caller import CoverageWarning
+from lowrank_train.optim.costs.sent import Communication, communicated_bytes
+from lowrank_train.optim.shards.layout import local
 from tests.distributed import run_distributed
 from tests.optim.models import all_whole, assert_equal, beside_layers, build, gradient, laid_out_as, tolerance
 

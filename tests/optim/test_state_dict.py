@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-import optim
+from lowrank_train import optim
 from tests.optim.models import (
     REFRESH_INTERVAL,
     MixedModel,
@@ -31,7 +31,7 @@ every_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, to
 STEPS = 2 * REFRESH_INTERVAL + 1
 every_moment = pytest.mark.parametrize("saved_at", [0, REFRESH_INTERVAL - 2, REFRESH_INTERVAL])
 
-LAYER_ROLES = set(optim.base.ROLES) - {"matrix", "embedding", "head", "vector"}
+LAYER_ROLES = set(optim.core.optimizer.ROLES) - {"matrix", "embedding", "head", "vector"}
 
 
 def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:

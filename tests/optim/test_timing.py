@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-import optim
-from optim import timing
-from optim.timing import BASELINES, StepTime, rank_argument, time_steps
+from lowrank_train import optim
+from lowrank_train.optim.costs import time as timing
+from lowrank_train.optim.costs.time import BASELINES, StepTime, rank_argument, time_steps
 
 SHAPES = [(12, 8), (8, 12)]
 

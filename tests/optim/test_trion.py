@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import optim
-from optim.muon import Muon
-from optim.trion import Trion
+from lowrank_train import optim
+from lowrank_train.optim.methods.muon import Muon
+from lowrank_train.optim.methods.trion import Trion
 from tests.distributed import run_distributed
 from tests.optim.models import (
     MATRIX_SHAPES,
@@ -121,7 +121,7 @@ def test_what_is_no_matrix_gets_adamw() -> None:
 
 def test_chunks_do_not_change_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = trained(build, 10)
-    monkeypatch.setattr("optim.trion.CHUNK_NUMBERS", 30)
+    monkeypatch.setattr("lowrank_train.optim.methods.trion.CHUNK_NUMBERS", 30)
     assert_equal(trained(build, 10), expected, 1e-12)
 
 

@@ -19,14 +19,14 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-import optim
-from lowrank_train.checkpoint import Checkpoints
-from lowrank_train.parallel import Ranks
-from optim import WeLoreAdamW
-from optim.basis import Moments
-from optim.basis.dense import rotate
-from optim.quantization import read
-from optim.rank_allocation import SCORES
+from lowrank_train import optim
+from lowrank_train.common.ranks import Ranks
+from lowrank_train.optim import WeLoreAdamW
+from lowrank_train.optim.low_rank.bases import Moments
+from lowrank_train.optim.low_rank.bases.dense import rotate
+from lowrank_train.optim.spectral.ranks import SCORES
+from lowrank_train.optim.storage.quantization import read
+from lowrank_train.train.checkpoint import Checkpoints
 from tests.distributed import run_distributed
 from tests.optim.models import MixedModel, all_whole, assert_equal, build, laid_out_as, run_steps, states, weights
 from tests.optim.sharded import AllReduces

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import optim
+from lowrank_train import optim
 from tests.distributed import run_distributed
 from tests.optim.models import all_whole
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-import optim
-from lowrank_train.low_rank_linear import merged_state_dict, train_low_rank_only
-from lowrank_train.spectrum import spectra
-from lowrank_train.welore import compress, plan_ranks
+from lowrank_train import optim
+from lowrank_train.compress.ranks import compress, plan_ranks
+from lowrank_train.layers.low_rank import merged_state_dict, train_low_rank_only
+from lowrank_train.spectra.spectrum import spectra
 from tests.optim.models import all_whole, assert_equal
 from tests.swap.harness import (
     MAX_NORM,

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-import optim
+from lowrank_train import optim
 from tests.swap.harness import create, load_model, run_ranks
 
 

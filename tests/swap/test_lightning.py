@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
-import optim
+from lowrank_train import optim
 from tests.optim.models import assert_equal
 from tests.swap.harness import (
     LR,

@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-import optim
-from lowrank_train.spectral import to_spectral
+from lowrank_train import optim
+from lowrank_train.layers.spectral import to_spectral
 from tests.optim.models import assert_equal
 from tests.swap.harness import (
     MAX_NORM,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-import optim
+from lowrank_train import optim
 
 
 @dataclasses.dataclass

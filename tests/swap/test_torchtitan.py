@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-import optim
+from lowrank_train import optim
 from tests.optim.models import assert_equal
 from tests.swap.harness import (
     LR,

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
-import optim
-from lowrank_train.spectral import merge, to_spectral
+from lowrank_train import optim
+from lowrank_train.layers.spectral import merge, to_spectral
 from tests.optim.models import assert_equal
 from tests.swap.harness import (
     LR,

@@ -182,17 +182,25 @@ def _model(dtype: Any = None) -> Any:
     return model.to(dtype or torch.float32)
 
 
+def _found(name: str, *modules: str) -> Any:
+    """Return a function of ``lowrank_train`` from the first of these modules that the checkout has."""
+    for module in modules:
+        with contextlib.suppress(ModuleNotFoundError):
+            return getattr(importlib.import_module(f"lowrank_train.{module}"), name)
+    raise ImportError(f"no {name} in any of {modules}")
+
+
 def _created(optim: ModuleType, name: str, dtype: Any = None, **arguments: Any) -> tuple[Any, Any]:
     import torch
 
     model = _model(dtype)
     kind = CONVERTED.get(name)
     if kind == "spectral":
-        from lowrank_train.spectral import to_spectral
+        to_spectral = _found("to_spectral", "layers.spectral", "spectral")
 
         model = to_spectral(model, rank=3, layers="layer")
     elif kind == "adapter":
-        from lowrank_train.adapters import add_adapters
+        add_adapters = _found("add_adapters", "layers.lora", "adapters")
 
         model = add_adapters(model, 3, layers="layer")
     elif kind == "points":

@@ -35,9 +35,9 @@ import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
 
-from lowrank_train.config import load_config
-from lowrank_train.errors import UserError
-from lowrank_train.trainer import train
+from lowrank_train.common.errors import UserError
+from lowrank_train.config.schema import load_config
+from lowrank_train.train.loop import train
 from tests.train.helpers import arguments, documents, exact_history, write_jsonl
 
 __all__ = ["Case", "Kill", "kill_and_resume", "operations", "undisturbed"]

@@ -22,16 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from lowrank_train.command import run_command
-from lowrank_train.config import Config, load_config
-from lowrank_train.errors import UserError
-from lowrank_train.memory_measured import measure
-from lowrank_train.memory_terms import predict
-from lowrank_train.progress import show_progress
-from lowrank_train.record import provenance
-from lowrank_train.small_files import write_text
-from lowrank_train.step_benchmark import output_folder
-from lowrank_train.units import show_bytes
+from lowrank_train.bench.optimizer_step import output_folder
+from lowrank_train.common.command import run_command
+from lowrank_train.common.errors import UserError
+from lowrank_train.common.progress import show_progress
+from lowrank_train.common.record import provenance
+from lowrank_train.common.small_files import write_text
+from lowrank_train.common.units import show_bytes
+from lowrank_train.config.schema import Config, load_config
+from lowrank_train.memory.measured import measure
+from lowrank_train.memory.step import predict
 from tests.tools.memory_tracker import track
 
 __all__ = ["SETTINGS", "measure_memory"]

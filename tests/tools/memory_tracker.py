@@ -26,15 +26,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import optim
-import optim.basis.dct
-import optim.blocks
-from lowrank_train import methods, parallel
-from lowrank_train.config import Config
-from lowrank_train.errors import UserError
-from lowrank_train.loss import token_loss
-from lowrank_train.recompute import checkpoint_layers
-from lowrank_train.run import build_optimizer, micro_batches, unsharded
+from lowrank_train import optim
+from lowrank_train.common import ranks
+from lowrank_train.common.errors import UserError
+from lowrank_train.config import methods
+from lowrank_train.config.schema import Config
+from lowrank_train.models import fsdp
+from lowrank_train.models.loss import token_loss
+from lowrank_train.models.recompute import checkpoint_layers
+from lowrank_train.optim.low_rank.bases import dct
+from lowrank_train.optim.shards import blocks
+from lowrank_train.plan import build_optimizer, micro_batches, unsharded
 
 __all__ = ["TrackedStep", "track"]
 
@@ -83,12 +85,12 @@ def track(config: Config, *, world_size: int = 1, replicas: int = 1, updates: bo
     method = methods.find(config.optimizer["name"])
     plain = unsharded(config)  # outside the fake mode, in which transformers cannot convert types
     with ExitStack() as stack:
-        mesh = stack.enter_context(parallel.fake_ranks(world_size, replicas))
+        mesh = stack.enter_context(ranks.fake_ranks(world_size, replicas))
         tracker_class = _tracker_class()
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # of torch, about its own private parts
-        parallel.shard_model(plain, mesh, optim.find(method.optimizer), config.precision)
+        fsdp.shard_model(plain, mesh, optim.find(method.optimizer), config.precision)
         model = plain.to_empty(device="cpu")
         model.tie_weights()
         # the tracker knows forward hooks only, and has to see the root's
@@ -145,7 +147,6 @@ def track(config: Config, *, world_size: int = 1, replicas: int = 1, updates: bo
 
 def _as_on_cuda(stack: ExitStack) -> None:
     """What our optimizers do by the kind of device; and the DCT's matrix, which fake runs would make every time."""
-    dct, blocks = optim.basis.dct, optim.blocks
     stack.enter_context(mock.patch.object(blocks, "_CPU_BLOCK_NUMBERS", blocks._DEVICE_BLOCK_NUMBERS))
     stack.enter_context(mock.patch.object(dct, "_FFT_MIN_RANK", 2**62))
     stack.enter_context(mock.patch.object(dct, "dct_matrix", lru_cache(maxsize=None)(dct.dct_matrix)))

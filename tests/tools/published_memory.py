@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-import optim
-from lowrank_train import models
-from lowrank_train.config import ModelConfig
+from lowrank_train import optim
+from lowrank_train.config.schema import ModelConfig
+from lowrank_train.models import build as models
 
 __all__ = ["SCALE_TABLE", "Cell", "weights_and_states"]
 

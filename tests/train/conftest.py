@@ -9,8 +9,8 @@ import pytest
 import torch
 from matplotlib import pyplot
 
-from lowrank_train import models, report  # noqa: F401  report chooses the backend without a window
-from lowrank_train.config import ModelConfig
+from lowrank_train.config.schema import ModelConfig
+from lowrank_train.models import build as models
 from tests.train.helpers import documents, write_jsonl
 
 

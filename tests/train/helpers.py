@@ -22,12 +22,12 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from lowrank_train.blocks import TokenFile, TokenStream
-from lowrank_train.config import Config, load_config
-from lowrank_train.errors import UserError
-from lowrank_train.metrics import read_metrics
-from lowrank_train.record import RunRecord
-from lowrank_train.trainer import train
+from lowrank_train.common.errors import UserError
+from lowrank_train.common.record import RunRecord
+from lowrank_train.config.schema import Config, load_config
+from lowrank_train.data.blocks import TokenFile, TokenStream
+from lowrank_train.train.loop import train
+from lowrank_train.train.metrics import read_metrics
 from tests.distributed import run_distributed
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-import optim
-from lowrank_train import methods, models
-from lowrank_train.adapters import LowRankAdapters, add_adapters
-from lowrank_train.config import ModelConfig
-from lowrank_train.errors import UserError
-from lowrank_train.parallel import fill, shard_model
+from lowrank_train import optim
+from lowrank_train.common.errors import UserError
+from lowrank_train.config import methods
+from lowrank_train.config.schema import ModelConfig
+from lowrank_train.layers.lora import LowRankAdapters, add_adapters
+from lowrank_train.models import build as models
+from lowrank_train.models.fsdp import fill, shard_model
 from tests.distributed import run_distributed
 from tests.optim.models import all_whole, assert_equal, tiny_llama, tiny_opt, weights
 

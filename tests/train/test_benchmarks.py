@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank_train import digits
-from lowrank_train.digits import METHODS, measure_digits, train_digits
-from lowrank_train.errors import UserError
-from lowrank_train.training_benchmark import measure_training
+from lowrank_train.bench import digits
+from lowrank_train.bench.digits import METHODS, measure_digits, train_digits
+from lowrank_train.bench.training_step import measure_training
+from lowrank_train.common.errors import UserError
 
 TINY = [
     "--model",

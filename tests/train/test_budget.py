@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_train import budget_run
-from lowrank_train.budget_report import table, write_budget
-from lowrank_train.budget_run import BudgetConfig, Fit, explain, load_budget, measured_against, solve
-from lowrank_train.errors import UserError
+from lowrank_train.common.errors import UserError
+from lowrank_train.memory import budget as budget_run
+from lowrank_train.memory.budget import BudgetConfig, Fit, explain, load_budget, measured_against, solve
+from lowrank_train.memory.report import table, write_budget
 from tests.train.helpers import ROOT
 
 ONE = ["--model", "llama_60m", "--seq-len", "256"]

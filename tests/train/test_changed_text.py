@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_train import data as data_module
-from lowrank_train.checksums import CHECKSUMS
-from lowrank_train.data import Data, prepare_data
-from lowrank_train.errors import UserError
-from lowrank_train.text import lot
+from lowrank_train.common.errors import UserError
+from lowrank_train.data import tokens as data_module
+from lowrank_train.data.documents import lot
+from lowrank_train.data.tokens import Data, prepare_data
+from lowrank_train.files.checksums import CHECKSUMS
 from tests.train.helpers import Launched, arguments, documents, exact_history, write_jsonl
 from tests.train.test_data import OneRank, documents_of, prepare, settings, tokens_of
 

@@ -13,11 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from lowrank_train.config import load_config
-from lowrank_train.data import Data, prepare_data
-from lowrank_train.errors import UserError
-from lowrank_train.labels import split
-from lowrank_train.loss import IGNORED
+from lowrank_train.common.errors import UserError
+from lowrank_train.config.schema import load_config
+from lowrank_train.data.tokens import Data, prepare_data
+from lowrank_train.text.labels import IGNORED, split
 from tests.train.chat_models import CHATML, MARKED, SPECIAL, chat_folder, chat_tokenizer, write_rows
 from tests.train.helpers import ROOT, Launched
 from tests.train.test_data import OneRank

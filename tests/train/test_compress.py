@@ -21,22 +21,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from lowrank_train import compress_run, compression_benchmark
-from lowrank_train.calibration import input_energies, outlier_shares
-from lowrank_train.compress_report import Compression, write_report
-from lowrank_train.compress_run import compress_folder, load_settings
-from lowrank_train.compressed_folder import compressed_ranks, is_compressed
-from lowrank_train.compression_benchmark import measure_compression
-from lowrank_train.config import DataConfig
-from lowrank_train.errors import UserError
-from lowrank_train.layer_choice import linear_layers
-from lowrank_train.low_rank_linear import LowRankLinear
-from lowrank_train.model_folder import load_model
-from lowrank_train.pruning import TextConfig, evaluation_blocks
-from lowrank_train.spectrum import spectra
-from lowrank_train.tokenizer import prepare_tokenizer
-from lowrank_train.units import parse_bytes, show_bytes
-from lowrank_train.welore import compress, plan_ranks
+from lowrank_train.bench import compression as compression_benchmark
+from lowrank_train.bench.compression import measure_compression
+from lowrank_train.common.errors import UserError
+from lowrank_train.common.units import parse_bytes, show_bytes
+from lowrank_train.compress import command as compress_run
+from lowrank_train.compress.calibration import input_energies, outlier_shares
+from lowrank_train.compress.command import compress_folder, load_settings
+from lowrank_train.compress.ranks import compress, plan_ranks
+from lowrank_train.compress.report import Compression, write_report
+from lowrank_train.config.schema import DataConfig
+from lowrank_train.data.tokenizer import prepare_tokenizer
+from lowrank_train.layers.choice import linear_layers
+from lowrank_train.layers.low_rank import LowRankLinear
+from lowrank_train.models.compressed_folder import compressed_ranks, is_compressed
+from lowrank_train.models.folders import load_model
+from lowrank_train.spectra.pruning import TextConfig, evaluation_blocks
+from lowrank_train.spectra.spectrum import spectra
 from tests.distributed import run_distributed
 from tests.train.helpers import ROOT, documents, write_jsonl
 from tests.train.test_spectrum import build, literal_loss

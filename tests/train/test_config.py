@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-import optim
-from lowrank_train import methods
-from lowrank_train.config import Config, help_text, load_config
-from lowrank_train.errors import UserError
-from lowrank_train.loading import save_config
+from lowrank_train import optim
+from lowrank_train.common.errors import UserError
+from lowrank_train.config import methods
+from lowrank_train.config.loading import save_config
+from lowrank_train.config.schema import Config, help_text, load_config
 from tests.train.helpers import ROOT
 
 RECIPES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*.yaml"))

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from lowrank_train.checkpoint import read_weights
-from lowrank_train.checkpoint_folder import choose_checkpoint
-from lowrank_train.checksums import CHECKSUMS
-from lowrank_train.config import ParallelConfig, load_config
-from lowrank_train.data import prepare_data
-from lowrank_train.errors import UserError
-from lowrank_train.parallel import start
+from lowrank_train.common.errors import UserError
+from lowrank_train.common.ranks import start
+from lowrank_train.config.schema import load_config
+from lowrank_train.data.tokens import prepare_data
+from lowrank_train.files.checkpoint_folder import choose_checkpoint
+from lowrank_train.files.checksums import CHECKSUMS
+from lowrank_train.train.checkpoint import read_weights
 from tests.distributed import run_distributed
 from tests.train.helpers import Launched, arguments, checkpoints, failure, losses, train_on
 
@@ -61,7 +61,7 @@ def test_every_flipped_byte_of_a_checkpoint_is_noticed_on_any_number_of_ranks(so
 
     def told() -> dict[tuple[str, int], str]:
         heard = {}
-        with start(ParallelConfig(), "cpu") as ranks:
+        with start("cpu") as ranks:
             for file, whole in contents.items():
                 for position in places[file]:
                     ranks.first(lambda file=file, position=position: flip(file, position))  # type: ignore[misc]
@@ -137,7 +137,7 @@ def test_every_flipped_byte_of_the_tokens_is_noticed(text: Path, source: Path, c
 
     def told() -> list[str]:
         heard = []
-        with start(ParallelConfig(), "cpu") as ranks:
+        with start("cpu") as ranks:
             for file in files:
                 whole = file.read_bytes()
                 for position in positions(file):

@@ -18,27 +18,27 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lowrank_train.blocks import TokenFile
-from lowrank_train.budget_records import step_time
-from lowrank_train.checkpoint_folder import read_about
-from lowrank_train.checksums import CHECKSUMS
-from lowrank_train.compress_run import _plan_of_file, _read_cache
-from lowrank_train.config import Config, DataConfig, load_config
-from lowrank_train.data import prepare_data
-from lowrank_train.errors import UserError
-from lowrank_train.hyperbolic.finished_record import finished_record
-from lowrank_train.hyperbolic.graph_config import GraphConfig
-from lowrank_train.hyperbolic.graph_record import GraphRecord
-from lowrank_train.hyperbolic.graphs import load_graph
-from lowrank_train.hyperbolic.network_run import load_saved
-from lowrank_train.loading import load_schema, save_config
-from lowrank_train.metrics import read_metrics
-from lowrank_train.parallel import start
-from lowrank_train.report import _plot
-from lowrank_train.run_folder import changed_settings, check_same_settings
-from lowrank_train.token_folder import read_record
-from lowrank_train.tokenizer import prepare_tokenizer, read_own_tokenizer
-from lowrank_train.trainings import _earlier
+from lowrank_train.bench.finished_record import finished_record
+from lowrank_train.bench.trainings import _earlier
+from lowrank_train.common.errors import UserError
+from lowrank_train.common.ranks import start
+from lowrank_train.compress.command import _plan_of_file, _read_cache
+from lowrank_train.config.loading import load_schema, save_config
+from lowrank_train.config.schema import Config, DataConfig, load_config
+from lowrank_train.data.blocks import TokenFile
+from lowrank_train.data.token_folder import read_record
+from lowrank_train.data.tokenizer import prepare_tokenizer, read_own_tokenizer
+from lowrank_train.data.tokens import prepare_data
+from lowrank_train.files.checkpoint_folder import read_about
+from lowrank_train.files.checksums import CHECKSUMS
+from lowrank_train.hyperbolic.graphs.config import GraphConfig
+from lowrank_train.hyperbolic.graphs.data import load_graph
+from lowrank_train.hyperbolic.graphs.record import GraphRecord
+from lowrank_train.hyperbolic.run import load_saved
+from lowrank_train.memory.records import step_time
+from lowrank_train.train.metrics import read_metrics
+from lowrank_train.train.report import _plot
+from lowrank_train.train.run_folder import changed_settings, check_same_settings
 from tests.train.helpers import arguments, documents
 
 LINEARS = {"model.layers.0.a": nn.Linear(4, 6), "model.layers.0.b": nn.Linear(6, 4)}
@@ -245,7 +245,7 @@ def test_graphs_with_arrays_that_do_not_fit(tmp_path: Path, change: dict[str, An
 def test_cached_tokens_beyond_the_vocabulary(text: Path, tmp_path: Path) -> None:
     config = load_config(arguments(text, tmp_path / "run"))
     folder = tmp_path / "run" / "data"
-    with start(config.parallel, "cpu") as ranks:
+    with start("cpu", config.parallel.shards, config.parallel.replicas) as ranks:
         made = prepare_data(config, ranks, folder)
         assert isinstance(made.train, TokenFile)
         (folder / CHECKSUMS).unlink()

@@ -24,13 +24,13 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from lowrank_train import data as data_module
-from lowrank_train.blocks import TokenFile, TokenStream, TrainingBlocks
-from lowrank_train.config import Config, load_config
-from lowrank_train.data import Data, prepare_data
-from lowrank_train.errors import UserError
-from lowrank_train.loss import IGNORED
-from lowrank_train.text import embedded_documents, local_documents, lot
+from lowrank_train.common.errors import UserError
+from lowrank_train.config.schema import Config, load_config
+from lowrank_train.data import tokens as data_module
+from lowrank_train.data.blocks import TokenFile, TokenStream, TrainingBlocks
+from lowrank_train.data.documents import embedded_documents, local_documents, lot
+from lowrank_train.data.tokens import Data, prepare_data
+from lowrank_train.text.labels import IGNORED
 from tests.train.helpers import documents, write_jsonl
 
 SEQUENCE = 16
@@ -116,7 +116,7 @@ def test_the_embedded_text_needs_no_network(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_python_without_its_sources_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowrank_train.text.sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr("lowrank_train.data.documents.sysconfig.get_path", lambda name: str(tmp_path))
     assert "data.path" in error(None, tmp_path)
 
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint import filesystem
 
-from lowrank_train import disk, host_memory
-from lowrank_train.host_memory import available_bytes
+from lowrank_train.common import host_memory
+from lowrank_train.common.host_memory import available_bytes
+from lowrank_train.files import disk
 from tests.hyperbolic import helpers as graphs
 from tests.train.helpers import Launched, arguments, at_step, checkpoints, failure, train_on
 

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, OPTConfig, PretrainedConfig
 
-from lowrank_train import tokenizer_folder
-from lowrank_train.compress_run import compress_folder, load_settings
-from lowrank_train.config import DataConfig, load_config
-from lowrank_train.errors import UserError
-from lowrank_train.labels import split
-from lowrank_train.methods import find, names
-from lowrank_train.parallel import Ranks, gathered, start
-from lowrank_train.pruning import TextConfig, evaluation_blocks
-from lowrank_train.run import build_run
-from lowrank_train.tokenizer import prepare_tokenizer
+from lowrank_train.common.errors import UserError
+from lowrank_train.common.ranks import Ranks, start
+from lowrank_train.compress.command import compress_folder, load_settings
+from lowrank_train.config.methods import find, names
+from lowrank_train.config.schema import DataConfig, load_config
+from lowrank_train.data import tokenizer_folder
+from lowrank_train.data.tokenizer import prepare_tokenizer
+from lowrank_train.models.fsdp import gathered
+from lowrank_train.spectra.pruning import TextConfig, evaluation_blocks
+from lowrank_train.text.labels import split
+from lowrank_train.train.run import build_run
 from tests.distributed import run_distributed
 from tests.train.helpers import arguments, documents, failure, train_on, write_jsonl
 
@@ -94,7 +95,7 @@ def test_every_method_trains_every_row_that_occurs(tmp_path: Path, tokenizer: Pa
     methods = [name for name in names() if name != "riemannian_adamw"]
 
     def every_method() -> list[str]:
-        with start(load_config([]).parallel, "cpu") as ranks:
+        with start("cpu", load_config([]).parallel.shards, load_config([]).parallel.replicas) as ranks:
             return [left for name in methods if (left := rows_left(name, ranks))]
 
     assert run_distributed(every_method, 1) == [[]]

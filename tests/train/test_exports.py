@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lowrank_train.compress_run import compress_folder, load_settings
-from lowrank_train.errors import UserError
-from lowrank_train.export_files import cast_state, source_dtype
+from lowrank_train.common.errors import UserError
+from lowrank_train.compress.command import compress_folder, load_settings
+from lowrank_train.data.export_files import cast_state, source_dtype
 from tests.distributed import run_distributed
 from tests.train.chat_models import CHATML, chat_folder, write_rows
 from tests.train.helpers import train_on

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import filesystem
 
-from lowrank_train import checkpoint as checkpoint_module
-from lowrank_train import parallel
-from lowrank_train.metrics import read_metrics
+from lowrank_train.models import fsdp
+from lowrank_train.train import checkpoint as checkpoint_module
+from lowrank_train.train.metrics import read_metrics
 from tests.distributed import DistributedFailure
 from tests.train.helpers import (
     SEQUENCE,
@@ -42,7 +42,7 @@ def spoil(*steps: int, by: float = float("nan"), rank: int = 0, gradient_only: b
     """For ``train_on``: the loss (or only its gradient) of these passes is not finite, on one rank."""
 
     def install() -> None:
-        original = parallel.token_loss
+        original = fsdp.token_loss
         passes = [0]
 
         def token_loss(model: Any, *args: Any) -> torch.Tensor:
@@ -53,7 +53,7 @@ def spoil(*steps: int, by: float = float("nan"), rank: int = 0, gradient_only: b
                     loss = loss + (loss - loss.detach()) * by if gradient_only else loss * by
             return loss
 
-        parallel.token_loss = token_loss  # type: ignore[assignment]
+        fsdp.token_loss = token_loss  # type: ignore[assignment]
 
     return install
 

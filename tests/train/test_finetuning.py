@@ -17,21 +17,23 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoModelForCausalLM
 
-from lowrank_train import memory_budget, methods
-from lowrank_train.compressed_folder import compressed_ranks, is_compressed, save_model
-from lowrank_train.config import DataConfig
-from lowrank_train.errors import UserError
-from lowrank_train.finetuning import load_finetuning
-from lowrank_train.labels import split
-from lowrank_train.low_rank_linear import LowRankLinear, merge
-from lowrank_train.model_folder import load_model
-from lowrank_train.parallel import start
-from lowrank_train.quality import load_quality, plan
-from lowrank_train.run import build_run, check_settings, unsharded
-from lowrank_train.spectrum import spectra
-from lowrank_train.tokenizer import prepare_tokenizer
-from lowrank_train.welore import compress, plan_ranks
-from optim.sharding import local
+from lowrank_train.bench.quality import load_quality, plan
+from lowrank_train.common.errors import UserError
+from lowrank_train.common.ranks import start
+from lowrank_train.compress.ranks import compress, plan_ranks
+from lowrank_train.config import methods
+from lowrank_train.config.schema import DataConfig
+from lowrank_train.data.tokenizer import prepare_tokenizer
+from lowrank_train.layers.low_rank import LowRankLinear, merge
+from lowrank_train.memory import static as memory_budget
+from lowrank_train.models.compressed_folder import compressed_ranks, is_compressed, save_model
+from lowrank_train.models.folders import load_model
+from lowrank_train.optim.shards.layout import local
+from lowrank_train.plan import check_settings, unsharded
+from lowrank_train.spectra.spectrum import spectra
+from lowrank_train.text.labels import split
+from lowrank_train.train.finetune import load_finetuning
+from lowrank_train.train.run import build_run
 from tests.distributed import run_distributed
 from tests.train.helpers import (
     ROOT,
@@ -103,7 +105,7 @@ def test_dense_matrices_cost_neither_gradients_nor_state(
     def work() -> tuple[int, int, int]:
         os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(world_size))
         config = load_finetuning(words(folders, tmp_path, kind=kind))
-        with start(config.parallel, "cpu") as ranks:
+        with start("cpu", config.parallel.shards, config.parallel.replicas) as ranks:
             run = build_run(config, ranks)
             run.model.token_loss(*split(run.data.train.take(2, ranks.rank, world_size)), 1024).backward()
             got = memory_budget.measured(run.model, run.optimizer)
@@ -174,7 +176,7 @@ def test_every_method_takes_a_step_on_a_compressed_model(folders: Path, tmp_path
         more = [f"optimizer={OPTIMIZER[name]}", f"train={what}", "schedule.warmup_steps=0"]
         config = load_finetuning(words(folders, tmp_path / name, *more, kind=kind))
         check_settings(config, 1)
-        with start(config.parallel, "cpu") as ranks:
+        with start("cpu", config.parallel.shards, config.parallel.replicas) as ranks:
             run = build_run(config, ranks)
             run.model.token_loss(*split(run.data.train.take(4, 0, 1)), 1024).backward()
             run.optimizer.step()

@@ -21,18 +21,23 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from lowrank_train import compression_benchmark, finetuning, quality, spectrum_run
-from lowrank_train.budget_run import load_budget
-from lowrank_train.checksums import CHECKSUMS, write_checksums
-from lowrank_train.compress_run import load_settings as load_compress
-from lowrank_train.config import ModelConfig, load_config
-from lowrank_train.errors import UserError
-from lowrank_train.hyperbolic import graph_benchmark, network_run, translation_benchmark
-from lowrank_train.hyperbolic.graph_config import load_graph_config
-from lowrank_train.hyperbolic.translation_config import load_translation_config
-from lowrank_train.model_folder import load_model
-from lowrank_train.models import architecture
-from lowrank_train.spectrum_history import history
+from lowrank_train.bench import compression as compression_benchmark
+from lowrank_train.bench import graphs as graph_benchmark
+from lowrank_train.bench import quality
+from lowrank_train.bench import translation as translation_benchmark
+from lowrank_train.common.errors import UserError
+from lowrank_train.compress.command import load_settings as load_compress
+from lowrank_train.config.schema import ModelConfig, load_config
+from lowrank_train.files.checksums import CHECKSUMS, write_checksums
+from lowrank_train.hyperbolic import run as network_run
+from lowrank_train.hyperbolic.graphs.config import load_graph_config
+from lowrank_train.hyperbolic.translation.config import load_translation_config
+from lowrank_train.memory.budget import load_budget
+from lowrank_train.models.build import architecture
+from lowrank_train.models.folders import load_model
+from lowrank_train.spectra import command as spectrum_run
+from lowrank_train.spectra.history import history
+from lowrank_train.train import finetune as finetuning
 from tests.hyperbolic import helpers as graphs
 from tests.train.helpers import ROOT, Launched, arguments, failure, train_on
 

@@ -19,9 +19,9 @@ import pyarrow
 import pytest
 from huggingface_hub import HfFileSystem
 
-from lowrank_train.blocks import TokenStream
-from lowrank_train.data import Data
-from lowrank_train.text import Example, lot
+from lowrank_train.data.blocks import TokenStream
+from lowrank_train.data.documents import Example, lot
+from lowrank_train.data.tokens import Data
 from tests.train.test_data import documents_of, error, merged, prepare, settings, take, tokens_of
 from tests.train.test_text_rows import COMPRESSORS, HALVES, TEXTS, WRITERS, read_by, rows_of, write_lines
 

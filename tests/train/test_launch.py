@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowrank_train.config import load_config
-from lowrank_train.metrics import read_metrics
+from lowrank_train.config.schema import load_config
+from lowrank_train.train.metrics import read_metrics
 from tests.train.helpers import ROOT, Launched, losses
 
 QUICKSTART = ["launch/pretrain.py", "configs/quickstart.yaml"]

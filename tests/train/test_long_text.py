@@ -13,7 +13,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lowrank_train.tokenizer import encode
+from lowrank_train.data.tokenizer import encode
 from tests.train.helpers import documents, write_jsonl
 from tests.train.test_data import prepare, settings
 

@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lowrank_train import models
-from lowrank_train.config import ModelConfig
-from lowrank_train.loss import IGNORED, chunked_cross_entropy, token_loss
+from lowrank_train.config.schema import ModelConfig
+from lowrank_train.models import build as models
+from lowrank_train.models.loss import chunked_cross_entropy, token_loss
+from lowrank_train.text.labels import IGNORED
 
 TOKENS, HIDDEN, VOCABULARY = 22, 6, 40
 CHUNKS = [1, 5, 11, 16, 22, 1000]  # dividing, not dividing, all at once, more than all

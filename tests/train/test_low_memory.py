@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_train.config import load_config
-from lowrank_train.errors import UserError
-from lowrank_train.memory_terms import predict
-from lowrank_train.metrics import read_metrics
+from lowrank_train.common.errors import UserError
+from lowrank_train.config.schema import load_config
+from lowrank_train.memory.step import predict
+from lowrank_train.train.metrics import read_metrics
 from tests.train.helpers import ROOT, arguments, failure, losses, train_on
 from tests.train.test_failures import spoil
 

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
-from lowrank_train.layer_choice import linear_layers
-from lowrank_train.loss import token_loss
-from lowrank_train.low_rank_linear import (
+from lowrank_train.layers.choice import linear_layers
+from lowrank_train.layers.low_rank import (
     LowRankLinear,
     factors,
     low_rank_layer,
@@ -23,6 +22,7 @@ from lowrank_train.low_rank_linear import (
     train_low_rank_only,
     truncated,
 )
+from lowrank_train.models.loss import token_loss
 from tests.distributed import run_distributed
 from tests.train.test_spectrum import build
 

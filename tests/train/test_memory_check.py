@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank_train.config import Config, load_config
-from lowrank_train.errors import UserError
-from lowrank_train.memory_check import check_fits, device_bytes, in_words, setting_that_fits
-from lowrank_train.memory_terms import predict
+from lowrank_train.common.errors import UserError
+from lowrank_train.config.schema import Config, load_config
+from lowrank_train.memory.check import check_fits, device_bytes, in_words, setting_that_fits
+from lowrank_train.memory.step import predict
 from tests.train.helpers import arguments, train_on
 
 

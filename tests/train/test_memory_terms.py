@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from lowrank_train import memory_budget, models
-from lowrank_train.config import Config, ModelConfig, load_config
-from lowrank_train.memory_measured import measure
-from lowrank_train.memory_terms import StepMemory, predict
-from lowrank_train.run import unsharded
+from lowrank_train.config.schema import Config, ModelConfig, load_config
+from lowrank_train.memory import static as memory_budget
+from lowrank_train.memory.measured import measure
+from lowrank_train.memory.step import StepMemory, predict
+from lowrank_train.models import build as models
+from lowrank_train.plan import unsharded
 from tests.tools.published_memory import SCALE_TABLE, weights_and_states
 
 SIZES = {

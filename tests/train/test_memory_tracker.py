@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from lowrank_train.config import load_config
-from lowrank_train.errors import UserError
-from lowrank_train.memory_terms import predict
+from lowrank_train.common.errors import UserError
+from lowrank_train.config.schema import load_config
+from lowrank_train.memory.step import predict
 from tests.tools.memory_tracker import track
 
 BOUND = 0.03

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_train.errors import UserError
-from lowrank_train.metrics import Metrics, read_metrics
+from lowrank_train.common.errors import UserError
+from lowrank_train.train.metrics import Metrics, read_metrics
 
 
 def write(folder: Path, *, start: int, rows: range) -> None:

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from lowrank_train import models
-from lowrank_train.budget_run import load_budget, solve
-from lowrank_train.config import ModelConfig, load_config
-from lowrank_train.errors import UserError
-from lowrank_train.model_folder import load_model, model_folder
-from lowrank_train.model_size import count_parameters
-from lowrank_train.parallel import Ranks
-from lowrank_train.parametrization import Dense
-from lowrank_train.run import check_settings
+from lowrank_train.common.errors import UserError
+from lowrank_train.common.ranks import Ranks
+from lowrank_train.config.schema import ModelConfig, load_config
+from lowrank_train.layers.parametrization import Dense
+from lowrank_train.memory.budget import load_budget, solve
+from lowrank_train.models import build as models
+from lowrank_train.models.folders import load_model, model_folder
+from lowrank_train.models.size import count_parameters
+from lowrank_train.plan import check_settings
 from tests.train.helpers import TINY
 
 WRONG = [

@@ -15,11 +15,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import optim
-from lowrank_train import models, parallel
-from lowrank_train.config import ModelConfig
-from lowrank_train.errors import UserError
-from lowrank_train.parametrization import Dense
+from lowrank_train import optim
+from lowrank_train.common.errors import UserError
+from lowrank_train.common.ranks import Ranks
+from lowrank_train.config.schema import ModelConfig
+from lowrank_train.layers.parametrization import Dense
+from lowrank_train.models import build as models
+from lowrank_train.models import fsdp
 from tests.distributed import run_distributed
 
 VOCABULARY = 301  # uneven over 2 ranks
@@ -66,8 +68,8 @@ def filled(model: ModelConfig, *, seed: int = 0, shard: bool = False, folder: st
     plain = models.skeleton(architecture, torch.float64)
     if shard:
         mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),), mesh_dim_names=("shard",))
-        parallel.shard_model(made, mesh, optim.find("dct_adamw"), "float64")
-    ranks = parallel.Ranks(0, 1, torch.device("cpu"), mesh=Mock(), patient=Mock())  # dense layers need no other rank
+        fsdp.shard_model(made, mesh, optim.find("dct_adamw"), "float64")
+    ranks = Ranks(0, 1, torch.device("cpu"), mesh=Mock(), patient=Mock())  # dense layers need no other rank
     if folder is None:
         models.initialize(made, plain, Dense(), ranks, seed)
     else:

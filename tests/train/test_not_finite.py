@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowrank_train import checkpoint as checkpoint_module
-from lowrank_train.finite import name_not_finite
-from lowrank_train.hyperbolic.network_run import NetworkRun
-from lowrank_train.run import Run
-from optim.sharding import local
+from lowrank_train.files.finite import name_not_finite
+from lowrank_train.hyperbolic.run import NetworkRun
+from lowrank_train.optim.shards.layout import local
+from lowrank_train.train import checkpoint as checkpoint_module
+from lowrank_train.train.run import Run
 from tests.distributed import DistributedFailure
 from tests.hyperbolic import helpers as graphs
 from tests.train.helpers import ROOT, Launched, arguments, at_step, checkpoints, failure, train_on

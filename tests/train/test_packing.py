@@ -13,9 +13,9 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowrank_train.config import load_config
-from lowrank_train.labels import positions, starting
-from lowrank_train.packing import block_mask
+from lowrank_train.config.schema import load_config
+from lowrank_train.models.packing import block_mask
+from lowrank_train.text.labels import positions, starting
 from tests.train.helpers import SEQUENCE, arguments, documents, failure, losses, train_on, write_jsonl
 from tests.train.test_supervised import END, KEYS, WORDS, tokenizer
 

@@ -20,24 +20,26 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import optim
-from lowrank_train import adapter_names as adapter_names_module
-from lowrank_train import methods, trainer
-from lowrank_train import run as run_module
-from lowrank_train.adapted_model import AdaptedModel, adapt
-from lowrank_train.adapter_names import adapter_names
-from lowrank_train.compressed_folder import save_model
-from lowrank_train.config import AdapterConfig, DataConfig
-from lowrank_train.errors import UserError
-from lowrank_train.finetuning import finetuning_help, load_finetuning
-from lowrank_train.labels import split
-from lowrank_train.model_folder import load_model
-from lowrank_train.parallel import start
-from lowrank_train.run import Run, build_run, check_settings, unsharded
-from lowrank_train.spectrum import spectra
-from lowrank_train.tokenizer import prepare_tokenizer
-from lowrank_train.trainer import train
-from lowrank_train.welore import compress, plan_ranks
+from lowrank_train import optim
+from lowrank_train.common.errors import UserError
+from lowrank_train.common.ranks import start
+from lowrank_train.compress.ranks import compress, plan_ranks
+from lowrank_train.config import methods
+from lowrank_train.config.schema import AdapterConfig, DataConfig
+from lowrank_train.data.tokenizer import prepare_tokenizer
+from lowrank_train.models.compressed_folder import save_model
+from lowrank_train.models.folders import load_model
+from lowrank_train.peft import names as adapter_names_module
+from lowrank_train.peft.model import AdaptedModel, adapt
+from lowrank_train.peft.names import adapter_names
+from lowrank_train.plan import check_settings, unsharded
+from lowrank_train.spectra.spectrum import spectra
+from lowrank_train.text.labels import split
+from lowrank_train.train import loop as trainer
+from lowrank_train.train import run as run_module
+from lowrank_train.train.finetune import finetuning_help, load_finetuning
+from lowrank_train.train.loop import train
+from lowrank_train.train.run import Run, build_run
 from tests.distributed import run_distributed
 from tests.train.helpers import (
     ROOT,
@@ -330,7 +332,11 @@ def test_other_models_and_precisions(folders: Path, tmp_path: Path) -> None:
 def begun(folders: Path, name: str, blocks: Tensor) -> AdaptedModel:
     """An adapter before training; to be called in a rank."""
     os.environ.update(RANK="0", WORLD_SIZE="1")
-    with start(load_finetuning(words(folders, folders / "none", "lora")).parallel, "cpu") as ranks:
+    with start(
+        "cpu",
+        load_finetuning(words(folders, folders / "none", "lora")).parallel.shards,
+        load_finetuning(words(folders, folders / "none", "lora")).parallel.replicas,
+    ) as ranks:
         return adapt(
             load_model(folders / "llama"),  # type: ignore[arg-type]
             AdapterConfig(name=name, rank=4),
@@ -390,7 +396,10 @@ def test_the_data_are_the_runs_first_sequences(folders: Path, tmp_path: Path) ->
             return adapt(*args, batches=batches, **kwargs)
 
         run_module.adapt = watched
-        with start(config.parallel, "cpu") as ranks, warnings.catch_warnings(action="ignore"):
+        with (
+            start("cpu", config.parallel.shards, config.parallel.replicas) as ranks,
+            warnings.catch_warnings(action="ignore"),
+        ):
             run = build_run(config, ranks)
             assert torch.equal(torch.cat(given), run.data.train.take(16, 0, 1))  # training begins with them again
 

@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-import optim
-from lowrank_train import quality_report, trainings
-from lowrank_train.config import Config
-from lowrank_train.errors import UserError
-from lowrank_train.metrics import read_metrics
-from lowrank_train.quality import help_text, load_quality, measure_quality, plan
-from lowrank_train.run import unsharded
-from lowrank_train.run_folder import RunFolder
-from lowrank_train.sweep import Row, Trial, compare, rate, summarize
-from lowrank_train.trainings import Outcome
+from lowrank_train import optim
+from lowrank_train.bench import quality_report, trainings
+from lowrank_train.bench.quality import help_text, load_quality, measure_quality, plan
+from lowrank_train.bench.sweep import Row, Trial, compare, rate, summarize
+from lowrank_train.bench.trainings import Outcome
+from lowrank_train.common.errors import UserError
+from lowrank_train.config.schema import Config
+from lowrank_train.plan import unsharded
+from lowrank_train.train.metrics import read_metrics
+from lowrank_train.train.run_folder import RunFolder
 from tests.train.helpers import ROOT, arguments, losses
 
 RECIPE = str(ROOT / "configs" / "benchmark" / "quality.yaml")

@@ -19,10 +19,10 @@ import torch.distributed as dist
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 
-from lowrank_train import run
-from lowrank_train.config import Config
-from lowrank_train.parallel import Ranks
-from lowrank_train.rendezvous import attempt_store
+from lowrank_train.common.ranks import Ranks
+from lowrank_train.common.rendezvous import attempt_store
+from lowrank_train.config.schema import Config
+from lowrank_train.train import run
 from tests.train.helpers import (
     LAUNCHER,
     arguments,

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-import optim
-from lowrank_train import checkpoint as checkpoint_module
-from lowrank_train import run as run_module
-from lowrank_train.metrics import read_metrics
+from lowrank_train import optim
+from lowrank_train.train import checkpoint as checkpoint_module
+from lowrank_train.train import run as run_module
+from lowrank_train.train.metrics import read_metrics
 from tests.distributed import DistributedFailure
 from tests.train.helpers import (
     SEQUENCE,

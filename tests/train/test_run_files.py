@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_train import small_files
-from lowrank_train.config import load_config
-from lowrank_train.metrics import read_metrics
-from lowrank_train.run_folder import changed_settings
-from lowrank_train.small_files import write_text
+from lowrank_train.common import small_files
+from lowrank_train.common.small_files import write_text
+from lowrank_train.config.schema import load_config
+from lowrank_train.train.metrics import read_metrics
+from lowrank_train.train.run_folder import changed_settings
 from tests.distributed import DistributedFailure
 from tests.train.helpers import Launched, arguments, exact_history, failure, send, train_on
 

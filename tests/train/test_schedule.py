@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from lowrank_train.config import ScheduleConfig
-from lowrank_train.schedule import learning_rate_factor
+from lowrank_train.config.schema import ScheduleConfig
+from lowrank_train.train.schedule import learning_rate_factor
 
 STEPS = 50
 

@@ -13,11 +13,19 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import optim
-from lowrank_train import models, spectral
-from lowrank_train.config import ModelConfig
-from lowrank_train.spectral import SpectralLinear, factorise, merge, merged_state_dict, spectral_values, to_spectral
-from optim.spectral_factors import decode
+from lowrank_train import optim
+from lowrank_train.config.schema import ModelConfig
+from lowrank_train.layers import spectral
+from lowrank_train.layers.spectral import (
+    SpectralLinear,
+    factorise,
+    merge,
+    merged_state_dict,
+    spectral_values,
+    to_spectral,
+)
+from lowrank_train.models import build as models
+from lowrank_train.optim.spectral.factors import decode
 
 VOCABULARY = 61
 TINY: dict[str, tuple[str, dict[str, Any]]] = {

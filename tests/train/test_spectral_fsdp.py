@@ -14,9 +14,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lowrank_train import models
-from lowrank_train.config import ModelConfig
-from lowrank_train.spectral import merge, merged_state_dict, to_spectral
+from lowrank_train.config.schema import ModelConfig
+from lowrank_train.layers.spectral import merge, merged_state_dict, to_spectral
+from lowrank_train.models import build as models
 from tests.distributed import run_distributed
 
 VOCABULARY = 61

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lowrank_train import spectral
-from lowrank_train.spectral import SpectralLinear
-from lowrank_train.spectral_product import factored_is_cheaper, spectral_product
-from optim.spectral_factors import decode, encode
+from lowrank_train.layers import spectral
+from lowrank_train.layers.spectral import SpectralLinear
+from lowrank_train.layers.spectral_product import factored_is_cheaper, spectral_product
+from lowrank_train.optim.spectral.factors import decode, encode
 
 PATHS = ["factored", "materialised"]
 GRADIENTS = ["enhanced", "plain"]

@@ -12,11 +12,13 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
-import optim
-from lowrank_train import memory_budget, methods, models
-from lowrank_train.config import ModelConfig, load_config
-from lowrank_train.metrics import read_metrics
-from lowrank_train.run import unsharded
+from lowrank_train import optim
+from lowrank_train.config import methods
+from lowrank_train.config.schema import ModelConfig, load_config
+from lowrank_train.memory import static as memory_budget
+from lowrank_train.models import build as models
+from lowrank_train.plan import unsharded
+from lowrank_train.train.metrics import read_metrics
 from tests.distributed import run_distributed
 from tests.train.helpers import (
     SEQUENCE,

@@ -20,16 +20,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from lowrank_train import models
-from lowrank_train.config import DataConfig, load_config
-from lowrank_train.layer_choice import BLOCK_MATRICES, linear_layers
-from lowrank_train.loss import IGNORED
-from lowrank_train.model_folder import load_model
-from lowrank_train.pruning import Point, Prunable, TextConfig, evaluation_blocks, pruned
-from lowrank_train.spectrum import best_cosines, count_at_share, spectra, summarize
-from lowrank_train.spectrum_plots import ModelSpectra, plot_cosines, plot_pruning, plot_spectra
-from lowrank_train.tokenizer import prepare_tokenizer
-from optim.spectral_factors import decompose
+from lowrank_train.config.schema import DataConfig, load_config
+from lowrank_train.data.tokenizer import prepare_tokenizer
+from lowrank_train.layers.choice import BLOCK_MATRICES, linear_layers
+from lowrank_train.models import build as models
+from lowrank_train.models.folders import load_model
+from lowrank_train.optim.spectral.factors import decompose
+from lowrank_train.spectra.plots import ModelSpectra, plot_cosines, plot_pruning, plot_spectra
+from lowrank_train.spectra.pruning import Point, Prunable, TextConfig, evaluation_blocks, pruned
+from lowrank_train.spectra.spectrum import best_cosines, count_at_share, spectra, summarize
+from lowrank_train.text.labels import IGNORED
 from tests.train.helpers import ROOT, TINY, documents, write_jsonl
 
 LAUNCHER = str(ROOT / "launch" / "spectrum.py")

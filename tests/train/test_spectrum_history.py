@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank_train.errors import UserError
-from lowrank_train.layer_choice import BLOCK_MATRICES
-from lowrank_train.model_folder import load_model
-from lowrank_train.spectrum import spectra
-from lowrank_train.spectrum_history import history
-from lowrank_train.spectrum_run import load_settings, measure
+from lowrank_train.common.errors import UserError
+from lowrank_train.layers.choice import BLOCK_MATRICES
+from lowrank_train.models.folders import load_model
+from lowrank_train.spectra.command import load_settings, measure
+from lowrank_train.spectra.history import history
+from lowrank_train.spectra.spectrum import spectra
 from tests.train.helpers import arguments, train_on
 
 SST = ["optimizer.name=sst", "optimizer.rank=8", "optimizer.resample_every=5"]

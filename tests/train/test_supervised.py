@@ -21,14 +21,13 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lowrank_train.blocks import TokenFile
-from lowrank_train.config import load_config
-from lowrank_train.data import Data, prepare_data
-from lowrank_train.errors import UserError
-from lowrank_train.labels import count_labels, lay_out, positions, split, starting, unlabelled
-from lowrank_train.loss import IGNORED
-from lowrank_train.metrics import read_metrics
-from lowrank_train.text import Example, lot
+from lowrank_train.common.errors import UserError
+from lowrank_train.config.schema import load_config
+from lowrank_train.data.blocks import TokenFile
+from lowrank_train.data.documents import Example, lot
+from lowrank_train.data.tokens import Data, prepare_data
+from lowrank_train.text.labels import IGNORED, count_labels, lay_out, positions, split, starting, unlabelled
+from lowrank_train.train.metrics import read_metrics
 from tests.train.helpers import SEQUENCE, Launched, arguments, failure, losses, train_on
 from tests.train.test_data import OneRank
 

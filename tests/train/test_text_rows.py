@@ -15,9 +15,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lowrank_train.data import Data
-from lowrank_train.errors import UserError
-from lowrank_train.text import Example, lot
+from lowrank_train.common.errors import UserError
+from lowrank_train.data.documents import Example, lot
+from lowrank_train.data.tokens import Data
 from tests.train.helpers import documents, write_jsonl
 from tests.train.test_data import documents_of, error, prepare, tokens_of
 

@@ -14,10 +14,10 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import optim
-from lowrank_train.config import load_config
-from lowrank_train.metrics import read_metrics
-from lowrank_train.record import RunRecord
+from lowrank_train import optim
+from lowrank_train.common.record import RunRecord
+from lowrank_train.config.schema import load_config
+from lowrank_train.train.metrics import read_metrics
 from tests.train.helpers import (
     OPTIMIZERS,
     SEQUENCE,

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank_train.errors import UserError
-from lowrank_train.tree_benchmark import METHODS, embed_tree, mean_average_precision, measure_tree, tree_edges
+from lowrank_train.bench.tree import METHODS, embed_tree, mean_average_precision, measure_tree, tree_edges
+from lowrank_train.common.errors import UserError
 
 
 def test_a_tree_has_every_edge_in_both_directions() -> None:

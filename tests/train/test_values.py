@@ -10,21 +10,21 @@ from typing import Any
 
 import pytest
 
-from lowrank_train.budget_run import BudgetConfig
-from lowrank_train.compress_run import CompressConfig
-from lowrank_train.compression_benchmark import CompressionConfig
-from lowrank_train.config import Config, load_config
-from lowrank_train.digits import measure_digits
-from lowrank_train.errors import UserError
-from lowrank_train.hyperbolic.graph_benchmark import GraphBenchmark
-from lowrank_train.hyperbolic.graph_config import GraphConfig, load_graph_config
-from lowrank_train.hyperbolic.translation_benchmark import TranslationBenchmark
-from lowrank_train.hyperbolic.translation_config import TranslationConfig, load_translation_config
-from lowrank_train.loading import load_schema
-from lowrank_train.quality import QualityConfig
-from lowrank_train.settings import key_help, keys, settle
-from lowrank_train.spectrum_run import SpectrumConfig
-from lowrank_train.tree_benchmark import measure_tree
+from lowrank_train.bench.compression import CompressionConfig
+from lowrank_train.bench.digits import measure_digits
+from lowrank_train.bench.graphs import GraphBenchmark
+from lowrank_train.bench.quality import QualityConfig
+from lowrank_train.bench.translation import TranslationBenchmark
+from lowrank_train.bench.tree import measure_tree
+from lowrank_train.common.errors import UserError
+from lowrank_train.compress.command import CompressConfig
+from lowrank_train.config.loading import load_schema
+from lowrank_train.config.schema import Config, load_config
+from lowrank_train.config.settings import key_help, keys, settle
+from lowrank_train.hyperbolic.graphs.config import GraphConfig, load_graph_config
+from lowrank_train.hyperbolic.translation.config import TranslationConfig, load_translation_config
+from lowrank_train.memory.budget import BudgetConfig
+from lowrank_train.spectra.command import SpectrumConfig
 
 SCHEMAS: list[type[Any]] = [
     *(Config, BudgetConfig, CompressConfig, CompressionConfig, SpectrumConfig, QualityConfig),

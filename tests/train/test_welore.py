@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowrank_train import calibration
-from lowrank_train.calibration import input_energies, input_moments, outlier_shares
-from lowrank_train.layer_choice import linear_layers
-from lowrank_train.low_rank_linear import LowRankLinear
-from lowrank_train.spectrum import spectra
-from lowrank_train.welore import CLASSIFICATIONS, PlannedMatrix, compress, merge, plan_ranks, rank_reduction
+from lowrank_train.compress import calibration
+from lowrank_train.compress.calibration import input_energies, input_moments, outlier_shares
+from lowrank_train.compress.ranks import CLASSIFICATIONS, PlannedMatrix, compress, merge, plan_ranks, rank_reduction
+from lowrank_train.layers.choice import linear_layers
+from lowrank_train.layers.low_rank import LowRankLinear
+from lowrank_train.spectra.spectrum import spectra
 from tests.train.test_spectrum import build
 
 KINDS = pytest.mark.parametrize("kind", ["llama", "opt"])

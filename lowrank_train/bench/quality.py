@@ -1,0 +1,195 @@
+"""The quality benchmark: the same model on the same tokens with each optimizer, learning rates swept alike for all."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import torch
+
+from lowrank_train import optim
+from lowrank_train.bench.quality_report import write_quality_report
+from lowrank_train.bench.sweep import Trial, compare, rate, summarize
+from lowrank_train.bench.trainings import Outcome, train_each
+from lowrank_train.common.errors import UserError
+from lowrank_train.config import methods
+from lowrank_train.config.loading import load_schema
+from lowrank_train.config.schema import Config, complete
+from lowrank_train.config.settings import key_help, setting
+from lowrank_train.models.build import architecture, skeleton
+from lowrank_train.plan import check_settings, predicted_state_bytes, unsharded
+
+__all__ = ["BASELINE", "QualityConfig", "help_text", "load_quality", "measure_quality", "plan"]
+
+BASELINE = "adamw"
+
+_SET_BY_THE_BENCHMARK = {
+    "run_dir": "output",
+    "seed": "seeds",
+    "optimizer.name": "optimizers.LABEL.name",
+    "optimizer.lr": "optimizers.LABEL.lr",
+    "optimizer.other_lr": "other_lr",
+}
+"""Keys of ``base`` that would be overwritten, and the key to use instead."""
+
+_CHOICES = ("train", "precision", "weights")
+"""Keys of a configuration, of a few values each, that a row may have its own of."""
+
+
+@dataclass
+class QualityConfig:
+    """What is compared, and how."""
+
+    base: Config = field(default_factory=Config)
+    optimizers: dict[str, Any] = setting(
+        {},
+        "label -> name of an optimizer, lr: the rates to try (as many for every label), any other arguments of it, "
+        "and perhaps model, train, precision or weights, instead of those of base; null leaves a label out",
+    )
+    other_lr: float | None = setting(
+        None, "learning rate of all but the matrices (embeddings, head, norms), in all rows; null: as lr"
+    )
+    seeds: list[int] = setting(
+        [0],
+        "every rate is trained once with each: initial weights and order of the data",
+        at_least=0,
+        at_most=2**32 - 1,
+    )
+    output: str = setting("runs/quality", "folder of the trainings, their tokens and the results", path=True)
+    jobs: int = setting(1, "trainings at one time, each on one thread", at_least=1, at_most=1000)
+
+
+def load_quality(arguments: Sequence[str]) -> QualityConfig:
+    """Read the benchmark's YAML files and ``key=value`` overrides. Raises UserError for anything that does not fit."""
+    quality = load_schema(QualityConfig, arguments)
+    quality.optimizers = {label: row for label, row in quality.optimizers.items() if row is not None}
+    _check(quality)
+    return quality
+
+
+def help_text() -> str:
+    """Every key with its default and meaning."""
+    return "\n".join(
+        ["usage: launch/benchmark.py quality [FILE.yaml ...] [key=value ...]", "", *key_help(QualityConfig)]
+    )
+
+
+def measure_quality(quality: QualityConfig) -> str:
+    """Train what is not trained yet and write quality.json, quality.md and quality.png into ``quality.output``.
+
+    Returns:
+        The table, in Markdown.
+
+    Raises:
+        UserError: a setting that does not fit (before any training), another benchmark in the same folder, or no
+            training that finished.
+    """
+    trials = plan(quality)
+    outcomes = train_each([trial.config for trial in trials], quality.jobs)
+    if not any(outcome.record for outcome in outcomes):
+        raise UserError(f"no training finished; the first: {outcomes[0].message}")
+    _check_same_text(trials, outcomes)
+    groups = optim.param_groups(skeleton(architecture(quality.base.model), torch.float32))
+    matrices = sum(param.numel() for group in groups if group["role"] == "matrix" for _, param in group["params"])
+    rows = []
+    for label in quality.optimizers:
+        mine = [(trial, outcome) for trial, outcome in zip(trials, outcomes, strict=True) if trial.label == label]
+        config = mine[0][0].config
+        state = predicted_state_bytes(config, unsharded(config), matrices_only=True)  # what is measured, to the byte
+        rows.append(summarize(mine, state, matrices))
+    return write_quality_report(compare(rows, BASELINE), trials, outcomes, Path(quality.output))
+
+
+def plan(quality: QualityConfig) -> list[Trial]:
+    """All trainings, checked. Raises UserError, naming the label, for what can be known wrong before any of them."""
+    trials = []
+    for label, row in quality.optimizers.items():
+        for index, lr in enumerate(row["lr"]):
+            for seed in quality.seeds:
+                try:
+                    config = _run_config(quality, label, float(lr), seed)
+                    if index == 0:
+                        check_settings(config, world_size=1)
+                except UserError as error:
+                    raise UserError(f"optimizers.{label}: {error}") from None
+                trials.append(Trial(label, float(lr), seed, config))
+    return trials
+
+
+def _run_config(quality: QualityConfig, label: str, lr: float, seed: int) -> Config:
+    config = copy.deepcopy(quality.base)
+    output = Path(quality.output)
+    row = dict(quality.optimizers[label])
+    for key in _CHOICES:
+        setattr(config, key, row.pop(key, getattr(config, key)))
+    config.model.name = row.pop("model", config.model.name)
+    optimizer = {**config.optimizer, **row, "lr": lr}
+    if quality.other_lr is not None:
+        optimizer["other_lr"] = quality.other_lr
+    config.data.folder = config.data.folder or str(output / "data")
+    run_dir = str(output / label / f"lr={rate(lr)}-seed={seed}")
+    return complete(replace(config, optimizer=optimizer, seed=seed, run_dir=run_dir))
+
+
+def _check(quality: QualityConfig) -> None:
+    for key, instead in _SET_BY_THE_BENCHMARK.items():
+        if _value(quality.base, key) != _value(Config(), key):
+            raise UserError(f"base.{key} is set by the benchmark; use {instead}")
+    if not quality.optimizers:
+        raise UserError("there are no optimizers to compare; expected e.g. optimizers.adamw.name=adamw and .lr=[1e-3]")
+    for label, row in quality.optimizers.items():
+        _check_row(label, row)
+    counts = {label: len(row["lr"]) for label, row in quality.optimizers.items()}
+    if len(set(counts.values())) > 1:
+        got = ", ".join(f"{label} {count}" for label, count in counts.items())
+        raise UserError(f"learning rates must be swept equally for all; got rates per optimizer: {got}")
+    if not quality.seeds or len(set(quality.seeds)) < len(quality.seeds):
+        raise UserError(f"seeds={quality.seeds}; expected at least one, each once")
+
+
+def _check_row(label: str, row: Any) -> None:
+    where = f"optimizers.{label}"
+    if not re.fullmatch(r"[\w+.-]*\w[\w+.-]*", label):
+        raise UserError(f"{where}: the label names a folder; expected letters, digits and _ + . -")
+    if not isinstance(row, dict) or "name" not in row or "lr" not in row:
+        raise UserError(f"{where}={row}; expected the keys name (one of {', '.join(methods.names())}) and lr")
+    if "other_lr" in row:
+        raise UserError(f"{where}.other_lr: it is the same for all rows; give other_lr at the top")
+    for key in _CHOICES:
+        choices = get_args(get_type_hints(Config)[key])
+        if key in row and row[key] not in choices:
+            raise UserError(f"{where}.{key}={row[key]}; expected one of {', '.join(choices)}")
+    if not isinstance(row.get("model", ""), str):
+        raise UserError(f"{where}.model={row['model']}; expected the name of a size, or a folder")
+    lrs = row["lr"]
+    numbers = isinstance(lrs, list) and all(isinstance(lr, int | float) and not isinstance(lr, bool) for lr in lrs)
+    if not numbers or not lrs or not all(0 < lr < math.inf for lr in lrs):
+        raise UserError(f"{where}.lr={lrs}; expected a list of numbers > 0, e.g. [5e-4,1e-3,2e-3]")
+    if len({rate(lr) for lr in lrs}) < len(lrs):
+        raise UserError(f"{where}.lr={lrs}; expected each rate once")
+
+
+def _check_same_text(trials: Sequence[Trial], outcomes: Sequence[Outcome]) -> None:
+    """Of runs from several sessions: the text may have changed under the same name."""
+    first: tuple[Trial, str] | None = None
+    for trial, outcome in zip(trials, outcomes, strict=True):
+        if outcome.record is None:
+            continue
+        first = first or (trial, outcome.record["data"]["sha1"])
+        if outcome.record["data"]["sha1"] != first[1]:
+            raise UserError(
+                f"{trial.config.run_dir} was trained on another text than {first[0].config.run_dir} (their hashes "
+                "differ); delete one of them and run again"
+            )
+
+
+def _value(config: Config, key: str) -> Any:
+    node: Any = config
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, dict) else getattr(node, part)
+    return node

@@ -1,0 +1,1 @@
+"""WeLore compression: ranks from spectra, calibration, the command and its report."""

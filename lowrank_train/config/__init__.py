@@ -1,0 +1,1 @@
+"""Configurations: a schema, YAML files, overrides, and training methods by name."""

@@ -1,0 +1,111 @@
+"""Training methods by name: which layers, which optimizer. A name of ``optim.names()`` trains dense layers."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from lowrank_train import optim
+from lowrank_train.common.errors import UserError
+from lowrank_train.layers.lora import LowRankAdapters
+from lowrank_train.layers.parametrization import Dense, Parametrization, Spectral
+from lowrank_train.optim.arguments.suggestion import suggestion
+from lowrank_train.optim.arguments.torch_arguments import is_number
+
+__all__ = ["Method", "check", "describe", "find", "names"]
+
+
+class Method(NamedTuple):
+    """What ``optimizer.name`` stands for."""
+
+    layers: Callable[..., Parametrization]
+    optimizer: str
+
+    def arguments(self) -> list[str]:
+        """Keys of either, each once."""
+        own = self._optimizer_keys()
+        return [*own, *(key for key in inspect.signature(self.layers).parameters if key not in own)]
+
+    def parametrization(self, arguments: dict[str, Any]) -> Parametrization:
+        """The layers, from those of the arguments that are theirs. Raises ValueError if one is missing."""
+        parameters = inspect.signature(self.layers).parameters
+        for key, parameter in parameters.items():
+            if parameter.default is parameter.empty and key not in arguments:
+                raise ValueError(f"{key} is missing: give optimizer.{key}=")
+        return self.layers(**{key: arguments[key] for key in parameters if key in arguments})
+
+    def layer_settings(self, arguments: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+        """What ``parametrization`` goes by, defaults included."""
+        for key, parameter in inspect.signature(self.layers).parameters.items():
+            yield key, arguments.get(key, parameter.default)
+
+    def optimizer_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Those of the arguments that are the optimizer's."""
+        own = self._optimizer_keys()
+        return {key: value for key, value in arguments.items() if key in own}
+
+    def _optimizer_keys(self) -> list[str]:
+        own = [key for key in inspect.signature(optim.find(self.optimizer)).parameters if key != "params"]
+        return list(dict.fromkeys([*own, *optim.SHARED_SETTINGS]))
+
+
+_TABLE: dict[str, Method] = {
+    "lora": Method(LowRankAdapters, "adamw"),
+    "relora": Method(LowRankAdapters, "relora"),
+    "sst": Method(Spectral, "sst"),
+}
+
+
+def names() -> list[str]:
+    """All values of ``optimizer.name``, sorted."""
+    return sorted({*optim.names(), *_TABLE})
+
+
+def find(name: str, arguments: Iterable[str] = ()) -> Method:
+    """The method of a name; raises ValueError for an unknown one, or an argument it does not take."""
+    if name not in names():
+        raise ValueError(f"unknown optimizer {name!r}; {suggestion(name, names())}")
+    method = _TABLE.get(name, Method(Dense, name))
+    for argument in arguments:
+        if argument not in method.arguments():
+            raise ValueError(
+                f"optimizer {name!r} takes no argument {argument!r}; {suggestion(argument, method.arguments())}"
+            )
+    return method
+
+
+def check(settings: dict[str, Any], rates: Iterable[str], others: Iterable[str] = ()) -> None:
+    """Check the keys of a section ``optimizer``, and the rates among them that are no arguments of the optimizer.
+
+    Args:
+        settings: of the section.
+        rates: keys of learning rates that some of the parameters have instead of ``lr``.
+        others: further keys that are no arguments of the optimizer.
+
+    Raises:
+        UserError: an unknown name or key, or a rate that is no number >= 0.
+    """
+    rates = tuple(rates)
+    for key in rates:
+        rate = settings.get(key)
+        if rate is not None and not (is_number(rate) and 0 <= rate < math.inf):
+            raise UserError(f"optimizer.{key}={rate!r}; expected a number >= 0")
+    try:
+        find(str(settings.get("name")), [key for key in settings if key not in ("name", *rates, *others)])
+    except ValueError as error:
+        raise UserError(f"in optimizer: {error}") from None
+
+
+def describe(name: str) -> str:
+    """Its optimizer's line, and the settings of its layers."""
+    method = find(name)
+    layers = inspect.signature(method.layers).parameters
+    settings = [key if p.default is p.empty else f"{key}={p.default!r}" for key, p in layers.items()]
+    line = optim.describe(method.optimizer)
+    line = f"{name}: " + line.split(": ", 1)[1]
+    if not settings:
+        return line
+    about = (inspect.getdoc(method.layers) or "").splitlines()[0]
+    return f"{line} Layers: {about} Arguments: {', '.join(settings)}"

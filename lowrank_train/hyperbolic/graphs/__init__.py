@@ -1,0 +1,1 @@
+"""Graph networks: data, splits, layers, tasks, and their training."""

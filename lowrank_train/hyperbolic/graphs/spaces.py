@@ -1,0 +1,174 @@
+"""The space a graph network computes in: the Lorentz model, or the Euclidean twin it is compared with."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_train.hyperbolic import lorentz
+from lowrank_train.hyperbolic.classifiers import EuclideanClassifier, LorentzClassifier
+from lowrank_train.hyperbolic.graphs.layers import Activation, GraphConvolution, LorentzGraphConvolution
+
+__all__ = ["GEOMETRIES", "Euclidean", "Geometry", "Lorentz"]
+
+
+class Geometry(ABC):
+    """Abstract: points, the layers between them, and what is measured of them.
+
+    Args:
+        curvature: k; Euclidean space has no use for it.
+    """
+
+    extra = 0
+    """Coordinates a point has beside those of space."""
+
+    def __init__(self, curvature: float) -> None:
+        self.curvature = lorentz.check_curvature(curvature)
+
+    @abstractmethod
+    def enter(self, features: Tensor) -> Tensor:
+        """Features (n, f) as points (n, f + extra)."""
+
+    @abstractmethod
+    def convolution(
+        self, in_features: int, out_features: int, *, dropout: float, activation: Activation, attention: bool
+    ) -> nn.Module:
+        """A layer from (points, ``Adjacency``) to points."""
+
+    @abstractmethod
+    def classifier(self, width: int, classes: int) -> nn.Module:
+        """A layer from points (n, width) to scores (n, classes)."""
+
+    @abstractmethod
+    def closeness(self, x: Tensor, y: Tensor) -> Tensor:
+        """Minus the squared distance that pairs are scored by; (..., width) twice -> (...)."""
+
+    @abstractmethod
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Length of the shortest path; (..., width) twice -> (...)."""
+
+    @abstractmethod
+    def error(self, x: Tensor) -> float:
+        """How far the farthest point is from where points are, see ``lorentz.manifold_error``."""
+
+    @abstractmethod
+    def time_error(self, x: Tensor) -> float:
+        """The same relative to the times, see ``lorentz.time_error``."""
+
+    @abstractmethod
+    def picture(self, x: Tensor) -> Tensor:
+        """Places (n, 2) that show the two directions in which the points (n, width) spread most."""
+
+
+class Lorentz(Geometry):
+    """Hyperbolic space of curvature -1/k; a point has a time beside its space."""
+
+    extra = 1
+
+    def enter(self, features: Tensor) -> Tensor:
+        """By ``lorentz.lift``."""
+        return lorentz.lift(features, self.curvature)
+
+    def convolution(
+        self, in_features: int, out_features: int, *, dropout: float, activation: Activation, attention: bool
+    ) -> nn.Module:
+        """A ``LorentzGraphConvolution``."""
+        return LorentzGraphConvolution(
+            in_features,
+            out_features,
+            dropout=dropout,
+            activation=activation,
+            curvature=self.curvature,
+            attention=attention,
+        )
+
+    def classifier(self, width: int, classes: int) -> nn.Module:
+        """A ``LorentzClassifier``."""
+        return LorentzClassifier(width, classes, curvature=self.curvature)
+
+    def closeness(self, x: Tensor, y: Tensor) -> Tensor:
+        """2 k + 2 <x, y>."""
+        return -lorentz.squared_distance(x, y, self.curvature)
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Of the geodesic."""
+        return lorentz.distance(x, y, self.curvature)
+
+    def error(self, x: Tensor) -> float:
+        """Largest |<x, x> / k + 1|."""
+        return lorentz.manifold_error(x, self.curvature)
+
+    def time_error(self, x: Tensor) -> float:
+        """Largest relative error of a time."""
+        return lorentz.time_error(x, self.curvature)
+
+    def picture(self, x: Tensor) -> Tensor:
+        """In the Poincare disk, the centroid of all points in the middle.
+
+        The points are moved by the isometry that takes their centroid to the origin, and described by the velocities
+        of the geodesics that lead to them; two principal components of these are velocities in the disk. Distances
+        and directions from the middle are true but for what the other components hold.
+        """
+        k = self.curvature
+        root = k**0.5
+        points = x.detach().double()
+        centre = lorentz.centroid(points.mean(0), k)
+        # the boost along c that takes (t_c, s_c) to (sqrt(k), 0)
+        along = centre[1:] / root
+        product = -lorentz.inner(points, centre) / root  # time of the moved point
+        moved = points[:, 1:] - along * ((points[:, :1] + product.unsqueeze(1)) / (1 + centre[0] / root))
+        length = torch.linalg.vector_norm(moved, dim=1, keepdim=True).clamp_min(1e-12)
+        velocity = moved / length * torch.asinh(length / root) * root
+        flat = _principal(velocity)
+        return lorentz.poincare(lorentz.lift(flat, k), k)
+
+
+class Euclidean(Geometry):
+    """Ordinary space."""
+
+    def enter(self, features: Tensor) -> Tensor:
+        """As they are."""
+        return features
+
+    def convolution(
+        self, in_features: int, out_features: int, *, dropout: float, activation: Activation, attention: bool
+    ) -> nn.Module:
+        """A ``GraphConvolution``."""
+        return GraphConvolution(in_features, out_features, dropout=dropout, activation=activation, attention=attention)
+
+    def classifier(self, width: int, classes: int) -> nn.Module:
+        """A ``EuclideanClassifier``."""
+        return EuclideanClassifier(width, classes)
+
+    def closeness(self, x: Tensor, y: Tensor) -> Tensor:
+        """-|x - y|^2."""
+        return -(x - y).square().sum(-1)
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """|x - y|."""
+        return torch.linalg.vector_norm(x - y, dim=-1)
+
+    def error(self, x: Tensor) -> float:
+        """All of it is space: 0, infinite for points that are not finite."""
+        return 0.0 if bool(torch.isfinite(x).all()) else float("inf")
+
+    def time_error(self, x: Tensor) -> float:
+        """There is none."""
+        return 0.0
+
+    def picture(self, x: Tensor) -> Tensor:
+        """Two principal components."""
+        points = x.detach().double()
+        return _principal(points - points.mean(0))
+
+
+def _principal(vectors: Tensor) -> Tensor:
+    """(n, d) -> (n, 2), coordinates along the two directions in which they are longest."""
+    _, directions = torch.linalg.eigh(vectors.mT @ vectors)
+    return vectors @ directions[:, -2:].flip(1)
+
+
+GEOMETRIES: dict[str, type[Geometry]] = {"lorentz": Lorentz, "euclidean": Euclidean}
+"""Value of ``model.geometry`` -> the space."""

@@ -1,0 +1,1 @@
+"""Translation with Transformers in both spaces: data, network, training, BLEU."""

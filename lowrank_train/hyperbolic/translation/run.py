@@ -1,0 +1,140 @@
+"""Everything a translation run consists of, built from its configuration, saved and restored as one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowrank_train.common.ranks import Ranks
+from lowrank_train.hyperbolic.recipes import build_method
+from lowrank_train.hyperbolic.run import DTYPES, NetworkRun, Progress, load_saved
+from lowrank_train.hyperbolic.translation.config import TranslationConfig
+from lowrank_train.hyperbolic.translation.data import Batch, TranslationData, batches, load_translation_data, padded
+from lowrank_train.hyperbolic.translation.network import LINEAR_MAPS, SPACES, Translator
+from lowrank_train.train.checkpoint import Checkpoints
+from lowrank_train.train.schedule import learning_rate_factor
+
+__all__ = ["TranslationRun", "build_translation_run", "load_translator"]
+
+_OTHER_ROLES = ("embedding", "head", "vector")
+
+
+@dataclass
+class TranslationProgress(Progress):
+    """Of steps."""
+
+    epoch: int = 0
+    batch: int = 0
+    """Batches of this epoch that are done."""
+    validation_loss: float | None = None
+    """The last one computed, nats per token."""
+
+
+@dataclass
+class TranslationRun(NetworkRun):
+    """Built once."""
+
+    unit = "step"
+
+    config: TranslationConfig
+    network: Translator
+    progress: TranslationProgress
+    data: TranslationData
+    rates: list[float]
+    """Of each parameter group as configured."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.progress.done >= self.config.steps
+
+    def training_batches(self) -> Iterator[Batch]:
+        """From where the run stands, without an end; ``progress`` says what has been taken."""
+        pairs, tokens = self.data.parts["train"], self.config.data.batch_tokens
+        while True:
+            order = batches(pairs, tokens=tokens, seed=self.config.seed, epoch=self.progress.epoch)
+            while self.progress.batch < len(order):
+                self.progress.batch += 1
+                yield padded(pairs, order[self.progress.batch - 1], self.data.end)
+            self.progress.epoch, self.progress.batch = self.progress.epoch + 1, 0
+
+    def epochs(self) -> float:
+        """Passes over the training part."""
+        pairs, tokens = self.data.parts["train"], self.config.data.batch_tokens
+        count = len(batches(pairs, tokens=tokens, seed=self.config.seed, epoch=self.progress.epoch))
+        return self.progress.epoch + self.progress.batch / count
+
+    def set_learning_rate(self) -> float:
+        """Of every group, for the step that comes; returns that of the linear maps."""
+        factor = learning_rate_factor(self.config.schedule, self.config.steps)(self.progress.done)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        return float(self.optimizer.defaults["lr"]) * factor
+
+    def arguments(self) -> dict[str, Any]:
+        """What ``load_translator`` builds the network from, beside its weights."""
+        return {**asdict(self.config.model), "words": len(self.data.tokenizer)}
+
+    def greeting(self) -> str:
+        """What is trained."""
+        data, pairs = self.config.data, len(self.data.parts["train"].source)
+        return f"{data.source} to {data.target}: {pairs:,} pairs, {len(self.data.tokenizer):,} tokens"
+
+
+def build_translation_run(config: TranslationConfig, ranks: Ranks) -> TranslationRun:
+    """Pairs, tokenizer, network, layers, optimizer.
+
+    Raises:
+        UserError: whatever of them cannot be had.
+    """
+    data, model, folder = config.data, config.model, Path(str(config.run_dir))
+    torch.manual_seed(config.seed)
+    SPACES[model.geometry](model.curvature, model.max_time)  # raises now rather than after the tokenizer is trained
+    pairs = load_translation_data(
+        data.folder,
+        data.source,
+        data.target,
+        vocab_size=data.vocab_size,
+        places=model.places,
+        tokenizer_folder=Path(data.tokenizer_folder or folder / "tokenizer"),
+    )
+    network = _network({**asdict(model), "words": len(pairs.tokenizer)}).to(DTYPES[config.precision])
+    arguments = {key: value for key, value in config.optimizer.items() if key not in ("other_lr", "points_lr")}
+    rates = {}
+    if config.optimizer.get("other_lr") is not None:
+        rates = dict.fromkeys(_OTHER_ROLES, config.optimizer["other_lr"])
+    if config.optimizer.get("points_lr") is not None:
+        rates["points"] = config.optimizer["points_lr"]
+    layers, optimizer = build_method(network, arguments, LINEAR_MAPS, rates)
+    checkpoints = Checkpoints(folder / "checkpoints", ranks, keep=2, asynchronous=False)
+    torch.manual_seed(config.seed)  # dropout is the same for all methods
+    configured = [float(group["lr"]) for group in optimizer.param_groups]
+    return TranslationRun(
+        config=config,
+        folder=folder,
+        network=network,
+        layers=layers,
+        optimizer=optimizer,
+        checkpoints=checkpoints,
+        progress=TranslationProgress(),
+        sha1=pairs.sha1,
+        data=pairs,
+        rates=configured,
+    )
+
+
+def load_translator(folder: Path) -> Translator:
+    """The trained, plain network (``nn.Linear`` throughout) that a finished run left in its folder, for evaluation.
+
+    Raises UserError if there is none, or it is of another version.
+    """
+    return load_saved(folder, _network)
+
+
+def _network(about: dict[str, Any]) -> Translator:
+    rest = {key: value for key, value in about.items() if key not in ("geometry", "curvature", "max_time", "words")}
+    return Translator(SPACES[about["geometry"]](about["curvature"], about["max_time"]), about["words"], **rest)

@@ -1,0 +1,97 @@
+"""Which linear layers of a model are meant by a regular expression, and whether they can be replaced."""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lowrank_train.optim.shards.layout import is_sharded
+
+__all__ = [
+    "BLOCK_MATRICES",
+    "freeze_vocabulary",
+    "linear_layers",
+    "replace_module",
+    "replaceable_layers",
+    "trained_layers",
+]
+
+BLOCK_MATRICES = r"\.(q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|down_proj|fc1|fc2)(\.(left|right))?$"
+"""Attention and feed-forward matrices of Hugging Face's LLaMA and OPT, or the factors of compressed ones."""
+
+
+def linear_layers(model: nn.Module, layers: str = BLOCK_MATRICES) -> dict[str, nn.Linear]:
+    """The ``nn.Linear`` modules whose name matches.
+
+    Args:
+        model: any module.
+        layers: regular expression (``re.search``) on module names; ``""`` for all.
+
+    Raises:
+        ValueError: the expression cannot be read, or matches none.
+    """
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    try:
+        found = {name: linear for name, linear in linears.items() if re.search(layers, name)}
+    except (re.error, TypeError) as error:
+        raise ValueError(f"layers={layers!r} is not a regular expression: {error}") from None
+    if not found:
+        names = ", ".join(repr(name) for name in list(linears)[:3]) or "none at all"
+        raise ValueError(f"layers={layers!r} matches no nn.Linear of the model; it has {names}")
+    return found
+
+
+def replaceable_layers(model: nn.Module, layers: str = BLOCK_MATRICES) -> dict[str, nn.Linear]:
+    """As ``linear_layers``, where each can be replaced by a layer of another kind.
+
+    Raises:
+        ValueError: also if the model is sharded or in DistributedDataParallel, or a matched weight is tied to another
+            module or takes no gradient.
+    """
+    if is_sharded(model):
+        raise ValueError("the model is sharded already; convert the model before fully_shard")
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError("the model is in DistributedDataParallel, which knows its parameters; convert it before")
+    found = linear_layers(model, layers)
+    owners: dict[Tensor, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, param in module._parameters.items():
+            if param is not None:
+                owners.setdefault(param, []).append(f"{name}.{key}")
+    for name, linear in found.items():
+        others = [owner for owner in owners[linear.weight] if owner != f"{name}.weight"]
+        if others:
+            raise ValueError(f"the weight of {name!r} is tied to {others[0]!r}; leave it out with layers=...")
+        if not linear.weight.requires_grad:
+            raise ValueError(f"the weight of {name!r} takes no gradient; leave it out with layers=...")
+    return found
+
+
+def trained_layers(model: nn.Module, layers: str | None) -> str:
+    """A regular expression for ``replaceable_layers``: the one given, or that of the block matrices in training."""
+    if layers is not None:
+        return layers
+    linears = [name for name, linear in linear_layers(model).items() if linear.weight.requires_grad]
+    return "^(" + "|".join(map(re.escape, linears)) + ")$" if linears else BLOCK_MATRICES
+
+
+def freeze_vocabulary(model: nn.Module) -> nn.Module:
+    """Take the gradient from embeddings and output head, in place; returns the model."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.weight.requires_grad_(False)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is not None:
+        head.requires_grad_(False)  # whole: it may be two factors
+    return model
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """Wherever the module is, under several names perhaps; returns the model, which may be that module itself."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):  # named_children would give a module used twice only once
+            if child is old:
+                setattr(parent, name, new)
+    return new if model is old else model

@@ -1,0 +1,63 @@
+"""Bytes a training holds between its steps: predicted from shapes, and measured. The two are equal, exactly."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+from lowrank_train import optim
+from lowrank_train.config import methods
+from lowrank_train.config.schema import Config
+from lowrank_train.models.fsdp import shard_dims
+from lowrank_train.optim.shards.layout import StateTensor, local, local_shape
+from lowrank_train.optim.storage.int8_weight import held_bytes
+from lowrank_train.plan import predicted_state_bytes
+
+__all__ = ["StaticMemory", "measured", "predicted"]
+
+
+@dataclass(frozen=True)
+class StaticMemory:
+    """Bytes of one rank, as SST's paper counts them: no activations, logits, workspace or gathered weights."""
+
+    weights: int
+    gradients: int
+    """One for each number that is trained, in its own type."""
+    optimizer_state: int
+
+    @property
+    def total(self) -> int:
+        """Of all three."""
+        return self.weights + self.gradients + self.optimizer_state
+
+
+def predicted(config: Config, model: nn.Module, *, world_size: int = 1, shard: int = 0) -> StaticMemory:
+    """What one rank will hold.
+
+    Args:
+        config: of the run; its optimizer is what is read.
+        model: converted as the run does it (``run.unsharded``), never sharded; on meta is enough.
+        world_size: ranks a parameter is sharded over.
+        shard: which of them.
+    """
+    dims = shard_dims(model, optim.find(methods.find(config.optimizer["name"]).optimizer), world_size)
+    weights = gradients = 0
+    for param in model.parameters():
+        spec = StateTensor(tuple(param.shape), param.dtype, "parameter")
+        shape = local_shape(spec, dims.get(param, 0), shard, world_size)
+        weights += held_bytes(param, shape)
+        gradients += math.prod(shape) * param.dtype.itemsize if param.requires_grad else 0
+    return StaticMemory(weights, gradients, predicted_state_bytes(config, model, world_size=world_size, shard=shard))
+
+
+def measured(model: nn.Module, optimizer: optim.MatrixOptimizer) -> StaticMemory:
+    """What this rank holds; gradients are there after a backward pass only."""
+    weights = [local(param) for param in model.parameters()]
+    gradients = [local(param.grad) for param in model.parameters() if param.grad is not None]
+    return StaticMemory(
+        sum(map(held_bytes, weights)),
+        sum(grad.numel() * grad.element_size() for grad in gradients),
+        optim.state_bytes(optimizer),
+    )

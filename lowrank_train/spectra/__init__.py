@@ -1,0 +1,1 @@
+"""The spectra of trained models: singular values, intruders, pruning curves, their history in a run."""

@@ -1,0 +1,392 @@
+"""Pretraining: build, then one loop."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_, get_total_norm
+
+from lowrank_train import optim
+from lowrank_train.common.clock import DeviceClock
+from lowrank_train.common.errors import Diverged, UserError
+from lowrank_train.common.host_memory import say_out_of_memory
+from lowrank_train.common.ranks import start
+from lowrank_train.common.record import RunRecord, peak_memory_gib, perplexity, provenance
+from lowrank_train.common.signals import Stop, resume_command, stop_signals
+from lowrank_train.config.schema import Config
+from lowrank_train.data.export_files import export_dtype, source_folder
+from lowrank_train.files.checkpoint_folder import checkpoints_of, choose_checkpoint, find_checkpoint, last_good
+from lowrank_train.files.disk import check_space, checkpoints_to_come, local_bytes, parameter_bytes, write_failure
+from lowrank_train.memory.check import check_fits, check_host, device_bytes, in_words
+from lowrank_train.memory.step import StepMemory, predict
+from lowrank_train.models import build as models
+from lowrank_train.models.evaluate import evaluate
+from lowrank_train.models.export import export_huggingface
+from lowrank_train.peft.export import export_adapter
+from lowrank_train.plan import check_settings, micro_batches, predicted_state_bytes
+from lowrank_train.text.labels import count_labels, positions, split
+from lowrank_train.train.metrics import Metrics
+from lowrank_train.train.notes import data_notes, model_notes
+from lowrank_train.train.report import write_report
+from lowrank_train.train.run import Progress, Run, build_run
+from lowrank_train.train.run_folder import RunFolder, changed_settings
+from lowrank_train.train.schedule import learning_rate_factor
+
+__all__ = ["train"]
+
+
+def train(config: Config) -> RunRecord:
+    """Run (or resume) one pretraining as configured; writes everything into ``config.run_dir``.
+
+    Returns:
+        The record of the run, also written as record.json; ``status`` tells whether it finished.
+
+    Raises:
+        UserError: bad input, a failed checkpoint, or losses that stay non-finite.
+    """
+    with start(config.device, config.parallel.shards, config.parallel.replicas) as ranks:
+        check_settings(config, ranks.world_size)
+        shards = ranks.mesh.size(ranks.mesh.ndim - 1)
+        check_fits(config, device_bytes(ranks.device), world_size=shards, replicas=ranks.world_size // shards)
+        check_host(config, ranks)
+        folder = ranks.on_first(lambda: RunFolder(Path(str(config.run_dir))))
+        checkpoint, found = choose_checkpoint(config.resume, Path(str(config.run_dir)) / "checkpoints", ranks)
+        run = build_run(config, ranks)
+        if checkpoint is not None:
+            run.restore(checkpoint)
+        _check_space(run)
+        notes = ranks.first(lambda: _settle(_only(folder), config, run.progress))
+        metrics = Metrics(run.folder, start=run.progress.step, steps=config.steps, active=ranks.is_first)
+        predicted = _predicted_memory(run)
+        peak = [f"a step will need {in_words(predicted)} on rank 0"] if predicted else []
+        about = [*data_notes(config, run.data.description), *model_notes(config, run.model)]
+        for note in [_greeting(run, checkpoint), *found, *_adapter(run), *peak, *notes, *run.data.notes, *about]:
+            metrics.say(note)
+        with stop_signals() as stop:
+            try:
+                with say_out_of_memory(predicted.peak if predicted else None):
+                    _loop(run, metrics, stop)
+            finally:
+                metrics.close()
+            return _finish(run)
+
+
+def _check_space(run: Run) -> None:
+    """Raise UserError on all ranks if the disk cannot take the checkpoints and the export that are to come."""
+    config, ranks = run.config, run.ranks
+    here = torch.tensor([local_bytes(run.model, run.optimizer), parameter_bytes(run.model)])
+    replicas = ranks.mesh.size(0) if ranks.mesh.ndim > 1 else 1
+    checkpoint, export = (size // replicas for size in ranks.sum(here).tolist())
+    ranks.first(
+        lambda: check_space(
+            run.folder,
+            checkpoint,
+            to_come=checkpoints_to_come(run.progress.step, config.steps, config.checkpoint.every),
+            there=len(checkpoints_of(run.checkpoints.folder)),
+            keep=config.checkpoint.keep,
+            export=0 if (run.folder / "huggingface").exists() else export,
+            keys="lower checkpoint.keep",
+        )
+    )
+
+
+def _settle(folder: RunFolder, config: Config, progress: Progress) -> list[str]:
+    """Write the settings of this session; returns what changed since the last. A finished run must not change."""
+    changes, notes = changed_settings(folder.path, config) if progress.step > 0 else ({}, [])
+    if changes and progress.step >= config.steps:
+        key, (then, now) = next(iter(changes.items()))
+        raise UserError(
+            f"{folder.path} holds a run that is finished at step {progress.step}; {key} was {then}, is {now}: set "
+            "run_dir to another folder, or raise steps to train on"
+        )
+    folder.write_config(config)
+    changed = [f"changed since the last session: {key} {then} -> {now}" for key, (then, now) in changes.items()]
+    return [*notes, *changed]
+
+
+def _adapter(run: Run) -> list[str]:
+    """What is trained of an adapted model."""
+    if run.adapted is None:
+        return []
+    trained, whole = _trained_parameters(run), models.parameter_count(run.model)
+    return [
+        f"adapter {run.config.adapter.name}: {trained:,} of {whole:,} parameters are trained "
+        f"({100 * trained / whole:.3g} %); the memory of a step is not predicted"
+    ]
+
+
+def _trained_parameters(run: Run) -> int:
+    return sum(param.numel() for param in run.model.parameters() if param.requires_grad)
+
+
+def _predicted_memory(run: Run) -> StepMemory | None:
+    """None with an adapter, whose activations are peft's affair."""
+    if run.adapted is not None:
+        return None
+    ranks = run.ranks
+    shards = ranks.mesh.size(ranks.mesh.ndim - 1)
+    return predict(
+        run.config,
+        world_size=shards,
+        shard=ranks.rank % shards,
+        replicas=ranks.world_size // shards,
+        model=run.blueprint,
+    )
+
+
+def _only(folder: RunFolder | None) -> RunFolder:
+    assert folder is not None
+    return folder
+
+
+def _loop(run: Run, metrics: Metrics, stop: Stop) -> None:
+    config, ranks, progress = run.config, run.ranks, run.progress
+    rate_factor = learning_rate_factor(config.schedule, config.steps)
+    optimizer_clock = DeviceClock(ranks.device)
+    predicted = _predicted_gib(run)
+    stopping = False
+    if progress.step == 0 or (progress.step >= config.steps and progress.validation_step != progress.step):
+        _evaluate_and_log(run, metrics)
+
+    while progress.step < config.steps and not stopping:
+        began = time.perf_counter()
+        factor = rate_factor(progress.step)
+        run.set_learning_rate(factor)
+        loss, norm = _update_in_backward(run) if config.fused_backward else _update(run, optimizer_clock)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            progress.train_loss = loss
+        run.optimizer.zero_grad()
+        progress.bad_in_a_row = 0 if finite else progress.bad_in_a_row + 1
+        progress.skipped_steps += not finite
+        progress.step += 1
+        progress.tokens += config.tokens_per_step
+        took = time.perf_counter() - began
+        progress.seconds += took
+        progress.optimizer_seconds += optimizer_clock.take()
+        progress.peak_memory_gib = max(progress.peak_memory_gib, peak_memory_gib(ranks.device))
+
+        figures = run.optimizer.figures()
+        metrics.advance(loss, config.tokens_per_step / took, figures)
+        if progress.step % config.log_every == 0 or not finite:
+            scalars = {
+                "train/loss": loss,
+                "train/grad_norm": norm,
+                "train/learning_rate": run.optimizer.defaults["lr"] * factor,
+                "train/tokens": progress.tokens,
+                "train/skipped_steps": progress.skipped_steps,
+                "throughput/tokens_per_second": config.tokens_per_step / took,
+                "memory/peak_gib": progress.peak_memory_gib,
+                **({} if predicted is None else {"memory/predicted_gib": predicted}),
+                **{f"optimizer/{name}": value for name, value in figures.items()},
+            }
+            metrics.log(progress.step, scalars)
+        if progress.bad_in_a_row >= config.max_bad_steps:
+            _give_up(run)
+        last = progress.step == config.steps
+        if last or _due(config.evaluation.every, progress.step):
+            _evaluate_and_log(run, metrics)
+        if ranks.any(run.checkpoints.poll() or metrics.failure is not None):
+            run.checkpoints.wait()  # raises what went wrong, on every rank
+            ranks.first(lambda: _check_written(run, metrics))
+        stopping = ranks.any(stop.requested)  # a signal may have reached some ranks only
+        if last or stopping or _due(config.checkpoint.every, progress.step):
+            run.save()
+    run.checkpoints.wait()
+
+
+def _update(run: Run, optimizer_clock: DeviceClock) -> tuple[float, float]:
+    """One step; returns its mean loss and the norm of the gradient before clipping, the same on all ranks.
+
+    Nothing is changed if one of them is not finite.
+    """
+    config, ranks = run.config, run.ranks
+    total = torch.zeros((), device=ranks.device)
+    for loss in _losses(run):
+        loss.backward()
+        total = total + loss.detach()
+    norm = get_total_norm([p.grad for p in run.model.parameters() if p.grad is not None])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if config.clip is not None:
+        together = [list(run.model.parameters())]
+        for clipped in together if config.clip_by == "global" else [[p] for p in run.model.parameters()]:
+            clip_grad_norm_(clipped, config.clip)
+    mean = ranks.sum(total) / ranks.world_size
+    figures: list[float] = torch.stack([mean, norm.to(mean.dtype)]).tolist()  # the step's one wait for the device
+    if all(map(math.isfinite, figures)):
+        with optimizer_clock:
+            run.optimizer.step()
+        if run.adapted is not None and run.adapted.budget is not None:
+            run.adapted.budget.update(run.model, run.progress.step + 1)
+    return figures[0], figures[1]
+
+
+def _update_in_backward(run: Run) -> tuple[float, float]:
+    """As ``_update``, where each parameter is updated while backward goes on.
+
+    A loss that is not finite is seen before its backward pass, so that nothing is changed. Raises Diverged if a
+    gradient was not: by then others have been used.
+    """
+    ranks, in_backward = run.ranks, run.in_backward
+    assert in_backward is not None
+    mean = 0.0
+    for loss in _losses(run):
+        part = (ranks.sum(loss.detach().clone()) / ranks.world_size).item()
+        mean += part
+        if not math.isfinite(part):
+            in_backward.discard()
+            return mean, math.nan
+        loss.backward()
+    run.optimizer.step()
+    assert in_backward.grad_norm is not None
+    norm = in_backward.grad_norm.item()
+    if not math.isfinite(norm):
+        run.checkpoints.wait()
+        raise Diverged(
+            f"a gradient of step {run.progress.step + 1} was not finite, and with fused_backward=true others have been "
+            f"used already; {last_good(run.checkpoints.folder)}. Lower optimizer.lr, lengthen schedule.warmup_steps or "
+            "lower clip, and resume"
+        )
+    return mean, norm
+
+
+def _losses(run: Run) -> Iterator[Tensor]:
+    """The part of each micro-batch in the step's mean loss.
+
+    Each micro-batch's gradient is reduced at once: accumulating whole gradients instead would save messages and cost
+    a model's worth of memory on every rank. Gradients are averaged over ranks, so each divides by its even share of
+    the step's labels: a token weighs the same whichever rank it is on.
+    """
+    config, ranks = run.config, run.ranks
+    sequences = config.tokens_per_step // config.seq_len
+    blocks = ranks.each(lambda: run.data.train.take(sequences, ranks.rank, ranks.world_size))
+    counted = int(ranks.sum(torch.tensor(count_labels(blocks))))  # on the CPU: no wait for the device
+    share = counted / ranks.world_size if counted else 1.0
+    parts = blocks.to(ranks.device).chunk(micro_batches(config, ranks.world_size))
+    for part in parts:
+        apart = positions(part) if config.data.separates else None
+        loss = run.model.token_loss(*split(part), config.loss_chunk, apart) / share
+        if run.adapted is not None and run.adapted.budget is not None:
+            loss = loss + run.model.adapter_penalty() / len(parts)
+        yield loss
+
+
+def _evaluate_and_log(run: Run, metrics: Metrics) -> None:
+    loss = evaluate(run.model, run.data.validation, run.config, run.ranks)
+    progress = run.progress
+    progress.validation_loss, progress.validation_step = loss, progress.step
+    if progress.step == 0:
+        progress.initial_validation_loss = loss
+    metrics.log(progress.step, {"eval/loss": loss, "eval/perplexity": perplexity(loss)})
+
+
+def _finish(run: Run) -> RunRecord:
+    config, ranks, progress = run.config, run.ranks, run.progress
+    finished = progress.step >= config.steps
+    if finished:
+        _export(run)
+    shards = ranks.mesh.size(ranks.mesh.ndim - 1)
+    shard = ranks.rank % shards
+    if run.optimizer.resizes_state:
+        predicted = optim.layout_bytes(run.optimizer, world_size=shards, shard=shard)
+    else:
+        predicted = predicted_state_bytes(config, run.blueprint, world_size=shards, shard=shard)
+    record = RunRecord(
+        status="finished" if finished else "interrupted",
+        model=config.model.name,
+        parameters=models.parameter_count(run.model),
+        optimizer=dict(config.optimizer),
+        steps=progress.step,
+        tokens=progress.tokens,
+        seconds=progress.seconds,
+        optimizer_seconds=progress.optimizer_seconds,
+        tokens_per_second=progress.tokens / max(progress.seconds, 1e-9),
+        train_loss=progress.train_loss,
+        initial_validation_loss=progress.initial_validation_loss,
+        validation_loss=progress.validation_loss,
+        validation_step=progress.validation_step,
+        validation_tokens=count_labels(run.data.validation),
+        skipped_steps=progress.skipped_steps,
+        predicted_peak_gib=_predicted_gib(run),
+        peak_memory_gib=max(progress.peak_memory_gib, peak_memory_gib(ranks.device)),
+        optimizer_state_bytes=optim.state_bytes(run.optimizer),
+        predicted_optimizer_state_bytes=predicted,
+        world_size=ranks.world_size,
+        precision=config.precision,
+        seed=config.seed,
+        data=run.data.description,
+        config=asdict(config),
+        provenance=provenance(ranks.device),
+        trained_parameters=_trained_parameters(run),
+    )
+    ranks.first(lambda: _tell(record, run))
+    return record
+
+
+def _export(run: Run) -> None:
+    source, dtype, tokenizer = source_folder(run.config), export_dtype(run.config), run.data.tokenizer
+    if run.adapted is None:
+        folder = run.folder / "huggingface"
+        export_huggingface(run.model, run.layers, tokenizer, folder, run.ranks, source=source, dtype=dtype)
+        return
+    assert source is not None  # an adapter is put into a trained model
+    reason = export_adapter(run.adapted, tokenizer, run.folder, run.ranks, source=source, dtype=dtype)
+    if reason is not None and run.ranks.is_first:
+        print(
+            f"adapter.name={run.config.adapter.name} cannot be merged into the model ({reason}); "
+            f"{run.folder / 'adapter'} holds it in peft's format, to be used with the model",
+            file=sys.stderr,
+        )
+
+
+def _predicted_gib(run: Run) -> float | None:
+    memory = _predicted_memory(run)
+    return None if memory is None else memory.peak / 2**30
+
+
+def _tell(record: RunRecord, run: Run) -> None:
+    """Write the report and show its table."""
+    try:
+        table = write_report(record, run.folder, find_checkpoint("auto", run.checkpoints.folder))
+    except OSError as error:
+        raise write_failure("the report", run.folder, str(error), last_good(run.checkpoints.folder)) from None
+    print(f"\n{table}\n", file=sys.stderr)
+    if record.status == "interrupted":
+        print(f"stopped at step {record.steps}; resume with: {resume_command()}", file=sys.stderr)
+
+
+def _check_written(run: Run, metrics: Metrics) -> None:
+    if metrics.failure is not None:
+        raise write_failure("metrics", run.folder, str(metrics.failure), last_good(run.checkpoints.folder))
+
+
+def _give_up(run: Run) -> None:
+    run.checkpoints.wait()
+    run.check_finite()
+    raise Diverged(
+        f"the loss or the gradient was not finite for {run.progress.bad_in_a_row} steps in a row, up to step "
+        f"{run.progress.step}; these steps changed nothing; {last_good(run.checkpoints.folder)}. Lower "
+        "optimizer.lr, lengthen schedule.warmup_steps or lower clip, and resume"
+    )
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _greeting(run: Run, checkpoint: Path | None) -> str:
+    config = run.config
+    settings = ", ".join(f"{key} {value}" for key, value in config.optimizer.items())
+    start = f"resuming from {checkpoint}" if checkpoint else f"writing to {config.run_dir}"
+    return (
+        f"{config.model.name}: {models.parameter_count(run.model):,} parameters; optimizer {settings}; "
+        f"{run.ranks.world_size} rank(s) on {run.ranks.device.type}; {start}"
+    )

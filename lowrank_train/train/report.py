@@ -1,0 +1,118 @@
+"""The end of a run for people: a table, a plot of the losses, and report.md with both."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from lowrank_train.common.record import RunRecord
+from lowrank_train.common.small_files import write_text
+from lowrank_train.train.metrics import read_metrics
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+__all__ = ["summary", "write_report"]
+
+
+def summary(record: RunRecord, folder: Path, checkpoint: Path | None) -> list[tuple[str, str]]:
+    """Rows (what, value) of the table shown when a run ends."""
+    rows = [
+        ("status", record.status),
+        ("model", f"{record.model}, {record.parameters:,} parameters"),
+        ("optimizer", ", ".join(f"{key} {value}" for key, value in record.optimizer.items())),
+        ("steps", f"{record.steps:,}" + (f" ({record.skipped_steps} skipped)" if record.skipped_steps else "")),
+        ("tokens", f"{record.tokens:,}"),
+        ("time", f"{_clock(record.seconds)} training, {record.tokens_per_second:,.0f} tokens/s"),
+        (
+            f"perplexity, step {record.validation_step}",
+            f"{_number(record.perplexity)} on held-out text (at step 0: {_number(record.initial_perplexity)})",
+        ),
+        ("validation loss", f"{_number(record.validation_loss)} nats/token over {record.validation_tokens:,} tokens"),
+        (
+            "peak memory",
+            f"{record.peak_memory_gib:.2f} GiB on rank 0" + _predicted(record.predicted_peak_gib),
+        ),
+        (
+            "optimizer state",
+            f"{record.optimizer_state_bytes:,} bytes on rank 0 (predicted {record.predicted_optimizer_state_bytes:,})",
+        ),
+        ("checkpoint", str(checkpoint) if checkpoint else "none"),
+        ("TensorBoard", f"tensorboard --logdir {folder / 'tensorboard'}"),
+        ("plot", str(folder / "loss.png")),
+        ("report", str(folder / "report.md")),
+    ]
+    adapter = record.config.get("adapter", {}).get("name")
+    if adapter is not None:
+        trained = record.trained_parameters or 0
+        share = 100 * trained / record.parameters
+        rows.insert(2, ("adapter", f"{adapter}, {trained:,} parameters trained ({share:.3g} %)"))
+    if (folder / "adapter").exists():
+        rows.append(("peft folder", str(folder / "adapter")))
+    if (folder / "huggingface").exists():
+        rows.append(("Hugging Face folder", str(folder / "huggingface")))
+    return rows
+
+
+def write_report(record: RunRecord, folder: Path, checkpoint: Path | None) -> str:
+    """Write record.json, loss.png and report.md into the run folder; returns the table as text for the terminal."""
+    record.write(folder / "record.json")
+    _plot(read_metrics(folder), folder / "loss.png")
+    rows = summary(record, folder, checkpoint)
+    made = record.provenance
+    versions = ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items())
+    lines = [f"# {folder.name}", "", "| | |", "| --- | --- |"]
+    lines += [f"| {what} | {value} |" for what, value in rows]
+    lines += ["", "![loss](loss.png)", ""]
+    lines += [f"Command: `{made.get('command')}`; commit {made.get('commit')}; seed {record.seed}; "]
+    lines += [f"{record.world_size} rank(s) on {made.get('device')}, {record.precision};"]
+    lines += [f"Python {made.get('python')}, {versions}."]
+    write_text(folder / "report.md", "\n".join(lines) + "\n")
+    width = max(len(what) for what, _ in rows)
+    return "\n".join(f"  {what:<{width}}  {value}" for what, value in rows)
+
+
+def _predicted(gib: float | None) -> str:
+    return "" if gib is None else f" (a step alone, predicted: {gib:.2f})"
+
+
+def _plot(rows: list[dict[str, Any]], path: Path) -> None:
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for name, style in (("train/loss", {"linewidth": 0.8}), ("eval/loss", {"marker": "o", "markersize": 3})):
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name, **style)
+            axes.legend()
+    axes.set(xlabel="step", ylabel="loss, nats per token")
+    axes.grid(alpha=0.3)
+    perplexity = axes.secondary_yaxis("right", functions=(_exp, _log))
+    perplexity.set_ylabel("perplexity")
+    perplexity.set_yscale("log")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _exp(x: Any) -> Any:
+
+    return np.exp(np.clip(x, -50, 50))
+
+
+def _log(x: Any) -> Any:
+
+    return np.log(np.clip(x, 1e-20, None))
+
+
+def _number(value: float | None) -> str:
+    return (
+        "unknown" if value is None or not math.isfinite(value) else f"{value:.4g}" if value >= 100 else f"{value:.3f}"
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

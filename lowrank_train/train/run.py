@@ -1,0 +1,214 @@
+"""A run: everything it consists of, built from the configuration, saved and restored as one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lowrank_train import optim
+from lowrank_train.common.errors import UserError
+from lowrank_train.common.ranks import Ranks
+from lowrank_train.config import methods
+from lowrank_train.config.schema import Config
+from lowrank_train.data.tokens import Data, prepare_data
+from lowrank_train.layers.parametrization import Dense, Parametrization
+from lowrank_train.models import build as models
+from lowrank_train.models import fsdp
+from lowrank_train.models.embeddings import rows_needed
+from lowrank_train.models.recompute import checkpoint_layers
+from lowrank_train.peft.data import needs_data
+from lowrank_train.peft.model import AdaptedModel, adapt
+from lowrank_train.peft.names import adapter_config
+from lowrank_train.plan import _DTYPES, _attached, _layers, _shape, _weight_dtype, build_optimizer
+from lowrank_train.train.checkpoint import Checkpoints
+
+__all__ = ["Progress", "Run", "build_run"]
+
+_NOT_ARCHITECTURE = {"dtype", "transformers_version", "_name_or_path", "architectures", "use_cache"}
+"""Keys of a Hugging Face configuration that do not change what a model computes."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved in every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    optimizer_seconds: float = 0.0
+    skipped_steps: int = 0
+    bad_in_a_row: int = 0
+    train_loss: float | None = None
+    initial_validation_loss: float | None = None
+    validation_loss: float | None = None
+    validation_step: int | None = None
+    peak_memory_gib: float = 0.0
+
+
+@dataclass
+class Run:
+    """Everything a run consists of, built once."""
+
+    config: Config
+    ranks: Ranks
+    folder: Path
+    data: Data
+    model: PreTrainedModel
+    blueprint: PreTrainedModel
+    """The model's shapes, on meta, never sharded."""
+    layers: Parametrization
+    """What its matrices are made of."""
+    optimizer: optim.MatrixOptimizer
+    in_backward: optim.BackwardUpdates | None
+    """What makes the updates, if they are fused into backward."""
+    settings: list[dict[str, Any]]
+    """Hyperparameters of each parameter group as configured."""
+    checkpoints: Checkpoints
+    progress: Progress
+    adapted: AdaptedModel | None = None
+    """The adapter, if there is one."""
+
+    def save(self) -> None:
+        """Write a checkpoint of all that a resumed run needs."""
+        extra = {
+            "progress": asdict(self.progress),
+            "data": self.data.train.state_dict(),
+            "random": _random_state(self.ranks),
+        }
+        if self.adapted is not None and self.adapted.budget is not None:
+            extra["budget"] = self.adapted.budget.state_dict()
+        self.checkpoints.save(self.progress.step, self.model, self.optimizer, extra, self.about)
+
+    def check_finite(self) -> None:
+        """Raise Diverged on all ranks if a weight is not finite on one of them, and name its parameter."""
+        self.checkpoints.check_finite(self.progress.step, {"model": self.model.state_dict()})
+
+    def restore(self, checkpoint: Path) -> None:
+        """Continue where a checkpoint was written; hyperparameters stay as configured now."""
+        extra = self.checkpoints.load(checkpoint, self.model, self.optimizer, self.about)
+        self.progress = Progress(**extra["progress"])
+        self.data.train.load_state_dict(extra["data"])
+        _set_random_state(extra["random"], self.ranks)
+        if self.adapted is not None and self.adapted.budget is not None:
+            self.adapted.budget.load_state_dict(extra.get("budget", {}))
+        self.set_learning_rate(1.0)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with the run that loads it, the tensors aside."""
+        architecture = self.model.config
+        model = {key: value for key, value in architecture.to_dict().items() if key not in _NOT_ARCHITECTURE}
+        model = {"model_type": architecture.model_type, **model}  # first, because the first difference is shown
+        name = self.config.optimizer["name"]
+        layers = {f"optimizer.{key}": value for key, value in methods.find(name).layer_settings(self.config.optimizer)}
+        trained = {} if self.config.train == "all" else {"train": self.config.train}
+        kept = {} if self.config.weights == "full" else {"weights": self.config.weights}
+        adapter = {} if self.config.adapter.name is None else {"adapter": asdict(self.config.adapter)}
+        return {"optimizer.name": name, **layers, **adapter, **trained, **kept, "model": model, **self.data.identity}
+
+    def set_learning_rate(self, factor: float) -> None:
+        """Give every group its configured hyperparameters, the learning rate times ``factor``."""
+        for group, configured in zip(self.optimizer.param_groups, self.settings, strict=True):
+            group.update(configured, lr=configured["lr"] * factor)
+
+
+def build_run(config: Config, ranks: Ranks) -> Run:
+    """Tokens, model, shards, weights, optimizer. Raises UserError for whatever of them cannot be had."""
+    folder = Path(str(config.run_dir))
+    data = prepare_data(config, ranks, Path(config.data.folder or folder / "data"))
+    ids = {key: getattr(data.tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    rows, original = rows_needed(data.tokenizer)
+    architecture = models.architecture(
+        config.model, vocab_size=rows, original_vocab_size=original, seq_len=config.seq_len, **ids
+    )
+
+    # shapes, then shards, then weights
+    if config.adapter.name is not None:
+        return _build_adapted(config, ranks, folder, data, architecture)
+    name, layers = methods.find(config.optimizer["name"]).optimizer, _layers(config)
+    plain = models.skeleton(architecture, _DTYPES[config.precision])  # drawn or read in full, and then rounded
+    blueprint, model = (models.skeleton(architecture, _weight_dtype(config)) for _ in range(2))
+    for shapes in (blueprint, model):
+        _shape(shapes, config, layers)
+    fsdp.shard_model(model, ranks.mesh, optim.find(name), config.precision)
+    if config.model.name in models.SIZES:
+        models.initialize(model, plain, layers, ranks, config.seed)
+    else:
+        models.load_weights(model, plain, config.model.name, layers, ranks)
+    return _complete(config, ranks, folder, data, model, blueprint, layers)
+
+
+def _build_adapted(config: Config, ranks: Ranks, folder: Path, data: Data, architecture: PretrainedConfig) -> Run:
+    """Weights, adapter, shards: peft needs the weights before it can build anything."""
+    plain, model = (models.skeleton(architecture, _DTYPES[config.precision]) for _ in range(2))
+    models.load_weights(model, plain, config.model.name, Dense(), ranks)
+    model.config._name_or_path = config.model.name  # for those the adapter is given to
+    position = data.train.state_dict()
+    batches: list[Tensor] = []
+    if needs_data(adapter_config(config.adapter)):
+        blocks = data.train.take(config.adapter.sequences, 0, 1)  # the same on every rank
+        data.train.load_state_dict(position)
+        batches = list(blocks.split(min(config.micro_batch, len(blocks))))
+    adapted = adapt(
+        model,
+        config.adapter,
+        batches=batches,
+        ranks=ranks,
+        seed=config.seed,
+        steps=config.steps,
+        dtype=_weight_dtype(config),
+        compute_dtype=getattr(torch, config.precision),
+        initial=folder / "adapter_initial",
+    )
+    optimizer = methods.find(config.optimizer["name"]).optimizer
+    fsdp.shard_model(model, ranks.mesh, optim.find(optimizer), config.precision, one_group=adapted.one_group)
+    try:
+        run = _complete(config, ranks, folder, data, model, adapted.blueprint.get_base_model(), Dense())
+    except (ValueError, TypeError) as error:
+        raise UserError(f"in optimizer, with adapter.name={config.adapter.name}: {error}") from None
+    run.adapted = adapted
+    return run
+
+
+def _complete(
+    config: Config,
+    ranks: Ranks,
+    folder: Path,
+    data: Data,
+    model: PreTrainedModel,
+    blueprint: PreTrainedModel,
+    layers: Parametrization,
+) -> Run:
+    """What a run has beside a sharded model with its weights."""
+    checkpoint_layers(model, config.model)
+    model.train()
+    optimizer = build_optimizer(config, model)
+    in_backward = _attached(config, model, optimizer, ranks.world_size) if config.fused_backward else None
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    checkpoints = Checkpoints(
+        folder / "checkpoints", ranks, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
+    )
+    torch.manual_seed(config.seed + ranks.rank)
+    return Run(
+        config, ranks, folder, data, model, blueprint, layers, optimizer, in_backward, settings, checkpoints, Progress()
+    )
+
+
+def _random_state(ranks: Ranks) -> dict[str, Tensor]:
+    state = {f"cpu_{ranks.rank}": torch.get_rng_state()}
+    if ranks.device.type == "cuda":
+        state[f"cuda_{ranks.rank}"] = torch.cuda.get_rng_state(ranks.device)
+    return state
+
+
+def _set_random_state(saved: dict[str, Tensor], ranks: Ranks) -> None:
+    """Continue this rank's random numbers; a rank the checkpoint did not have keeps its fresh seed."""
+    if f"cpu_{ranks.rank}" in saved:
+        torch.set_rng_state(saved[f"cpu_{ranks.rank}"])
+    if ranks.device.type == "cuda" and f"cuda_{ranks.rank}" in saved:
+        torch.cuda.set_rng_state(saved[f"cuda_{ranks.rank}"], ranks.device)

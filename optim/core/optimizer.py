@@ -1,0 +1,520 @@
+"""The frame every optimizer of this package shares.
+
+One object holds all parameters of a model: those with role ``matrix`` are updated by the method, the others by AdamW
+inside the same ``step()``, and rows that are points of a manifold by Riemannian Adam (``optim.manifolds.points``). A
+subclass supplies three things, in the terms of its paper: the state of a matrix, the check of its hyperparameters, and
+the update of a list of matrices. It never overrides ``step``.
+
+State is allocated when a parameter group is added, not at the first step: checkpoint code that finds an optimizer
+without state calls ``step()`` on zero gradients to make some, and every rank must hold the same keys.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lowrank_train.optim.arguments.hyperparameters import check_finite
+from lowrank_train.optim.arguments.surroundings import eagerly, undisturbed
+from lowrank_train.optim.arguments.torch_arguments import FLAGS, accepting_flags, check_flags, is_number, make_plain
+from lowrank_train.optim.core import coverage
+from lowrank_train.optim.core.adamw_update import adamw_state, step_adamw
+from lowrank_train.optim.core.state_dict import load
+from lowrank_train.optim.core.working_copies import (
+    COUNTER,
+    Handed,
+    chunked,
+    copied,
+    counted,
+    gathered,
+    is_copied,
+    settled,
+)
+from lowrank_train.optim.manifolds import points
+from lowrank_train.optim.parameters import stacks
+from lowrank_train.optim.parameters.group_checks import ROLES, check_group, check_not_flattened, named_parameters
+from lowrank_train.optim.parameters.present import PresentParameters, check_gradients, is_updated, updated_too_early
+from lowrank_train.optim.parameters.slot import Slot, dense_gradient
+from lowrank_train.optim.shards.layout import StateTensor, allocate, first_column, is_distributed, local
+from lowrank_train.optim.shards.placements import check_even, check_not_scattered, in_work_layout, is_scattered
+from lowrank_train.optim.storage.quantization import BITS, as_stored
+
+if TYPE_CHECKING:
+    from lowrank_train.optim.core.backward import BackwardUpdates
+
+__all__ = ["ROLES", "MatrixOptimizer", "Slot", "Traffic", "adamw_state", "dense_gradient", "is_number"]
+
+SHARED_SETTINGS: dict[str, Any] = {"state_dtype": None, "stochastic_rounding": False, "offload_state": False}
+"""Settings of a group that every optimizer has, with their defaults: how weights and state are kept between steps.
+
+``state_dtype``: of the moments: None (the parameter's), "float32", "bfloat16", "8bit" or "4bit"
+(``optim.storage.quantization``). ``stochastic_rounding``: bfloat16 weights, and moments, are rounded stochastically
+(``optim.storage.rounding``) and not to the nearest. ``offload_state``: state is kept in host memory, pinned where the
+parameter is on a GPU, and comes to the device for the step.
+"""
+
+
+class Traffic(NamedTuple):
+    """Bytes one matrix makes a rank hand to collectives, when it is sharded as ``shard_dim`` advises."""
+
+    step_bytes: int = 0
+    """At every step."""
+    refresh_bytes: int = 0
+    """More of them at a step that chooses new directions."""
+
+
+class MatrixOptimizer(torch.optim.Optimizer, ABC):
+    """Abstract: updates matrices by a method and every other parameter by AdamW, points by its Riemannian kind.
+
+    Every parameter group carries a ``role`` (one of ``ROLES``), as ``optim.param_groups(model)`` makes them, and its
+    own copy of each hyperparameter. Hyperparameters ``lr``, ``betas``, ``eps``, ``weight_decay`` mean the same in every
+    group; weight decay is decoupled and applied first.
+    """
+
+    source: str
+    """Where the method is published: authors and arXiv number."""
+
+    needs_roles = True
+    """False for a method that treats all roles alike, and so accepts plain ``model.parameters()``."""
+
+    structural_settings: tuple[str, ...] = ()
+    """Hyperparameters that say what the state means, so that a checkpoint must have been written with the same."""
+
+    retired_settings: ClassVar[Mapping[str, Any]] = {}
+    """Hyperparameters that exist no more, with the value that a checkpoint may have: the present behaviour."""
+
+    method_roles: frozenset[str] = frozenset({"matrix"})
+    """The roles the method itself updates; parameters of the others get AdamW."""
+
+    layers: str | None = None
+    """What it trains in place of matrices, by the package that converts them (``spectral``); None: matrices."""
+
+    refresh_setting: str = "refresh_interval"
+    """The hyperparameter, of those that have it, by which ``Traffic.refresh_bytes`` comes every so many steps."""
+
+    takes_stacks = True
+    """Whether it can update the matrices of a weight [..., m, n] one by one; where not, such weights get AdamW."""
+
+    resizes_state = False
+    """Whether training changes the sizes of its state; ``optim.layout_bytes`` then tells those of the moment."""
+
+    offloads_state = True
+    """Whether its state may be in host memory, or in fewer bits: not where more than ``step_matrices`` reads it."""
+
+    converts_state = False
+    """Whether ``step_matrices`` reads moments of any type by itself; if not it is handed them in float32 or wider."""
+
+    maximize = False
+    """Whether new groups maximise, unless they say otherwise."""
+
+    in_backward: BackwardUpdates | None = None  # of the class, because torch's copies and pickles drop attributes
+    _present_parameters: PresentParameters | None = None
+
+    _unlisted: Mapping[str, Any] = {}
+    """Defaults of every group that ``defaults`` does not name."""
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if "__init__" in vars(cls):
+            cls.__init__ = accepting_flags(cls.__init__)  # type: ignore[method-assign]
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        role = None if self.needs_roles else "vector"
+        everywhere = {"role": role, "weight_layout": "out,in", "maximize": self.maximize, **SHARED_SETTINGS}
+        # Schedulers that cycle momentum write ``betas`` where ``defaults`` has them, and ``momentum`` only if not.
+        self._unlisted = {key: defaults[key] for key in ("betas",) if "momentum" in defaults}
+        listed = {key: value for key, value in defaults.items() if key not in self._unlisted}
+        self._owners: dict[str, str] = {}
+        super().__init__(params, {**everywhere, **listed})
+        coverage.warn(self, self._owners)
+        del self._owners
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As torch's, which leaves out what it does not know."""
+        return {**super().__getstate__(), "_unlisted": self._unlisted}
+
+    def __repr__(self) -> str:
+        """What each role gets, then torch's list of settings."""
+        first, rest = super().__repr__().split("\n", 1)
+        return f"{first}\n{coverage.summary(self)}\n{rest}"
+
+    def update_of(self, slot: Slot) -> str:
+        """What updates a parameter, in words."""
+        if slot.group["role"] in ("points", "frozen"):
+            return "Riemannian Adam" if slot.group["role"] == "points" else "nothing but the method's exchanges"
+        return type(self).__name__ if slot.group["role"] in self.method_roles else "AdamW"
+
+    @abstractmethod
+    def matrix_state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
+        """The state tensors of one matrix; raises ValueError for hyperparameters that do not fit its shape."""
+
+    @abstractmethod
+    def step_matrices(self, slots: list[Slot]) -> None:
+        """Update matrices in place from ``slot.grad``, which may be None and is never written."""
+
+    @classmethod
+    def shard_dim(cls, role: str, shape: Sequence[int], world_size: int) -> int:
+        """The dimension to shard a parameter along for the least communication in ``step``; advice, never required."""
+        return 0
+
+    def traffic(
+        self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int, dim: int | None = None
+    ) -> Traffic:
+        """What one matrix of this group costs in communication; nothing for a method that works element by element.
+
+        ``dim``: the dimension it is sharded along; None: the one that ``shard_dim`` advises.
+        """
+        return Traffic()
+
+    def takes_apart(self, param: Tensor, group: dict[str, Any]) -> bool:
+        """Whether each matrix of a stack is updated by itself: where more than elements count."""
+        needed = self.needs_roles and group["role"] in self.method_roles
+        needed = needed or group["state_dtype"] in BITS  # whose blocks lie in rows of a matrix
+        return needed and stacks.is_taken_apart(param.shape, group)
+
+    def parts(self, slot: Slot) -> list[Slot]:
+        """The matrices of a weight, as the method is handed them; the weight itself where it is taken as it is."""
+        return list(stacks.parts(slot)) if self.takes_apart(slot.param, slot.group) else [slot]
+
+    # ---------------------------------------------------------------------------------------------------------- step
+
+    @eagerly
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update of every parameter that has a gradient; returns the closure's loss, if any.
+
+        The parameters are the model's at this time: those that ``fully_shard``, ``to_empty`` or a new layer put in the
+        place of others are found by their names, and where the model was moved, converted or resized state is allocated
+        anew.
+
+        Raises RuntimeError if that happened to a parameter after it had been updated, if a gradient has not its
+        parameter's shape and device, and if no parameter has a gradient because the model has others by now.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with undisturbed():
+            self._follow_model()
+            slots = list(self.slots())
+            check_gradients(slots, self._present, are_kept=self.in_backward is None)
+            if self.in_backward is not None:
+                self.in_backward.finish()
+            else:
+                self.step_slots(slots)
+            self.end_step()
+        return loss
+
+    def end_step(self) -> None:
+        """Called when every parameter has been updated: what a method does to the model as a whole, now and then."""
+
+    def figures(self) -> dict[str, float]:
+        """Numbers worth a curve while training, by name; what there is on the host, without communication."""
+        return {}
+
+    def step_slots(self, slots: list[Slot]) -> None:
+        """Update these parameters from their gradients."""
+        apart = [slot for slot in slots if self.takes_apart(slot.param, slot.group)]
+        left = {id(slot.param) for slot in apart}
+        shared, own = [slot for slot in slots if id(slot.param) not in left], list[Slot]()
+        for slot in apart:
+            if self.is_gathered(slot):
+                with self.matrices(slot) as matrices:
+                    self._step_matrices(matrices)
+            else:
+                (own if stacks.has_own_matrices(slot) else shared).extend(self.parts(settled(slot)))
+        # Matrices of this rank alone go by themselves: collectives need the same matrices on every rank.
+        self._step_matrices(shared)
+        self._step_matrices(own)
+
+    @contextmanager
+    def matrices(self, slot: Slot) -> Iterator[list[Slot]]:
+        """Yield the matrices of a weight, gathered over all mesh axes but one; stored again on leaving."""
+        with gathered([slot], self.is_gathered) as (ready,):
+            yield self.parts(ready)
+
+    def _step_matrices(self, slots: list[Slot]) -> None:
+        as_they_are: list[Slot] = []
+        as_copies: list[Slot] = []
+        for slot in slots:
+            needs_copy = self.is_gathered(slot) or is_copied(slot, self.handed(slot))
+            (as_copies if needs_copy else as_they_are).append(slot)
+        self._step_as_they_are([settled(slot) for slot in as_they_are])
+        for chunk in chunked(as_copies):
+            with self.at_work(chunk) as copies:
+                self._step_as_they_are(copies)
+
+    @contextmanager
+    def at_work(self, slots: list[Slot]) -> Iterator[list[Slot]]:
+        """Slots as their method works on them, see ``optim.core.working_copies``; stored again on leaving."""
+        with gathered(slots, self.is_gathered) as ready:
+            layouts = [self._layout(slot.name, slot.param, slot.group) for slot in ready]
+            with copied(ready, layouts, [self.handed(slot) for slot in ready]) as copies:
+                yield copies
+
+    def is_gathered(self, slot: Slot) -> bool:
+        """Whether a step needs more of a parameter than the pieces that several mesh axes leave a rank.
+
+        AdamW works number by number, and needs no more unless moments share scales or rounding depends on the place.
+        """
+        group, param = slot.group, slot.param
+        if group["role"] == "frozen" or not is_scattered(param):
+            return False
+        rounded = group["stochastic_rounding"] and param.dtype == torch.bfloat16
+        in_bits = group["state_dtype"] not in (None, "float32", "bfloat16")
+        return not self.works_in_blocks(slot) or group["role"] == "points" or rounded or in_bits
+
+    def works_in_blocks(self, slot: Slot) -> bool:
+        """Whether the update of a parameter is AdamW's, which reads and stores anything, in blocks of rows."""
+        return slot.group["role"] not in self.method_roles
+
+    def handed(self, slot: Slot) -> Handed:
+        """In which types an update takes a parameter and its moments."""
+        if self.works_in_blocks(slot):
+            return Handed(rounded=False, moments=False)
+        return Handed(rounded=COUNTER in slot.state, moments=not self.converts_state)
+
+    def _step_as_they_are(self, slots: list[Slot]) -> None:
+        matrices = [slot for slot in slots if slot.group["role"] in self.method_roles]
+        for group in self.param_groups:
+            if group["role"] not in self.method_roles and group["role"] != "frozen":
+                update = self.step_points if group["role"] == "points" else step_adamw
+                update([slot for slot in slots if slot.group is group])
+        if matrices:
+            self.step_matrices(matrices)
+
+    def coordinates_suffice(self, slot: Slot) -> bool:
+        """Whether the update of a parameter needs no more of its gradient than ``project_gradient`` returns."""
+        return False
+
+    def project_gradient(self, slot: Slot, *, refresh: bool) -> Tensor | None:
+        """Coordinates of the present gradient, linear in it; with ``refresh``, choose directions first if due.
+
+        None if there are no directions yet and this gradient gave none. A collective where ``step`` is.
+        """
+        raise NotImplementedError
+
+    def step_coordinates(self, slot: Slot, coordinates: Tensor) -> None:
+        """Update one parameter from (sums of) what ``project_gradient`` returned."""
+        raise NotImplementedError
+
+    def step_points(self, slots: list[Slot]) -> None:
+        """Riemannian Adam on parameters whose rows are points, see ``optim.manifolds.points``."""
+        for slot in slots:
+            gradient = dense_gradient(slot) if slot.grad is not None else None
+            points.step_points(slot.name, slot.param, gradient, slot.state, slot.group)
+
+    # --------------------------------------------------------------------------------------------------------- state
+
+    def _check_storage(self, group: dict[str, Any]) -> None:
+        in_bits = group["state_dtype"] is not None and group["role"] in self.method_roles and not self.converts_state
+        for key in ["offload_state"] * group["offload_state"] + ["state_dtype"] * in_bits:
+            if not self.offloads_state:
+                raise ValueError(
+                    f"{key}={group[key]!r} for parameters with role {group['role']!r}, but {type(self).__name__} works "
+                    "on their state between steps too; leave it as it is, or take another optimizer"
+                )
+
+    @undisturbed()
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Check a group and allocate its state; raises ValueError for hyperparameters that do not fit."""
+        owners = param_group.pop("modules", ()) if isinstance(param_group, dict) else ()
+        completed = points.completed(make_plain(param_group), self.defaults, len(self.param_groups))
+        for key, value in self._unlisted.items():
+            completed.setdefault(key, value)
+        super().add_param_group(completed)
+        group = self.param_groups[-1]
+        for key, value in self.defaults.items():
+            if isinstance(value, Tensor) and group[key] is value:
+                group[key] = value.clone()  # a scheduler that writes one group must not write all
+        try:
+            check_group(group, len(self.param_groups) - 1)
+            own = {*self.defaults, *({"amsgrad"} if group["role"] == "points" else ())} - {"maximize"}
+            flags = {key: group[key] for key in FLAGS if key in group and key not in own}
+            check_flags(flags, f"parameter group {len(self.param_groups) - 1}")
+            if not self.takes_stacks:
+                stacks.set_aside(group, type(self).__name__)
+            self._check_storage(group)
+            self._present.learn(group["params"])
+            for name, param in named_parameters(group):
+                self._allocate(name, param, group)
+            check_finite(group, len(self.param_groups) - 1)
+        except Exception:
+            self.param_groups.pop()
+            for param in group["params"]:
+                self.state.pop(param, None)
+            raise
+        if hasattr(self, "_owners"):
+            self._owners.update(zip(group.get("param_names", ()), owners, strict=False))
+
+    def state_layout(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
+        """The state tensors of one parameter, by global shape."""
+        if not self.takes_apart(param, group):
+            return self._layout(name, param, group)
+        return stacks.stacked(self._layout(name, stacks.matrix_like(param, group), group), param, group)
+
+    def _layout(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
+        """Of a parameter that is no stack, or of one matrix of it."""
+        if group["role"] == "points":
+            return points.point_state(name, param, group)
+        if group["role"] in self.method_roles:
+            layout = self.matrix_state(name, param, group)
+        else:
+            layout = {} if group["role"] == "frozen" else adamw_state(param)
+        return counted(as_stored(layout, group["state_dtype"]), param, group)
+
+    def _allocate(self, name: str, param: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[param]  # the same object as before: updates fused into backward hold it
+        state.clear()
+        if not self.offloads_state and group["role"] in {*self.method_roles, "frozen"}:
+            check_not_scattered(name, param, type(self).__name__)
+        as_sharded = param
+        if self.is_gathered(Slot(name, param, state, group)):
+            check_even(name, param)
+            as_sharded = in_work_layout(param, param, values=False)
+        layout = self.state_layout(name, param, group)
+        on_host = group["offload_state"]
+        state.update({key: allocate(spec, as_sharded, on_host=on_host) for key, spec in layout.items()})
+        self._present.allocated(param)
+        for part in self.parts(Slot(name, as_sharded, {}, group))[:1]:
+            if first_column(part.param) is not None and local(part.param).shape[1] % 2:
+                width = part.param.shape[1]
+                packed = [key for key, spec in layout.items() if spec.layout == "parameter" and spec.shape[-1] != width]
+                if packed:
+                    raise ValueError(
+                        f"state_dtype='4bit' keeps two columns of {packed[0]!r} in a byte, and {name!r}, of shape "
+                        f"{tuple(param.shape)}, is sharded into {local(part.param).shape[1]} columns a rank: shard it "
+                        "along another dimension, or use '8bit'"
+                    )
+
+    def slots(self) -> Iterator[Slot]:
+        """All parameters with their state, group by group."""
+        unnamed = 0
+        for group in self.param_groups:
+            for name, param in named_parameters(group, unnamed):
+                yield Slot(name, param, self.state.get(param, {}), group)  # indexing would make an entry
+            unnamed += len(group["params"])
+
+    @property
+    def _present(self) -> PresentParameters:
+        if self._present_parameters is None:
+            self._present_parameters = PresentParameters()
+        return self._present_parameters
+
+    def _follow_model(self, *, if_updated: Literal["refuse", "leave"] = "refuse") -> None:
+        """Take the model's present parameters (``optim.parameters.present``); allocate state anew where it does not fit
+        them.
+
+        ``if_updated``: what to do where these parameters have been updated already; "refuse" raises RuntimeError.
+        """
+        present = self._present
+        params = [param for group in self.param_groups for param in group["params"]]
+        if len(self.state) == len(params) and present.is_undisturbed(params):
+            return
+        slots = list(self.slots())
+        replaced = present.replacements(params)
+        orphans = self.state.keys() - set(params)
+        changed = {slot.param: change for slot in slots if slot.state and (change := present.change(slot.param))}
+        if not replaced and not orphans and not changed and all(param in self.state for param in params):
+            present.note(params)
+            return
+        updated = [param for param in (*changed, *replaced, *orphans) if is_updated(self.state[param])]
+        if updated and if_updated == "leave" and orphans.isdisjoint(updated):
+            return
+        if updated:
+            name = next((slot.name for slot in slots if slot.param is updated[0]), None)
+            raise RuntimeError(updated_too_early(name, changed.get(updated[0])))
+        if self.in_backward is not None:
+            self.in_backward.check_replaceable(replaced.keys() | orphans, changed.keys())
+        for group in self.param_groups:
+            group["params"][:] = [replaced.get(param, param) for param in group["params"]]
+        for param in [*orphans, *replaced]:
+            self.state.pop(param, None)
+        present.accept(replaced, [param for group in self.param_groups for param in group["params"]])
+        anew = [slot for slot in self.slots() if slot.param not in self.state or slot.param in changed]
+        for name, param, _, group, *_ in anew:
+            check_not_flattened(name, param, group)
+            self._allocate(name, param, group)
+        self.state_allocated([slot for slot in self.slots() if any(slot.param is new.param for new in anew)])
+        present.note([param for group in self.param_groups for param in group["params"]])
+
+    def has_changed(self, param: Tensor) -> bool:
+        """Whether a parameter has another shape, dtype, device or placement than when its state was allocated."""
+        return self._present.change(param) is not None
+
+    def state_allocated(self, slots: list[Slot]) -> None:
+        """Called when state was allocated for parameters that a group had before."""
+
+    def defer_state(self) -> None:
+        """Free the state, before any update, until ``step()`` needs it or the parameters are sharded.
+
+        For frameworks that build the optimizer first and shard the model then: every rank would hold the state whole
+        for that time, and Accelerate copies what it finds to the device. Until then ``state_dict()`` has none.
+        """
+        self.state.clear()
+
+    @undisturbed()
+    def ensure_state(self) -> None:
+        """Allocate what is missing or no longer fits, after ``defer_state`` and for parameters that were replaced.
+
+        Raises RuntimeError as ``step`` does.
+        """
+        self._follow_model()
+
+    @eagerly
+    @undisturbed()
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's, of the model's present parameters, see ``step``."""
+        if self.state:  # deferred state stays deferred
+            self._follow_model(if_updated="leave")
+        super().zero_grad(set_to_none)
+
+    @undisturbed()
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; raises RuntimeError if a framework replaced parameters that had been updated."""
+        if self.state or any(is_distributed(slot.param) for slot in self.slots()):
+            # torch looks every key of the state up among the parameters of the groups
+            self._follow_model(if_updated="leave")
+            self._wait_for_offloaded()
+        for group in self.param_groups:
+            make_plain(group)  # a scheduler may have written scalars of numpy
+        return super().state_dict()
+
+    def _wait_for_offloaded(self) -> None:
+        """State on its way to host memory arrives there; what reads it next may be no stream of the device."""
+        if torch.cuda.is_available() and any(group["offload_state"] for group in self.param_groups):
+            torch.cuda.synchronize()
+
+    @eagerly
+    @undisturbed()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a ``state_dict()`` by the names of parameters, see ``optim.core.state_dict``; without names, by
+        position.
+
+        Settings that it does not name keep their present values. Raises ValueError, before anything is changed, for
+        other parameters or shapes, and for state of another rank, basis or method.
+        """
+        state_dict = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        if self.state or state_dict["state"]:
+            self._follow_model()
+            self._wait_for_offloaded()
+        load(self, state_dict, tuple(SHARED_SETTINGS))
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def prepare_to_load(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
+        """Called before state is loaded: what has sizes of its own takes those of the checkpoint.
+
+        Args:
+            shapes: parameter -> state key -> global shape, as saved. Where they do not fit nothing is changed, and
+                what loads them says why.
+        """

@@ -1,0 +1,1 @@
+"""The optimizers in other frameworks: Hugging Face Trainer, axolotl, torchtitan."""

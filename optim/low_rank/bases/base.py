@@ -1,0 +1,107 @@
+"""The contract of a basis: which r directions of the projected dimension a low-rank method keeps.
+
+A basis object holds no tensors; its state lives in the optimizer's state, under the names of ``state_tensors``.
+It always acts on the *last* dimension (the optimizer transposes) and never communicates: statistics are sums over
+rows, so the optimizer can add those of several shards before ``choose`` sees them.
+
+Shapes: m rows (unprojected, perhaps one rank's share or a block of them), d columns (projected, whole), r = rank.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowrank_train.optim.shards.layout import StateTensor
+
+__all__ = ["Basis", "Directions", "Moments"]
+
+
+class Directions(ABC):
+    """r vectors of R^d made ready for one step of one matrix."""
+
+    @abstractmethod
+    def project(self, rows: Tensor) -> Tensor:
+        """Coordinates (m, r) of rows (m, d)."""
+
+    @abstractmethod
+    def lift(self, coordinates: Tensor) -> Tensor:
+        """Rows (m, d) with the given coordinates (m, r)."""
+
+    @abstractmethod
+    def add_lift_(self, rows: Tensor, coordinates: Tensor) -> None:
+        """``rows += lift(coordinates)``, in the cheapest way; rows may be any strided view, of any dtype."""
+
+
+class Moments(NamedTuple):
+    """Adam's state of the coordinates."""
+
+    exp_avg: Tensor  # (m, r)
+    exp_avg_sq: Tensor  # (m, r)
+    age: Tensor  # (r,) int32, updates each column has seen
+
+
+class Basis(ABC):
+    """r directions in R^d, chosen from statistics of the gradient."""
+
+    is_orthonormal: bool
+    """Whether project(lift(c)) = c, so that lift(project(G)) is the nearest matrix with rows in the span."""
+
+    owner_computed = False
+    """Whether ``choose`` is costly, or not unique to the last bit, so that one rank must decide for all."""
+
+    statistics_dtype = torch.float32
+    """At least; statistics of wider gradients are as wide."""
+
+    def objection(self, d: int, r: int) -> str | None:
+        """Why this basis does not exist in these sizes; None if it does."""
+        return None
+
+    def rounds(self, step: int) -> int:
+        """How many times statistics and choice alternate when directions are chosen after ``step`` updates."""
+        return 1
+
+    def start(self, d: int, r: int, like: Tensor, seed: int) -> dict[str, Tensor]:
+        """What the very first statistics are given for ``state``, if they need something."""
+        return {}
+
+    @abstractmethod
+    def state_tensors(self, d: int, r: int, dtype: torch.dtype) -> dict[str, StateTensor]:
+        """The tensors stored for one matrix; their bytes are what memory prediction counts."""
+
+    @abstractmethod
+    def statistics_shape(self, d: int, r: int) -> tuple[int, ...]:
+        """Shape of ``statistics``: what has to be summed over the ranks."""
+
+    @abstractmethod
+    def statistics(self, rows: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """What ``choose`` needs of rows (m, d): a tensor that is a sum over rows, zero for zero rows.
+
+        ``state`` holds the directions so far, or what ``start`` returned before the first choice.
+        """
+
+    @abstractmethod
+    def choose(self, statistics: Tensor, d: int, r: int, seed: int) -> dict[str, Tensor]:
+        """New directions from summed statistics: values for every name of ``state_tensors``.
+
+        ``seed`` differs from one refresh to the next and is equal on all ranks. May raise ``torch.linalg.LinAlgError``.
+        """
+
+    @abstractmethod
+    def directions(self, state: Mapping[str, Tensor], d: int, r: int, like: Tensor) -> Directions:
+        """The stored directions, on the device and in the floating-point type of ``like``."""
+
+    @abstractmethod
+    def carry(
+        self,
+        moments: Moments,  # in floating point, at least float32
+        old: Mapping[str, Tensor],
+        new: Mapping[str, Tensor],
+        d: int,
+        betas: tuple[float, float],
+    ) -> Moments:
+        """Moments of the old directions expressed in the new ones (``moments="rotate"``)."""

@@ -1,0 +1,286 @@
+"""The low-rank engine: Adam on r directions of every matrix, put together from parts that are chosen by name.
+
+For a weight W (R, C), oriented so that its smaller dimension is the last one: G (m, d), m = max(R, C), d = min(R, C).
+
+    A   = recall(G)                                  G, or G + error feedback
+    every ``refresh_interval`` steps:
+        Q_r <- basis, from statistics of (1 - rho) A + rho lift(M_hat)        rho = 0 but in LDAdam
+        M, V, age <- kept, reset or rotated to the new directions
+    g   = project(A) = A Q_r                                          (m, r)
+    M  <- b1 M + (1 - b1) g;   V <- b2 V + (1 - b2) g^2;   age <- age + 1
+    u   = (M / (1 - b1^age)) / (sqrt(V / (1 - b2^age)) + eps)         (m, r), age per column
+    W  <- (1 - lr wd) W - lr (scale lift(u) + residual(A - lift(g)))
+
+basis: ``optim.low_rank.bases``; residual: ``optim.low_rank.residuals``; moments at a refresh: ``keep``, ``reset``,
+``rotate``. The published methods are rows of these choices, in ``optim.methods.low_rank_adamw``.
+
+Sharded, with m split over the ranks, each line is local but the choice of directions, which costs one sum of the
+basis's statistics over the ranks for all matrices due, and what few numbers the residual has to sum. Every matrix
+takes part in that, with zeros if it has no gradient here.
+
+Bias correction is per column (``age``): a direction that enters at step t starts from M = V = 0, and with the global
+step count its first update would be (1 - b1) / sqrt(1 - b2) = 3.2 times too long.
+
+A zero gradient (of a parameter not used yet, or made by checkpoint code) never chooses directions, nor does one that is
+not finite: the old ones stay, which is counted in the state (``skipped_refreshes``) and warned of. Until the first
+directions have been chosen the matrix is left alone and its clock stands at 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from abc import ABC
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+from torch.optim.optimizer import ParamsT
+
+from lowrank_train.optim.core.optimizer import MatrixOptimizer, Slot, Traffic, is_number
+from lowrank_train.optim.low_rank.bases import find_basis
+from lowrank_train.optim.low_rank.residuals import find_residual
+from lowrank_train.optim.low_rank.step import ZERO, MatrixStep
+from lowrank_train.optim.shards.blocks import chunks
+from lowrank_train.optim.shards.collectives import decide_on_one_rank, sum_over_shards
+from lowrank_train.optim.shards.layout import StateTensor, matrix_shape, preferred_shard_dim
+from lowrank_train.optim.shards.tall import turned_numbers
+
+__all__ = ["LowRankOptimizer", "low_rank_state", "resolved_rank"]
+
+MOMENTS = ("keep", "reset", "rotate")
+
+_CHUNK_NUMBERS = 2**24
+"""Coordinates, in all, of the matrices whose residual sums share one all-reduce: bounds what waits for it."""
+
+
+class LowRankOptimizer(MatrixOptimizer, ABC):
+    """Abstract: a concrete class names the published method and its defaults.
+
+    State of a matrix: ``exp_avg``, ``exp_avg_sq`` (m, r), sharded with its rows; ``column_age`` (r,) int32; what the
+    basis and the residual store; ``step``, the updates since the first directions were chosen, in CPU memory because
+    Python must compare it with ``refresh_interval`` without waiting for the device; ``skipped_refreshes``.
+    """
+
+    structural_settings = ("basis", "residual")
+    converts_state = True
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        common = {"scale": 1.0, "residual_scale": 1.0, "rho": 0.0, "seed": 0, "state_dtype": None}
+        super().__init__(params, {**common, **defaults})
+
+    @classmethod
+    def shard_dim(cls, role: str, shape: Sequence[int], world_size: int) -> int:
+        """A matrix: its unprojected dimension, so that project and lift are local."""
+        return preferred_shard_dim(shape, world_size) if role == "matrix" else 0
+
+    def matrix_state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
+        """Moments, ages, the tensors of basis and residual; raises ValueError for settings that do not fit."""
+        d, _ = sorted(matrix_shape(param.shape))
+        _check_settings(name, group)
+        r = resolved_rank(name, tuple(param.shape), group["rank"])
+        objection = find_basis(group["basis"]).objection(d, r)
+        if objection is not None:
+            raise ValueError(f"basis={group['basis']!r} for {name!r} of shape {tuple(param.shape)}: {objection}")
+        return low_rank_state(param.shape, param.dtype, r, basis=group["basis"], residual=group["residual"])
+
+    def traffic(
+        self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int, dim: int | None = None
+    ) -> Traffic:
+        """The basis's statistics (and its decision, if one rank makes it) at a refresh; the residual's sums always.
+
+        And the gradient and the update of a matrix that can only be sharded along its projected dimension.
+        """
+        if world_size == 1:
+            return Traffic()
+        d, _ = sorted(matrix_shape(shape))
+        r = resolved_rank("", tuple(shape), group["rank"])
+        basis, size = find_basis(group["basis"]), torch.promote_types(dtype, torch.float32)
+        statistics = (
+            math.prod(basis.statistics_shape(d, r)) * torch.promote_types(size, basis.statistics_dtype).itemsize
+        )
+        decision = basis.state_tensors(d, r, size).values() if basis.owner_computed else ()
+        decision_bytes = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in decision)
+        dim = self.shard_dim("matrix", shape, world_size) if dim is None else dim
+        there, back = turned_numbers(shape, dim, world_size)
+        sums = find_residual(group["residual"]).sums
+        return Traffic(
+            step_bytes=there * dtype.itemsize + (back + sums) * size.itemsize,
+            refresh_bytes=basis.rounds(1) * (statistics + decision_bytes),
+        )
+
+    @property
+    def skipped_refreshes(self) -> int:
+        """Refreshes that did not happen because a gradient was zero or not finite, over all matrices."""
+        return sum(int(state["skipped_refreshes"]) for state in self.state.values() if "skipped_refreshes" in state)
+
+    # ---------------------------------------------------------------------------------------------------------- step
+
+    def step_matrices(self, slots: list[Slot]) -> None:
+        """The update of the module's docstring."""
+        self.step_together([MatrixStep(slot) for slot in slots])
+
+    def step_together(self, matrices: list[MatrixStep]) -> None:
+        """Refreshes of those that are due, then one update of each."""
+        self._refresh([matrix for matrix in matrices if matrix.is_due])
+        ready = [matrix for matrix in matrices if matrix.has_directions]
+        sizes = [max(matrix_shape(matrix.slot.param.shape)) * matrix.r for matrix in ready]
+        for chunk in chunks(ready, sizes, _CHUNK_NUMBERS):
+            self._update(chunk)
+
+    def coordinates_suffice(self, slot: Slot) -> bool:
+        """With the rest dropped, for a matrix."""
+        return slot.group["role"] in self.method_roles and not find_residual(slot.group["residual"]).whole_gradient
+
+    def project_gradient(self, slot: Slot, *, refresh: bool) -> Tensor | None:
+        """(m_local, r), summed over nothing: each rank has the coordinates of its rows."""
+        matrix = MatrixStep(slot)
+        if refresh and matrix.is_due:
+            self._refresh([matrix])
+        return matrix.project() if matrix.has_directions or not refresh else None
+
+    def step_coordinates(self, slot: Slot, coordinates: Tensor) -> None:
+        """The update, with g given."""
+        matrix = MatrixStep(slot, coordinates)
+        matrix.advance()
+        matrix.single_pass()
+
+    def _refresh(self, matrices: list[MatrixStep]) -> None:
+        """Choose new directions for every matrix, unless its gradient is zero or not finite."""
+        if not matrices:
+            return
+        proposals: list[Mapping[str, Tensor]] = [matrix.starting_directions() for matrix in matrices]
+        signs = torch.ones(len(matrices), device=matrices[0].like.device)
+        rounds = [matrix.basis.rounds(matrix.steps) for matrix in matrices]
+        for round_ in range(max(rounds)):
+            active = [i for i in range(len(matrices)) if round_ < rounds[i]]
+            for owner_computed in (False, True):
+                members = [i for i in active if matrices[i].basis.owner_computed == owner_computed]
+                if not members:
+                    continue
+                decide = _decide_on_one_rank if owner_computed else _decide_on_every_rank
+                decisions, found = decide([matrices[i] for i in members], [proposals[i] for i in members])
+                for i, decision, sign in zip(members, decisions, found, strict=True):
+                    proposals[i] = decision
+                    signs[i] *= sign
+        for matrix, proposal, sign in zip(matrices, proposals, signs.tolist(), strict=True):  # the one host sync
+            if sign > 0:
+                matrix.change_directions(proposal)
+            else:
+                matrix.keep_directions(ZERO if sign == 0 else "not finite")
+
+    def _update(self, matrices: list[MatrixStep]) -> None:
+        """One step in the present directions."""
+        for matrix in matrices:
+            matrix.advance()
+        summed = [matrix for matrix in matrices if matrix.residual.sums]
+        if summed:
+            totals = sum_over_shards([m.slot.param for m in summed], [m.first_pass() for m in summed])
+            for matrix, total in zip(summed, totals, strict=True):
+                matrix.second_pass(total)
+        for matrix in matrices:
+            if not matrix.residual.sums:
+                matrix.single_pass()
+
+
+def _decide_on_every_rank(
+    matrices: list[MatrixStep], proposals: list[Mapping[str, Tensor]]
+) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
+    """New directions, from statistics summed for all matrices at once, and their ``_magnitude``."""
+    statistics = [m.basis.statistics(m.target(), p) for m, p in zip(matrices, proposals, strict=True)]
+    totals = sum_over_shards([matrix.slot.param for matrix in matrices], statistics)
+    decisions = [m.basis.choose(total, m.d, m.r, m.seed) for m, total in zip(matrices, totals, strict=True)]
+    return decisions, [_magnitude(total) for total in totals]
+
+
+def _decide_on_one_rank(
+    matrices: list[MatrixStep], proposals: list[Mapping[str, Tensor]]
+) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
+    """As ``_decide_on_every_rank``, where the choice is costly or not unique.
+
+    The others learn from the directions themselves that there were none to choose (0) or that it failed (nan).
+    """
+    like = [
+        {
+            key: torch.empty(spec.shape, dtype=matrix.dtype, device="meta")
+            for key, spec in matrix.basis.state_tensors(matrix.d, matrix.r, matrix.dtype).items()
+        }
+        for matrix in matrices
+    ]
+
+    def decide(i: int, total: Tensor) -> dict[str, Tensor]:
+        matrix, magnitude = matrices[i], float(_magnitude(total))
+        if magnitude > 0:
+            with contextlib.suppress(LinAlgError):
+                return matrix.basis.choose(total, matrix.d, matrix.r, matrix.seed)
+        failed = 0.0 if magnitude == 0 else torch.nan
+        return {key: torch.full(value.shape, failed, device=matrix.like.device) for key, value in like[i].items()}
+
+    def statistics(i: int) -> Tensor:
+        return matrices[i].basis.statistics(matrices[i].target(), proposals[i])
+
+    params = [matrix.slot.param for matrix in matrices]
+    decisions = [decision for _, decision in decide_on_one_rank(params, statistics, decide, like)]
+    return decisions, [_magnitude(torch.cat([v.flatten() for v in decision.values()])) for decision in decisions]
+
+
+def _magnitude(values: Tensor) -> Tensor:
+    """1, or 0 if all are zero, or nan if one is not finite."""
+    total = values.abs().sum()
+    return torch.where(total.isfinite(), total.sign(), torch.nan)
+
+
+def _check_settings(name: str, group: dict[str, Any]) -> None:
+    interval = group["refresh_interval"]
+    if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
+        raise ValueError(f"refresh_interval={interval!r} for {name!r}; expected a whole number of steps >= 1")
+    if group["moments"] not in MOMENTS:
+        raise ValueError(f"moments={group['moments']!r} for {name!r}; expected one of {', '.join(MOMENTS)}")
+    for key in ("scale", "residual_scale"):
+        if not (is_number(group[key]) and group[key] >= 0):
+            raise ValueError(f"{key}={group[key]!r} for {name!r}; expected a number >= 0")
+    if not is_number(group["rho"]) or not 0 <= group["rho"] < 1:
+        raise ValueError(f"rho={group['rho']!r} for {name!r}; expected a number in [0, 1)")
+    if not isinstance(group["seed"], int) or isinstance(group["seed"], bool) or group["seed"] < 0:
+        raise ValueError(f"seed={group['seed']!r} for {name!r}; expected a whole number >= 0")
+    basis, residual = find_basis(group["basis"]), find_residual(group["residual"])
+    if not basis.is_orthonormal:
+        for key, conflict in (("residual", residual.needs_orthonormal), ("moments", group["moments"] == "rotate")):
+            if conflict:
+                raise ValueError(
+                    f"{key}={group[key]!r} for {name!r} needs orthonormal directions, and those of "
+                    f"basis={group['basis']!r} are not; use basis='random', or another {key}"
+                )
+
+
+def low_rank_state(
+    shape: Sequence[int], dtype: torch.dtype, r: int, *, basis: str, residual: str
+) -> dict[str, StateTensor]:
+    """The state tensors of one matrix of this shape and type at rank r."""
+    d, m = sorted(matrix_shape(shape))
+    return {
+        "step": StateTensor((), torch.float32, "host"),
+        "skipped_refreshes": StateTensor((), torch.int32, "host"),
+        "exp_avg": StateTensor((m, r), dtype, "rows"),
+        "exp_avg_sq": StateTensor((m, r), dtype, "rows"),
+        "column_age": StateTensor((r,), torch.int32, "replicated"),
+        **find_basis(basis).state_tensors(d, r, dtype),
+        **find_residual(residual).state_tensors(m, d, dtype),
+    }
+
+
+def resolved_rank(name: str, shape: tuple[int, ...], rank: int | None) -> int:
+    """The rank of one matrix, None being a quarter of its smaller side; raises ValueError for one that does not fit."""
+    largest = min(matrix_shape(shape))
+    if rank is None:
+        return max(1, largest // 4)
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"rank={rank!r} for {name!r} of shape {shape}; expected a whole number from 1 to {largest}")
+    if rank > largest:
+        raise ValueError(
+            f"rank={rank} exceeds min(m, n)={largest} for {name!r} of shape {shape}; lower the rank, or give this "
+            "matrix its own with rules={...} in optim.param_groups"
+        )
+    return rank

@@ -1,0 +1,70 @@
+"""AdamW: the baseline, equal to ``torch.optim.AdamW(fused=True)`` bit for bit, as one more optimizer of this package.
+
+    theta <- (1 - lr wd) theta;  m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
+    theta <- theta - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
+Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101), Algorithm 2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lowrank_train.optim.core.adamw_update import step_adamw
+from lowrank_train.optim.core.optimizer import MatrixOptimizer, Slot, adamw_state
+from lowrank_train.optim.shards.layout import StateTensor
+
+__all__ = ["AdamW"]
+
+
+class AdamW(MatrixOptimizer):
+    """AdamW on every parameter, whatever its role.
+
+    Args:
+        params: parameters, named parameters or groups; ``optim.param_groups(model)`` also exempts norms and biases
+            from weight decay.
+        lr: learning rate, a step of about ``lr`` per element; float or tensor.
+        betas: decay of the first and second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, per unit of ``lr``.
+        state_dtype: of the moments: None (the parameter's), "float32", "bfloat16" or "8bit"
+        (``optim.storage.quantization``).
+
+    State: two moments like the parameter, and a step count.
+    """
+
+    source = "Loshchilov & Hutter, arXiv 1711.05101"
+    needs_roles = False
+    converts_state = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        state_dtype: str | None = None,
+    ) -> None:
+        adam = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "state_dtype": state_dtype}
+        super().__init__(params, {"lr": lr, **adam})
+
+    def matrix_state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
+        """As for any other parameter."""
+        return adamw_state(param)
+
+    def works_in_blocks(self, slot: Slot) -> bool:
+        """Always."""
+        return True
+
+    def step_matrices(self, slots: list[Slot]) -> None:
+        """As for any other parameter, group by group."""
+        groups: dict[int, list[Slot]] = {}
+        for slot in slots:
+            groups.setdefault(id(slot.group), []).append(slot)
+        for members in groups.values():
+            step_adamw(members)

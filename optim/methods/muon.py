@@ -1,0 +1,148 @@
+"""Muon: momentum, orthogonalized; the step of a matrix has the same length in every direction.
+
+    M <- mu M + (1 - mu) G
+    X  = mu M + (1 - mu) G    (Nesterov; else X = M)
+    O  = NewtonSchulz(X)      singular vectors of X, singular values of about 1: see ``optim.orthogonalize``
+    W <- (1 - lr wd) W - lr s O,   s = sqrt(max(1, R / C))   ("original", Jordan et al.)
+                                   s = 0.2 sqrt(max(R, C))   ("match_rms_adamw", Liu et al.: s O is as long as Adam's)
+
+    W, G, M, X, O (R, C), each worked on tall: (m, d) with m = max(R, C), d = min(R, C).
+
+Sharded, whole matrices are dealt round the ranks: X travels to the owner and O back, 2 m d / P numbers of 2 bytes for
+each of P ranks, and no rank repeats another's work. A matrix sharded along d is turned over and back first. A rank on
+which a gradient is missing sends zeros and leaves its part of the matrix alone.
+
+Sources: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024
+(kellerjordan.github.io/posts/muon); Liu et al., "Muon is Scalable for LLM Training" (arXiv 2502.16982), the second
+scale. Defaults and order of operations are those of ``torch.optim.Muon``, which cannot work on shards.
+
+We differ: nothing but the ranks. Newton-Schulz runs in bfloat16 (float64 for float64 weights), as theirs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lowrank_train.optim.core.optimizer import MatrixOptimizer, Slot, Traffic, dense_gradient, is_number
+from lowrank_train.optim.core.weight_update import decay_of
+from lowrank_train.optim.orthogonalize import CHUNK_NUMBERS, newton_schulz
+from lowrank_train.optim.shards.blocks import chunks
+from lowrank_train.optim.shards.collectives import on_whole_matrices
+from lowrank_train.optim.shards.layout import StateTensor, local, matrix_shape, preferred_shard_dim, shard_count
+from lowrank_train.optim.shards.tall import add_tall, tall, turned_numbers
+
+__all__ = ["Muon"]
+
+_SCALES: dict[str, Callable[[int, int], float]] = {
+    "original": lambda rows, columns: math.sqrt(max(1, rows / columns)),
+    "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
+}
+
+
+class Muon(MatrixOptimizer):
+    """Muon on matrices, AdamW on embeddings, head, norms and biases.
+
+    Args:
+        params: groups from ``optim.param_groups(model)``, before or after ``fully_shard``.
+        lr: learning rate of all groups; float or tensor. With ``adjust_lr="original"`` matrices usually want 5 to 20
+            times the rate of the rest: give their group its own.
+        momentum: decay of the average of gradients.
+        nesterov: whether to step with the average as it would be after one more such gradient.
+        adjust_lr: how ``lr`` depends on a matrix's shape; with ``"match_rms_adamw"`` a rate tuned for AdamW fits.
+        betas: decay of AdamW's moments, for what is not a matrix.
+        eps: added to the root of AdamW's second moment.
+        weight_decay: decoupled, per unit of ``lr``.
+
+    Raises:
+        ValueError: at construction, for groups without roles and for values out of range.
+
+    State of a matrix: ``momentum``, like the parameter; a step count.
+    Communication when sharded over P ranks: a P-th of the matrix, in bfloat16, there and back, at every step.
+    """
+
+    source = "Jordan et al., 2024 (kellerjordan.github.io/posts/muon); Liu et al., arXiv 2502.16982"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        *,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        adjust_lr: Literal["original", "match_rms_adamw"] = "original",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "adjust_lr": adjust_lr}
+        super().__init__(params, {**defaults, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @classmethod
+    def shard_dim(cls, role: str, shape: Sequence[int], world_size: int) -> int:
+        """A matrix: its longer dimension, so that it need not be turned over."""
+        return preferred_shard_dim(shape, world_size) if role == "matrix" else 0
+
+    def matrix_state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
+        """One average; raises ValueError for hyperparameters out of range."""
+        if not (is_number(group["momentum"]) and 0 <= group["momentum"] < 1):
+            raise ValueError(f"momentum={group['momentum']!r} for {name!r}; expected a number in [0, 1)")
+        if group["adjust_lr"] not in _SCALES:
+            raise ValueError(f"adjust_lr={group['adjust_lr']!r} for {name!r}; expected one of {', '.join(_SCALES)}")
+        return {
+            "step": StateTensor((), torch.float32, "host"),
+            "momentum": StateTensor(tuple(param.shape), param.dtype, "parameter"),
+        }
+
+    def traffic(
+        self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int, dim: int | None = None
+    ) -> Traffic:
+        """X to its owner and O back; twice if a matrix can only be sharded along its shorter dimension."""
+        if world_size == 1:
+            return Traffic()
+        d, m = sorted(matrix_shape(shape))
+        size = torch.promote_types(dtype, torch.float32)
+        dim = self.shard_dim("matrix", shape, world_size) if dim is None else dim
+        there, back = turned_numbers(shape, dim, world_size)
+        travelling = 2 * math.ceil(m / world_size) * d * _travelling(size).itemsize
+        return Traffic(step_bytes=(there + back) * size.itemsize + travelling)
+
+    def step_matrices(self, slots: list[Slot]) -> None:
+        """The update of the module's docstring; every rank goes through the same matrices, with or without gradient."""
+        for chunk in chunks(slots, [slot.param.numel() // shard_count(slot.param) for slot in slots], CHUNK_NUMBERS):
+            params = [slot.param for slot in chunk]
+            blocks = [tall(slot.param, _averaged(slot)) for slot in chunk]
+            travelling = [block.to(_travelling(block.dtype)) for block in blocks]
+            for slot, update in zip(chunk, on_whole_matrices(params, travelling, newton_schulz), strict=True):
+                _apply(slot, update)
+
+
+def _averaged(slot: Slot) -> Tensor:
+    """X, this rank's part of it shaped as the parameter; updates M."""
+    dtype = torch.promote_types(slot.param.dtype, torch.float32)
+    if slot.grad is None:
+        return torch.zeros_like(local(slot.param), dtype=dtype)
+    stored, mu = local(slot.state["momentum"]), slot.group["momentum"]
+    gradient = local(dense_gradient(slot)).to(dtype)
+    average = stored.to(dtype).lerp_(gradient, 1 - mu)
+    if average.dtype != stored.dtype:
+        stored.copy_(average)
+    return gradient.lerp(average, mu) if slot.group["nesterov"] else average
+
+
+def _apply(slot: Slot, update: Tensor) -> None:
+    group = slot.group
+    slot.state["step"] += 1
+    scale = _SCALES[group["adjust_lr"]](*matrix_shape(slot.param.shape))
+    update = update.to(torch.promote_types(slot.param.dtype, torch.float32)) * (-scale * group["lr"])
+    add_tall(slot.param, update, decay_of(group) if slot.grad is not None else None)
+
+
+def _travelling(dtype: torch.dtype) -> torch.dtype:
+    """The type Newton-Schulz works in."""
+    return torch.float64 if dtype == torch.float64 else torch.bfloat16
