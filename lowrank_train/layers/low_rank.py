@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from lowrank_train.layers.choice import replace_module, replaceable_layers
+from lowrank_train.optim.linalg import decompose
 from lowrank_train.optim.shards.layout import is_sharded
-from lowrank_train.optim.spectral.factors import decompose
 
 __all__ = [
     "LowRankLinear",

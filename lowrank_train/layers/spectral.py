@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from lowrank_train.layers.choice import BLOCK_MATRICES, replace_module, replaceable_layers
 from lowrank_train.layers.spectral_product import factored_is_cheaper, spectral_product
+from lowrank_train.optim.linalg import decompose
 from lowrank_train.optim.shards.layout import is_sharded
-from lowrank_train.optim.spectral.factors import FACTORS, SCALES, decode, decompose, encode
+from lowrank_train.optim.spectral.factors import FACTORS, SCALES, decode, encode
 from lowrank_train.optim.spectral.sampling import SAMPLERS, draw_seed, sample
 
 __all__ = [

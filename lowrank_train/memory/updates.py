@@ -368,7 +368,7 @@ def _frozen(optimizer: MatrixOptimizer, world_size: int) -> int:
 
 
 def re_svd_bytes(out: int, width: int) -> int:
-    """Of one spectral layer (``optim.spectral.factors.decompose``), W (out, in) on its owner, float64."""
+    """Of one spectral layer (``optim.linalg.decompose``), W (out, in) on its owner, float64."""
     s, long = sorted((out, width))
     # W, sums of its parts in float32; eigenvectors twice, the Gram matrix; images, sorted and signed pairs
     return 4 * 2 * s * long + 8 * (s * long + (4 + SOLVER) * s * s + 4 * s * long)

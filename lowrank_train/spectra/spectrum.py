@@ -23,7 +23,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from lowrank_train.common.progress import show_progress
 from lowrank_train.layers.choice import BLOCK_MATRICES, linear_layers
-from lowrank_train.optim.spectral.factors import decompose, singular_values
+from lowrank_train.optim.linalg import decompose, singular_values
 
 __all__ = [
     "Summary",

@@ -44,6 +44,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_train.optim.linalg import orthonormal_columns
+
 __all__ = ["Description", "Manifold", "describe_manifold", "find_manifold", "same_manifold"]
 
 Description = tuple[str | float, ...]
@@ -239,7 +241,7 @@ class _Stiefel(Manifold):
 
     def completed(self, x: Tensor) -> Tensor:
         """Orthonormal columns."""
-        return _orthonormal(x)
+        return orthonormal_columns(x)
 
     def defect(self, x: Tensor) -> Tensor:
         """Largest entry of X^T X - I."""
@@ -261,7 +263,7 @@ class _Stiefel(Manifold):
 
     def move(self, x: Tensor, u: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
         """Retraction, transport by projection."""
-        y = _orthonormal(x + u)
+        y = orthonormal_columns(x + u)
         return y, self.tangent(y, m)
 
 
@@ -386,9 +388,3 @@ def _gyration(a: Tensor, b: Tensor, w: Tensor, c: float) -> Tensor:
     along_a = c * (bw + 2 * c * ab * bw - c * aw * bb)
     along_b = -c * (aw + c * bw * aa)
     return w + 2 * (along_a * a + along_b * b) / (1 + 2 * c * ab + c * c * aa * bb)
-
-
-def _orthonormal(x: Tensor) -> Tensor:
-    q, upper = torch.linalg.qr(x)
-    signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
-    return q * signs.unsqueeze(-2)

@@ -40,6 +40,7 @@ from torch.optim.optimizer import ParamsT
 from lowrank_train.optim.core.adam import adam_direction
 from lowrank_train.optim.core.groups import param_groups
 from lowrank_train.optim.core.optimizer import MatrixOptimizer, Slot, Traffic, dense_gradient, is_number
+from lowrank_train.optim.linalg import decompose
 from lowrank_train.optim.shards.collectives import (
     decide_on_one_rank,
     max_over_ranks,
@@ -48,7 +49,7 @@ from lowrank_train.optim.shards.collectives import (
     take_rows,
 )
 from lowrank_train.optim.shards.layout import StateTensor, local, row_range
-from lowrank_train.optim.spectral.factors import SpectralFactors, decompose, factors_of
+from lowrank_train.optim.spectral.factors import SpectralFactors, factors_of
 from lowrank_train.optim.spectral.sampling import SAMPLERS, draw_seed, sample
 
 __all__ = ["SST"]

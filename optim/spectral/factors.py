@@ -8,11 +8,6 @@ r triplets are *active* (trained), the others *frozen* (only sigma is trained):
 Sharded over rows, as FSDP2 does, a vector is whole on one rank and its sigma is on the same: normalising needs no
 communication, and W is a sum over the ranks. Frozen vectors may be stored in 16 bits, or in 8 with a scale each
 (``u_frozen_scale``, ``v_frozen_scale``).
-
-    decompose:  A = W W^T (on the smaller side) = P L P^T in float64;  B = W^T P;  sigma_i = |b_i|;  v_i = b_i / sigma_i
-
-eigh of the Gram matrix is 40 times faster than an SVD of a wide matrix. v loses orthogonality as eps (sigma_1 /
-sigma_i)^2, so where that matters B = Q R, and the SVD of the small R, which is nearly diagonal, turns Q and P.
 """
 
 from __future__ import annotations
@@ -22,79 +17,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from lowrank_train.optim.core.optimizer import Slot
 from lowrank_train.optim.shards.collectives import put_rows, take_rows
 from lowrank_train.optim.shards.layout import local, row_range
 from lowrank_train.optim.storage.quantization import encode_rows
 
-__all__ = ["FACTORS", "SCALES", "SpectralFactors", "decode", "decompose", "encode", "factors_of", "singular_values"]
+__all__ = ["FACTORS", "SCALES", "SpectralFactors", "decode", "encode", "factors_of"]
 
 FACTORS = ("u_active", "v_active", "sigma_active", "u_frozen", "v_frozen", "sigma_frozen")
 SCALES = ("u_frozen_scale", "v_frozen_scale")
-
-_WORST_RATIO = 1e-4
-"""Smallest sigma_i / sigma_1 for which v_i = b_i / sigma_i are orthogonal to 1e-7: many such errors add up."""
-
-
-def decompose(weight: Tensor) -> dict[str, Tensor]:
-    """Singular value decomposition of (out, in): ``u`` (k, out), ``sigma`` (k,) falling, ``v`` (k, in), in float64.
-
-    The largest entry of each u_i is positive. Raises ValueError for numbers that are not finite, or if neither this way
-    nor LAPACK's own SVD on the CPU converges.
-    """
-    if not torch.isfinite(weight).all():
-        raise ValueError("the weight has entries that are not finite")
-    wide = weight.double() if weight.shape[0] <= weight.shape[1] else weight.double().mT
-    try:
-        vectors, sigma, other = _by_gram_matrix(wide)
-    except LinAlgError:
-        try:
-            left, sigma, right = (part.to(weight.device) for part in torch.linalg.svd(wide.cpu(), full_matrices=False))
-        except LinAlgError as error:
-            raise ValueError(f"its singular value decomposition does not converge: {error}") from None
-        vectors, other = left, right.mT
-    order = sigma.argsort(descending=True, stable=True)
-    narrow, long = vectors.mT[order], other.mT[order]
-    u, v = (narrow, long) if weight.shape[0] <= weight.shape[1] else (long, narrow)
-    sigma = sigma[order]
-    signs = _signs(u)
-    # Where sigma is 0, nothing ties the sign of v to that of u, and rounding must not choose it.
-    nothing = (sigma <= 16 * torch.finfo(sigma.dtype).eps * sigma[0]).unsqueeze(1)
-    return {"u": u * signs, "sigma": sigma, "v": v * torch.where(nothing, _signs(v), signs)}
-
-
-def singular_values(weight: Tensor) -> Tensor:
-    """(k,) float64, falling: roots of the eigenvalues of the Gram matrix, exact to 1e-8 of the largest.
-
-    Raises ValueError as ``decompose`` does.
-    """
-    if not torch.isfinite(weight).all():
-        raise ValueError("the weight has entries that are not finite")
-    wide = weight.double() if weight.shape[0] <= weight.shape[1] else weight.double().mT
-    try:
-        return torch.linalg.eigvalsh(wide @ wide.mT).clamp_(min=0).sqrt_().flip(0)
-    except LinAlgError:
-        return decompose(weight)["sigma"]
-
-
-def _by_gram_matrix(wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """P (s, s), sigma (s,) and V (l, s) of a matrix (s, l), s <= l, with a vector per column, in any order."""
-    vectors = torch.linalg.eigh(wide @ wide.mT).eigenvectors.flip(1)
-    image = wide.mT @ vectors
-    sigma = torch.linalg.vector_norm(image, dim=0)
-    if sigma.min() > _WORST_RATIO * sigma.max():
-        return vectors, sigma, image / sigma
-    orthonormal, upper = torch.linalg.qr(image)
-    left, sigma, right = torch.linalg.svd(upper)
-    return vectors @ right.mT, sigma, orthonormal @ left
-
-
-def _signs(vectors: Tensor) -> Tensor:
-    """(n, 1), to make the largest entry of each vector positive."""
-    largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
-    return torch.where(largest < 0, -1.0, 1.0).to(vectors.dtype)
 
 
 def decode(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:

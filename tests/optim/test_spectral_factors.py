@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowrank_train.optim.spectral.factors import decode, decompose, encode
+from lowrank_train.optim.linalg import decompose
+from lowrank_train.optim.spectral.factors import decode, encode
 
 
 def orthonormal(rows: int, columns: int, seed: int) -> Tensor:

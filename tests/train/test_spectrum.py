@@ -25,7 +25,7 @@ from lowrank_train.data.tokenizer import prepare_tokenizer
 from lowrank_train.layers.choice import BLOCK_MATRICES, linear_layers
 from lowrank_train.models import build as models
 from lowrank_train.models.folders import load_model
-from lowrank_train.optim.spectral.factors import decompose
+from lowrank_train.optim.linalg import decompose
 from lowrank_train.spectra.plots import ModelSpectra, plot_cosines, plot_pruning, plot_spectra
 from lowrank_train.spectra.pruning import Point, Prunable, TextConfig, evaluation_blocks, pruned
 from lowrank_train.spectra.spectrum import best_cosines, count_at_share, spectra, summarize

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lowrank_train.optim.linalg import gram, leading_eigenvectors, orthonormal_columns
 from lowrank_train.optim.low_rank.bases.base import Basis, Directions, Moments
 from lowrank_train.optim.low_rank.bases.dense import rotate
 from lowrank_train.optim.low_rank.bases.directions import Vectors
@@ -28,37 +29,18 @@ from lowrank_train.optim.shards.layout import StateTensor
 __all__ = ["ExactSVD", "SubspaceIteration"]
 
 
-class ExactSVD(Basis):
-    """The r leading right singular vectors."""
+class _StoredVectors(Basis):
+    """Orthonormal vectors that one rank decides and every rank stores."""
 
     is_orthonormal = True
     owner_computed = True
-    statistics_dtype = torch.float64
-
-    def statistics_shape(self, d: int, r: int) -> tuple[int, ...]:
-        """The Gram matrix."""
-        return (d, d)
-
-    def statistics(self, rows: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """G^T G in float64, from blocks of d rows."""
-        gram = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
-        for block in rows.split(rows.shape[1]):
-            wide = block.double()
-            gram.addmm_(wide.mT, wide)
-        return gram
-
-    def choose(self, statistics: Tensor, d: int, r: int, seed: int) -> dict[str, Tensor]:
-        """Eigenvectors by falling eigenvalue, each with its largest entry positive."""
-        vectors = torch.linalg.eigh(statistics).eigenvectors.flip(1)[:, :r].mT
-        largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
-        return {"basis": vectors * largest.sign()}
 
     def state_tensors(self, d: int, r: int, dtype: torch.dtype) -> dict[str, StateTensor]:
-        """``basis`` (r, d), in the parameter's dtype."""
+        """Return ``basis`` (r, d), in the parameter's dtype."""
         return {"basis": StateTensor((r, d), dtype, "replicated")}
 
     def directions(self, state: Mapping[str, Tensor], d: int, r: int, like: Tensor) -> Directions:
-        """As stored."""
+        """Return the stored vectors."""
         return Vectors(state["basis"].to(like.dtype))
 
     def carry(
@@ -69,15 +51,31 @@ class ExactSVD(Basis):
         d: int,
         betas: tuple[float, float],
     ) -> Moments:
-        """By the overlap of the two bases."""
-        return _carry(moments, old["basis"], new["basis"], betas)
+        """Rotate the moments by the overlap of the two bases."""
+        dtype = moments.exp_avg.dtype
+        return rotate(moments, old["basis"].to(dtype) @ new["basis"].to(dtype).mT, betas)
 
 
-class SubspaceIteration(Basis):
+class ExactSVD(_StoredVectors):
+    """The r leading right singular vectors."""
+
+    statistics_dtype = torch.float64
+
+    def statistics_shape(self, d: int, r: int) -> tuple[int, ...]:
+        """The Gram matrix."""
+        return (d, d)
+
+    def statistics(self, rows: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """Return G^T G in float64."""
+        return gram(rows)
+
+    def choose(self, statistics: Tensor, d: int, r: int, seed: int) -> dict[str, Tensor]:
+        """Return the leading eigenvectors."""
+        return {"basis": leading_eigenvectors(statistics, r)}
+
+
+class SubspaceIteration(_StoredVectors):
     """Nearly the leading singular vectors, for the price of a few products."""
-
-    is_orthonormal = True
-    owner_computed = True
 
     def __init__(self, warm_rounds: int, cold_rounds: int = 6) -> None:
         self.warm_rounds = warm_rounds
@@ -101,31 +99,5 @@ class SubspaceIteration(Basis):
         return (rows @ state["basis"].to(rows.dtype).mT).mT @ rows
 
     def choose(self, statistics: Tensor, d: int, r: int, seed: int) -> dict[str, Tensor]:
-        """Orthonormalise; the diagonal of R is made positive, so that a direction keeps its sign."""
-        q, upper = torch.linalg.qr(statistics.mT)
-        signs = torch.where(upper.diagonal() < 0, -1.0, 1.0).to(q.dtype)
-        return {"basis": (q * signs).mT.contiguous()}
-
-    def state_tensors(self, d: int, r: int, dtype: torch.dtype) -> dict[str, StateTensor]:
-        """``basis`` (r, d), in the parameter's dtype."""
-        return {"basis": StateTensor((r, d), dtype, "replicated")}
-
-    def directions(self, state: Mapping[str, Tensor], d: int, r: int, like: Tensor) -> Directions:
-        """As stored."""
-        return Vectors(state["basis"].to(like.dtype))
-
-    def carry(
-        self,
-        moments: Moments,
-        old: Mapping[str, Tensor],
-        new: Mapping[str, Tensor],
-        d: int,
-        betas: tuple[float, float],
-    ) -> Moments:
-        """By the overlap of the two bases."""
-        return _carry(moments, old["basis"], new["basis"], betas)
-
-
-def _carry(moments: Moments, old: Tensor, new: Tensor, betas: tuple[float, float]) -> Moments:
-    dtype = moments.exp_avg.dtype
-    return rotate(moments, old.to(dtype) @ new.to(dtype).mT, betas)
+        """Return Y, orthonormalised."""
+        return {"basis": orthonormal_columns(statistics.mT).mT.contiguous()}
