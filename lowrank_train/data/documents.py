@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from lowrank_train.common.errors import UserError, type_and_line
 from lowrank_train.config.schema import DataConfig
+from lowrank_train.files.pretrained import hub_answers
 from lowrank_train.text.chat import COLUMNS, Chat, chats_of
 from lowrank_train.text.files import find_files
 from lowrank_train.text.rows import PLACE, kind_of, rows
@@ -147,6 +148,8 @@ def open_stream(config: DataConfig, split: str, revision: str | None = None) -> 
     import datasets  # slow to import, and not needed for the embedded text
 
     datasets.disable_progress_bars()
+    if not hub_answers():
+        datasets.config.HF_HUB_OFFLINE = True
     try:
         builder = datasets.load_dataset_builder(config.path, config.name, revision=revision)
         files = _files_of_split(builder.config, split)

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import constants, get_session
 
 from lowrank_train.common.errors import UserError
 from lowrank_train.files.inner_paths import is_inside
 from lowrank_train.files.json_files import mapping_or_empty
 
-__all__ = ["read_pretrained"]
+__all__ = ["hub_answers", "read_pretrained"]
+
+_SECONDS = 10
+
+
+@cache
+def hub_answers() -> bool:
+    """Return whether the Hugging Face hub can be reached; asked once, before its clients retry for a minute."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_SECONDS)
+    except Exception:  # of the client, which differs between versions; also in offline mode
+        return False
+    return True
 
 
 def read_pretrained(reader: Any, source: Path | str, **arguments: Any) -> Any:
@@ -27,7 +42,8 @@ def read_pretrained(reader: Any, source: Path | str, **arguments: Any) -> Any:
     """
     _check_indices(Path(source))
     try:
-        return reader.from_pretrained(source, trust_remote_code=False, **arguments)
+        only_here = Path(source).exists() or not hub_answers()  # or in the cache of an earlier download
+        return reader.from_pretrained(source, trust_remote_code=False, local_files_only=only_here, **arguments)
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise

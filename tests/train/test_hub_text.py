@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ import datasets
 import fsspec
 import pyarrow
 import pytest
-from huggingface_hub import HfFileSystem
+from huggingface_hub import HfFileSystem, constants
 
 from lowrank_train.data.blocks import TokenStream
 from lowrank_train.data.documents import Example, lot
 from lowrank_train.data.tokens import Data
+from lowrank_train.files.pretrained import hub_answers
+from tests.train.helpers import write_jsonl
 from tests.train.test_data import documents_of, error, merged, prepare, settings, take, tokens_of
 from tests.train.test_text_rows import COMPRESSORS, HALVES, TEXTS, WRITERS, read_by, rows_of, write_lines
 
@@ -255,3 +258,19 @@ def test_a_split_or_a_configuration_that_is_not_there(
     message = error(NAME, tmp_path, *words)
     assert message.startswith(f"cannot open data.path={NAME}")
     assert expected in message
+
+
+@pytest.mark.parametrize("word", ["data.path=nobody/nothing", "data.tokenizer=nobody/nothing"])
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    """Its clients try again for up to a minute."""
+    pauses: list[float] = []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    hub_answers.cache_clear()
+    message = error(write_jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path, word)
+    hub_answers.cache_clear()
+    assert word in message
+    assert "connect" in message or "reach" in message
+    assert not pauses
