@@ -27,7 +27,7 @@ from lowrank_train.hyperbolic.graphs.run import build_graph_run, load_network
 from lowrank_train.train.metrics import read_metrics
 from tests.distributed import DistributedFailure
 from tests.hyperbolic.helpers import at_call, failure, train, tree_folder, words
-from tests.train.helpers import ROOT, Launched, assert_equal_tensors, checkpoint_tensors, checkpoints, send
+from tests.runs import ROOT, Launched, assert_equal_tensors, checkpoint_tensors, checkpoints, send
 
 NODES = ["data.task=node_classification", "data.test_share=0.3"]
 METHODS = {

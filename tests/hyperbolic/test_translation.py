@@ -30,7 +30,7 @@ from lowrank_train.hyperbolic.translation.record import TranslationRecord
 from lowrank_train.hyperbolic.translation.run import load_translator
 from lowrank_train.train.metrics import read_metrics
 from tests.distributed import run_distributed
-from tests.train.helpers import ROOT, Launched, assert_equal_tensors, checkpoint_tensors, checkpoints, send
+from tests.runs import ROOT, Launched, assert_equal_tensors, checkpoint_tensors, checkpoints, send
 
 METHODS = {
     "adamw": [],

@@ -38,7 +38,7 @@ from matplotlib.figure import Figure
 from lowrank_train.common.errors import UserError
 from lowrank_train.config.schema import load_config
 from lowrank_train.train.loop import train
-from tests.train.helpers import arguments, documents, exact_history, write_jsonl
+from tests.runs import arguments, documents, exact_history, write_jsonl
 
 __all__ = ["Case", "Kill", "kill_and_resume", "operations", "undisturbed"]
 

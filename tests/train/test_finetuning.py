@@ -34,8 +34,9 @@ from lowrank_train.spectra.spectrum import spectra
 from lowrank_train.text.labels import split
 from lowrank_train.train.finetune import load_finetuning
 from lowrank_train.train.run import build_run
+from tests.compress.test_compress import trained
 from tests.distributed import run_distributed
-from tests.train.helpers import (
+from tests.runs import (
     ROOT,
     arguments,
     assert_equal_tensors,
@@ -49,7 +50,6 @@ from tests.train.helpers import (
     train_on,
     write_jsonl,
 )
-from tests.train.test_compress import trained
 
 KINDS = pytest.mark.parametrize("kind", ["llama", "opt"])
 FLOOR = 6

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_train.config.schema import load_config
 from lowrank_train.train.metrics import read_metrics
-from tests.train.helpers import ROOT, Launched, losses
+from tests.runs import ROOT, Launched, losses
 
 QUICKSTART = ["launch/pretrain.py", "configs/quickstart.yaml"]
 TINY = [

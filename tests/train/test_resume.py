@@ -19,7 +19,7 @@ from lowrank_train.train import checkpoint as checkpoint_module
 from lowrank_train.train import run as run_module
 from lowrank_train.train.metrics import read_metrics
 from tests.distributed import DistributedFailure
-from tests.train.helpers import (
+from tests.runs import (
     SEQUENCE,
     Launched,
     arguments,

@@ -20,7 +20,7 @@ from lowrank_train.models import build as models
 from lowrank_train.plan import unsharded
 from lowrank_train.train.metrics import read_metrics
 from tests.distributed import run_distributed
-from tests.train.helpers import (
+from tests.runs import (
     SEQUENCE,
     TINY,
     arguments,

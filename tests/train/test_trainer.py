@@ -18,7 +18,7 @@ from lowrank_train import optim
 from lowrank_train.common.record import RunRecord
 from lowrank_train.config.schema import load_config
 from lowrank_train.train.metrics import read_metrics
-from tests.train.helpers import (
+from tests.runs import (
     OPTIMIZERS,
     SEQUENCE,
     arguments,
