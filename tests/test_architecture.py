@@ -50,7 +50,7 @@ ROOMS: dict[str, str] = {
     "spectra": "common files text config layers data models train optim/spectral optim/linalg optim/costs",
     "hyperbolic": "common files config layers train optim optim/core",
     "hyperbolic/graphs": "common config train hyperbolic",
-    "hyperbolic/translation": "common config data train hyperbolic",
+    "hyperbolic/translation": "common text config data train hyperbolic",
     "compress": "common files config data layers models spectra optim/spectral optim/costs",
     "bench": "common files config layers models plan memory train spectra compress hyperbolic hyperbolic/graphs"
     " hyperbolic/translation optim optim/core optim/costs",

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from lowrank_train.common.errors import UserError
 from lowrank_train.common.rendezvous import end_with_launcher, join, say_lost_ranks
 
-__all__ = ["Ranks", "fake_ranks", "start"]
+__all__ = ["Ranks", "start"]
 
 T = TypeVar("T")
 
@@ -152,25 +152,6 @@ def start(device: str, shards: int | None = None, replicas: int = 1) -> Iterator
         finally:
             if joined:
                 dist.destroy_process_group()
-
-
-@contextmanager
-def fake_ranks(shards: int, replicas: int = 1) -> Iterator[DeviceMesh]:
-    """The mesh of a group whose collectives move nothing, for counting memory: this process is its first rank.
-
-    Raises UserError where torch has no such group, or this process is in a real one.
-    """
-    if dist.is_initialized():
-        raise UserError("this process is in a process group already; count memory in a process of its own")
-    try:
-        from torch.testing._internal.distributed.fake_pg import FakeStore  # private: absent in some builds
-    except ImportError as error:
-        raise UserError(f"this torch has no process group of fake ranks ({error}); memory cannot be tracked") from None
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=shards * replicas)  # type: ignore[no-untyped-call]
-    try:
-        yield _mesh("cpu", shards, replicas)
-    finally:
-        dist.destroy_process_group()
 
 
 def _mesh(device: str, shards: int, replicas: int) -> DeviceMesh:

@@ -14,7 +14,7 @@ from lowrank_train.layers.parametrization import Dense, Parametrization, Spectra
 from lowrank_train.optim.arguments.suggestion import suggestion
 from lowrank_train.optim.arguments.torch_arguments import is_number
 
-__all__ = ["Method", "check", "describe", "find", "names"]
+__all__ = ["OTHER_ROLES", "Method", "check", "describe", "find", "names"]
 
 
 class Method(NamedTuple):
@@ -22,6 +22,11 @@ class Method(NamedTuple):
 
     layers: Callable[..., Parametrization]
     optimizer: str
+
+    @property
+    def needs_rank(self) -> bool:
+        """Whether the layers cannot be made without a rank."""
+        return dict(self.layer_settings({})).get("rank") is inspect.Parameter.empty
 
     def arguments(self) -> list[str]:
         """Keys of either, each once."""
@@ -50,6 +55,9 @@ class Method(NamedTuple):
         own = [key for key in inspect.signature(optim.find(self.optimizer)).parameters if key != "params"]
         return list(dict.fromkeys([*own, *optim.SHARED_SETTINGS]))
 
+
+OTHER_ROLES = ("embedding", "head", "vector")
+"""Of parameters that are neither matrices, nor what matrices are made of, nor points of a manifold."""
 
 _TABLE: dict[str, Method] = {
     "lora": Method(LowRankAdapters, "adamw"),

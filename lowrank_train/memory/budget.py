@@ -39,7 +39,8 @@ _8BIT = ("adamw", "galore_adamw", "dct_adamw", "apollo")
 """Of them, with moments in 8 bits too."""
 
 _MOST_SEQUENCES = 4096
-_NEEDS_RANK = ("sst", "lora", "relora")
+_ASSUMED_RANK = 128
+"""Where a method needs a rank and none is given; the answer says so."""
 
 _OWN_RANK = ("apollo_mini",)
 """Optimizers whose rank is what they are about: the one that is asked for holds for the others."""
@@ -107,6 +108,8 @@ class Fit:
     memory: StepMemory = field(repr=False)
     time: StepTime | None = None
     """Of its step, where a run like it has been recorded."""
+    rank_is_assumed: bool = False
+    """Whether nobody has chosen the rank, which the method cannot do without."""
 
     @property
     def headroom(self) -> int:
@@ -340,7 +343,8 @@ def _fit(config: BudgetConfig, budget: int, name: str, state_dtype: str | None, 
         raise
     except (ValueError, TypeError) as error:
         raise UserError(f"{model} with {name}: {error}") from None
-    return Fit(name, state_dtype, arguments.get("rank"), model, micro_batch, budget, memory)
+    assumed = config.rank is None and methods.find(name).needs_rank
+    return Fit(name, state_dtype, arguments.get("rank"), model, micro_batch, budget, memory, rank_is_assumed=assumed)
 
 
 def _timed(config: BudgetConfig, fit: Fit) -> Fit:
@@ -373,10 +377,8 @@ def _run(
 ) -> tuple[Config, PreTrainedModel]:
     """The run a setting stands for, and its model on meta."""
     arguments: dict[str, Any] = {"name": name}
-    rank = config.rank
     takes = methods.find(name).arguments()
-    if rank is None and name in _NEEDS_RANK:
-        rank = 128
+    rank = _ASSUMED_RANK if config.rank is None and methods.find(name).needs_rank else config.rank
     if rank is not None and "rank" in takes and name not in _OWN_RANK:
         arguments["rank"] = rank
     if state_dtype is not None:
@@ -402,7 +404,7 @@ def _run(
     )
     try:
         layers = tuple(sorted((key, arguments[key]) for key in ("rank",) if key in arguments))
-        layers_of = name if name in _NEEDS_RANK else "adamw"
+        layers_of = name if methods.find(name).needs_rank else "adamw"
         return run, _skeleton(model, config.seq_len, layers_of, layers, config.weights, config.precision)
     except UserError:
         raise
@@ -419,7 +421,7 @@ def _skeleton(
     model: str, seq_len: int, layers_of: str, arguments: tuple[tuple[str, int], ...], weights: Any, precision: Any
 ) -> PreTrainedModel:
     """On meta, converted; one for all optimizers that train the same layers."""
-    optimizer = {"name": layers_of, **(dict(arguments) if layers_of in _NEEDS_RANK else {})}
+    optimizer = {"name": layers_of, **(dict(arguments) if methods.find(layers_of).needs_rank else {})}
     kept: dict[str, Any] = {"weights": weights, "precision": precision}
     return unsharded(Config(model=ModelConfig(name=model), optimizer=optimizer, seq_len=seq_len, **kept))
 

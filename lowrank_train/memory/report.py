@@ -41,6 +41,9 @@ def table(outcome: Outcome) -> str:
         known = [fit.label, _rank(fit), fit.model, str(fit.micro_batch), show_bytes(fit.memory.peak), left]
         seconds = [f"{fit.time.seconds:.3g} ({fit.time.device})" if fit.time else ""] if times else []
         lines.append(_line([*known, *seconds, fit.memory.phase, *terms]))
+    if assumed := sorted({fit.optimizer for fit in outcome.fits if fit.rank_is_assumed}):
+        rank = next(fit.rank for fit in outcome.fits if fit.rank_is_assumed)
+        lines += ["", f"rank {rank} was assumed for {', '.join(assumed)}, which need one: choose it with --rank"]
     if outcome.missing:
         lines += ["", "nothing fits for:", *(f"  {name}" for name in outcome.missing)]
     return "\n".join(lines)

@@ -12,10 +12,11 @@ from torch import Tensor
 from lowrank_train import optim
 from lowrank_train.common.errors import UserError
 from lowrank_train.hyperbolic import lorentz
-from lowrank_train.hyperbolic.translation.data import IGNORED, Pairs, batches, padded
+from lowrank_train.hyperbolic.translation.data import Pairs, batches, padded
 from lowrank_train.hyperbolic.translation.network import LINEAR_MAPS, SPACES, Translator
 from lowrank_train.hyperbolic.translation.train import batch_loss, translate
 from lowrank_train.layers.spectral import to_spectral
+from lowrank_train.text.labels import IGNORED
 from tests.reference import lorentz_transformer as reference
 
 END, WORDS = 0, 20

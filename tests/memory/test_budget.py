@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lowrank_train.common.errors import UserError
+from lowrank_train.config import methods
 from lowrank_train.memory import budget as budget_run
 from lowrank_train.memory.budget import BudgetConfig, Fit, explain, load_budget, measured_against, solve
 from lowrank_train.memory.report import table, write_budget
@@ -38,6 +39,18 @@ def test_the_table_holds_the_largest_model_and_batch() -> None:
         assert 0 <= found.headroom < found.budget
         more = replace(config, model=found.model, optimizer=found.optimizer, micro_batch=found.micro_batch + 1)
         assert explain(more).headroom < 0
+
+
+@pytest.mark.parametrize("name", [name for name in methods.names() if methods.find(name).needs_rank])
+def test_a_rank_that_nobody_chose_is_said(name: str) -> None:
+    asked = ["--budget", "1GiB", "--model", "llama_9m", "--seq-len", "64", "--optimizer", name]
+    said = f"rank 128 was assumed for {name}, which need one: choose it with --rank"
+    assert said in table(solve(load_budget(asked)))
+    assert "was assumed" not in table(solve(load_budget([*asked, "--rank", "128"])))
+
+
+def test_three_methods_need_a_rank() -> None:
+    assert [name for name in methods.names() if methods.find(name).needs_rank] == ["lora", "relora", "sst"]
 
 
 def test_one_setting_is_explained_whether_it_fits_or_not() -> None:

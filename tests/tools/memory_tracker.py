@@ -21,13 +21,14 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 import transformers.masking_utils
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_train import optim
-from lowrank_train.common import ranks
 from lowrank_train.common.errors import UserError
 from lowrank_train.config import methods
 from lowrank_train.config.schema import Config
@@ -85,7 +86,7 @@ def track(config: Config, *, world_size: int = 1, replicas: int = 1, updates: bo
     method = methods.find(config.optimizer["name"])
     plain = unsharded(config)  # outside the fake mode, in which transformers cannot convert types
     with ExitStack() as stack:
-        mesh = stack.enter_context(ranks.fake_ranks(world_size, replicas))
+        mesh = stack.enter_context(fake_ranks(world_size, replicas))
         tracker_class = _tracker_class()
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(warnings.catch_warnings())
@@ -143,6 +144,23 @@ def track(config: Config, *, world_size: int = 1, replicas: int = 1, updates: bo
                 with _phase(tracker, peaks, "step"):
                     optimizer.step()
     return TrackedStep(**peaks)
+
+
+@contextmanager
+def fake_ranks(shards: int, replicas: int) -> Iterator[DeviceMesh]:
+    """The mesh of a group whose collectives move nothing: this process is its first rank."""
+    if dist.is_initialized():
+        raise UserError("this process is in a process group already; count memory in a process of its own")
+    try:
+        from torch.testing._internal.distributed.fake_pg import FakeStore  # private: absent in some builds
+    except ImportError as error:
+        raise UserError(f"this torch has no process group of fake ranks ({error}); memory cannot be tracked") from None
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=shards * replicas)
+    try:
+        sizes = {"replicate": replicas, "shard": shards} if replicas > 1 else {"shard": shards}
+        yield init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    finally:
+        dist.destroy_process_group()
 
 
 def _as_on_cuda(stack: ExitStack) -> None:

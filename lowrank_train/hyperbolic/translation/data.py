@@ -17,13 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from lowrank_train.common.errors import UserError
 from lowrank_train.config.schema import DataConfig
 from lowrank_train.data.tokenizer import encode, prepare_tokenizer, read_own_tokenizer
+from lowrank_train.text.labels import IGNORED
 
 __all__ = ["PARTS", "Batch", "Pairs", "TranslationData", "batches", "load_translation_data", "padded"]
 
 PARTS = ("train", "validation", "test")
-
-IGNORED = -100
-"""Label of what is not there."""
 
 _POOL = 50
 """Batches that are sorted by length together; more would make the order less random, and save little padding."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lowrank_train.common.ranks import Ranks
+from lowrank_train.config.methods import OTHER_ROLES
 from lowrank_train.hyperbolic.recipes import build_method
 from lowrank_train.hyperbolic.run import DTYPES, NetworkRun, Progress, load_saved
 from lowrank_train.hyperbolic.translation.config import TranslationConfig
@@ -19,8 +20,6 @@ from lowrank_train.train.checkpoint import Checkpoints
 from lowrank_train.train.schedule import learning_rate_factor
 
 __all__ = ["TranslationRun", "build_translation_run", "load_translator"]
-
-_OTHER_ROLES = ("embedding", "head", "vector")
 
 
 @dataclass
@@ -106,7 +105,7 @@ def build_translation_run(config: TranslationConfig, ranks: Ranks) -> Translatio
     arguments = {key: value for key, value in config.optimizer.items() if key not in ("other_lr", "points_lr")}
     rates = {}
     if config.optimizer.get("other_lr") is not None:
-        rates = dict.fromkeys(_OTHER_ROLES, config.optimizer["other_lr"])
+        rates = dict.fromkeys(OTHER_ROLES, config.optimizer["other_lr"])
     if config.optimizer.get("points_lr") is not None:
         rates["points"] = config.optimizer["points_lr"]
     layers, optimizer = build_method(network, arguments, LINEAR_MAPS, rates)

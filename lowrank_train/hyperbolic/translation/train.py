@@ -12,11 +12,12 @@ from lowrank_train.common.signals import Stop
 from lowrank_train.hyperbolic.session import hold_session, show_report
 from lowrank_train.hyperbolic.translation.bleu import bleu, load_sacrebleu
 from lowrank_train.hyperbolic.translation.config import TranslationConfig
-from lowrank_train.hyperbolic.translation.data import IGNORED, Batch, Pairs, padded
+from lowrank_train.hyperbolic.translation.data import Batch, Pairs, padded
 from lowrank_train.hyperbolic.translation.network import LINEAR_MAPS, Translator
 from lowrank_train.hyperbolic.translation.record import TranslationRecord
 from lowrank_train.hyperbolic.translation.report import write_translation_report
 from lowrank_train.hyperbolic.translation.run import TranslationRun, build_translation_run, load_translator
+from lowrank_train.text.labels import IGNORED
 from lowrank_train.train.metrics import Metrics
 
 __all__ = ["train_translation", "translate"]
