@@ -52,9 +52,7 @@ class ModelSpectra:
 
 def plot_spectra(model: ModelSpectra, path: Path) -> None:
     """Singular values on a logarithmic axis: a panel per kind of matrix, a line per layer."""
-    layers = [layer for matrices in _by_kind(model.sigma).values() for layer, _ in matrices]
-    norm = matplotlib.colors.Normalize(min(layers), max(layers) if max(layers) > min(layers) else min(layers) + 1)
-    colors = matplotlib.cm.ScalarMappable(norm, "viridis")
+    colors = _layer_colors(model)
 
     def draw(axes: Any, matrices: list[tuple[int, str]]) -> None:
         for layer, name in matrices:
@@ -75,9 +73,7 @@ def plot_history(label: str, snapshots: Sequence[Snapshot], path: Path) -> None:
     last = ModelSpectra(label, path.parent, sigma=snapshots[-1].sigma)
     steps = [snapshot.step for snapshot in snapshots]
     shares = [{s.matrix: s.effective_rank / min(s.rows, s.columns) for s in one.summaries} for one in snapshots]
-    layers = [layer for matrices in _by_kind(last.sigma).values() for layer, _ in matrices]
-    norm = matplotlib.colors.Normalize(min(layers), max(layers) if max(layers) > min(layers) else min(layers) + 1)
-    colors = matplotlib.cm.ScalarMappable(norm, "viridis")
+    colors = _layer_colors(last)
 
     def draw(axes: Any, matrices: list[tuple[int, str]]) -> None:
         for layer, name in matrices:
@@ -129,6 +125,13 @@ def plot_pruning(models: Sequence[ModelSpectra], path: Path) -> None:
     axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _layer_colors(model: ModelSpectra) -> Any:
+    """Return the colors of the layers, from the first to the last."""
+    layers = [layer for matrices in _by_kind(model.sigma).values() for layer, _ in matrices]
+    norm = matplotlib.colors.Normalize(min(layers), max(*layers, min(layers) + 1))
+    return matplotlib.cm.ScalarMappable(norm, "viridis")
 
 
 def _by_kind(names: Iterable[str]) -> dict[str, list[tuple[int, str]]]:

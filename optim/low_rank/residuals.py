@@ -191,17 +191,26 @@ class Normalized(Residual):
         block.directions.add_lift_(weight, inside)
 
 
-class Fira(Residual):
-    """It is scaled, row by row, as Adam scaled the part inside."""
+class _Limited(Residual):
+    """Abstract: a scaled step S whose length may not grow by more than 1 % from one step to the next."""
 
     sums = 1
+    """|S|^2."""
+
+    def state_tensors(self, m: int, d: int, dtype: torch.dtype) -> dict[str, StateTensor]:
+        """Return ``limiter_norm``: |S|_F of the last step."""
+        return {"limiter_norm": StateTensor((), torch.promote_types(dtype, torch.float32), "replicated")}
+
+    def factor(self, sums: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """Return the limiter's factor."""
+        return _limit(sums[0].sqrt(), state["limiter_norm"])
+
+
+class Fira(_Limited):
+    """It is scaled, row by row, as Adam scaled the part inside."""
 
     def __init__(self, *, leak: bool = False) -> None:
         self.leak = leak  # D = A - s lift(g), as both released codes have it: (1 - s) of the inside stays in D
-
-    def state_tensors(self, m: int, d: int, dtype: torch.dtype) -> dict[str, StateTensor]:
-        """``limiter_norm``: |S|_F of the last step."""
-        return _limiter_state(dtype)
 
     def partial_sums(self, block: Block, rates: Rates) -> Tensor:
         """|S|^2 = sum of phi_i^2 (|A_i|^2 - (2 k - k^2) |g_i|^2): no need to form D."""
@@ -211,10 +220,6 @@ class Fira(Residual):
         outside = whole - inside * (2 * kept - kept**2)
         outside = torch.where(outside > _floor(whole), outside, 0)
         return (_row_scaling(block).squeeze(1).square_() * outside).sum().view(1)
-
-    def factor(self, sums: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """The limiter's."""
-        return _limit(sums[0].sqrt(), state["limiter_norm"])
 
     def add_(
         self, weight: Tensor, block: Block, rates: Rates, rows: Mapping[str, Tensor], factor: Tensor | None
@@ -230,23 +235,14 @@ class Fira(Residual):
         return rates.scale if self.leak else 1.0
 
 
-class ApolloRows(Residual):
+class ApolloRows(_Limited):
     """The whole gradient is scaled, row by row, as Adam scales its projection."""
 
     needs_orthonormal = False
-    sums = 1
-
-    def state_tensors(self, m: int, d: int, dtype: torch.dtype) -> dict[str, StateTensor]:
-        """``limiter_norm``: |S|_F of the last step."""
-        return _limiter_state(dtype)
 
     def partial_sums(self, block: Block, rates: Rates) -> Tensor:
         """|S|^2 = sum of phi_i^2 |A_i|^2."""
         return (_row_scaling(block).square_() * block.gradient.square().sum(1, keepdim=True)).sum().view(1)
-
-    def factor(self, sums: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """The limiter's."""
-        return _limit(sums[0].sqrt(), state["limiter_norm"])
 
     def add_(
         self, weight: Tensor, block: Block, rates: Rates, rows: Mapping[str, Tensor], factor: Tensor | None
@@ -256,15 +252,11 @@ class ApolloRows(Residual):
         weight.addcmul_(block.gradient, _row_scaling(block).mul_(factor * (-rates.lr * rates.scale)))
 
 
-class ApolloTensor(Residual):
+class ApolloTensor(_Limited):
     """The whole gradient is scaled by one number, as Adam scales its projection."""
 
     needs_orthonormal = False
     sums = 3
-
-    def state_tensors(self, m: int, d: int, dtype: torch.dtype) -> dict[str, StateTensor]:
-        """``limiter_norm``: |S|_F of the last step."""
-        return _limiter_state(dtype)
 
     def partial_sums(self, block: Block, rates: Rates) -> Tensor:
         """|u|^2, |g|^2, |A|^2."""
@@ -300,10 +292,6 @@ def _floor(squares: Tensor) -> Tensor:
 def _row_scaling(block: Block) -> Tensor:
     """phi (b, 1)."""
     return block.update.norm(dim=1, keepdim=True) / (block.coordinates.norm(dim=1, keepdim=True) + _EPS)
-
-
-def _limiter_state(dtype: torch.dtype) -> dict[str, StateTensor]:
-    return {"limiter_norm": StateTensor((), torch.promote_types(dtype, torch.float32), "replicated")}
 
 
 def _limit(norm: Tensor, last: Tensor) -> Tensor:
