@@ -79,8 +79,8 @@ def index() -> str:
             "",
             *prose(
                 "Layers of their own: `sst` trains spectral layers (least memory for weights, gradients and state "
-                "together, [sst.md](sst.md)), `relora` adapters; `welore_adamw` gives each matrix its own rank under "
-                "one budget, which has not been shown to help ([ranks](optimizers.md#a-rank-for-every-matrix)). "
+                "together, [sst.md](sst.md)), `relora` adapters; `welore_adamw` gives each matrix its own rank from "
+                "its weights, which has not been shown to help ([ranks](optimizers.md#a-rank-for-every-matrix)). "
                 '`state_dtype="8bit"` divides the float32 state of most of these by four once more.'
             ),
             "",

@@ -30,6 +30,7 @@ from lowrank_train.optim.methods.sst import SST
 from lowrank_train.optim.methods.trion import Trion
 from lowrank_train.optim.methods.welore_adamw import WeLoreAdamW
 from lowrank_train.optim.shards.layout import preferred_shard_dim
+from lowrank_train.optim.spectral.weight_ranks import ranks_from_weights
 from lowrank_train.optim.storage.int8_weight import keep_in_int8
 
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
     "param_groups",
     "predicted_state_bytes",
     "preferred_shard_dim",
+    "ranks_from_weights",
     "state_bytes",
     "titan_config",
 ]

@@ -183,7 +183,6 @@ class Checkpoints:
             metadata = read_index(path)
         except Exception as error:  # unpickling a damaged file may raise anything
             raise self._damage(path, error) from None
-        optimizer.prepare_to_load(_state_shapes(metadata))
         model_state, optimizer_state = get_state_dict(model, optimizer)
         parts = _in_parts(model_state)  # of the same memory
         wanted: dict[str, Any] = {f"model.{key}": value for key, value in parts.items()}
@@ -304,16 +303,6 @@ def _leave_out_unsaved(optimizer_state: dict[str, Any], metadata: Mapping[str, A
     for index, group in enumerate(optimizer_state["param_groups"]):
         for key in [key for key in group if f"optimizer.param_groups.{index}.{key}" not in metadata]:
             del group[key]
-
-
-def _state_shapes(metadata: Mapping[str, Any]) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Of the optimizer's state: parameter -> key -> shape."""
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-    for entry, about in metadata.items():
-        if entry.startswith("optimizer.state.") and isinstance(about, TensorStorageMetadata):
-            name, _, key = entry.removeprefix("optimizer.state.").rpartition(".")
-            shapes.setdefault(name, {})[key] = tuple(about.size)
-    return shapes
 
 
 def _in_words(entry: str) -> str:

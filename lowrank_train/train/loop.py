@@ -31,7 +31,7 @@ from lowrank_train.models import build as models
 from lowrank_train.models.evaluate import evaluate
 from lowrank_train.models.export import export_huggingface
 from lowrank_train.peft.export import export_adapter
-from lowrank_train.plan import check_settings, micro_batches, predicted_state_bytes
+from lowrank_train.plan import check_settings, micro_batches
 from lowrank_train.text.labels import count_labels, positions, split
 from lowrank_train.train.metrics import Metrics
 from lowrank_train.train.notes import data_notes, model_notes
@@ -295,10 +295,7 @@ def _finish(run: Run) -> RunRecord:
         _export(run)
     shards = ranks.mesh.size(ranks.mesh.ndim - 1)
     shard = ranks.rank % shards
-    if run.optimizer.resizes_state:
-        predicted = optim.layout_bytes(run.optimizer, world_size=shards, shard=shard)
-    else:
-        predicted = predicted_state_bytes(config, run.blueprint, world_size=shards, shard=shard)
+    predicted = optim.layout_bytes(run.optimizer, world_size=shards, shard=shard)
     record = RunRecord(
         status="finished" if finished else "interrupted",
         model=config.model.name,

@@ -47,14 +47,6 @@ def warn(optimizer: MatrixOptimizer, modules: Mapping[str, str]) -> None:
     covered = [slot for slot in slots if _is_covered(optimizer, slot)]
     left = [slot for slot in slots if not _is_covered(optimizer, slot) and slot.group["role"] not in _ASIDE]
     of_method, rest = _numbers(slot for slot in covered if slot.group["role"] not in _ASIDE), _numbers(left)
-    aside = [slot for slot in left if slot.group.get("set_aside")]
-    if aside:
-        warn_at_the_caller(
-            f"{method} does not take stacks of matrices: AdamW updates {len(aside)} of the weights, of "
-            f"{_numbers(aside):,} numbers: {'; '.join(_described(aside, modules))}. Other methods take them"
-        )
-        left = [slot for slot in left if not slot.group.get("set_aside")]
-        rest = _numbers(left)
     matrices = [slot for slot in left if slot.group["role"] == "matrix"]
     if rest and of_method < _LEAST * (of_method + rest):
         warn_at_the_caller(

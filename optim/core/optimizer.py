@@ -98,12 +98,6 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
     refresh_setting: str = "refresh_interval"
     """The hyperparameter, of those that have it, by which ``Traffic.refresh_bytes`` comes every so many steps."""
 
-    takes_stacks = True
-    """Whether it can update the matrices of a weight [..., m, n] one by one; where not, such weights get AdamW."""
-
-    resizes_state = False
-    """Whether training changes the sizes of its state; ``optim.layout_bytes`` then tells those of the moment."""
-
     offloads_state = True
     """Whether its state may be in host memory, or in fewer bits: not where more than ``step_matrices`` reads it."""
 
@@ -338,8 +332,6 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
             own = {*self.defaults, *({"amsgrad"} if group["role"] == "points" else ())} - {"maximize"}
             flags = {key: group[key] for key in FLAGS if key in group and key not in own}
             check_flags(flags, f"parameter group {len(self.param_groups) - 1}")
-            if not self.takes_stacks:
-                stacks.set_aside(group, type(self).__name__)
             self._check_storage(group)
             self._present.learn(group["params"])
             for name, param in named_parameters(group):
@@ -510,11 +502,3 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         load(self, state_dict, tuple(SHARED_SETTINGS))
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
-
-    def prepare_to_load(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
-        """Called before state is loaded: what has sizes of its own takes those of the checkpoint.
-
-        Args:
-            shapes: parameter -> state key -> global shape, as saved. Where they do not fit nothing is changed, and
-                what loads them says why.
-        """

@@ -22,7 +22,7 @@ from lowrank_train.optim.shards.layout import copy_into
 if TYPE_CHECKING:
     from lowrank_train.optim.core.optimizer import MatrixOptimizer
 
-__all__ = ["load"]
+__all__ = ["load", "matched"]
 
 _OURS = frozenset({"params", "param_names", "role", "weight_layout"})
 """Keys of a group that describe the present model, whatever the checkpoint says."""
@@ -45,7 +45,7 @@ def load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any], kept: Sequen
         ValueError: for names, shapes, state or structural settings that differ.
     """
     groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
-    saved_ids, sources = _matched(groups, saved_groups)
+    saved_ids, sources = matched(groups, saved_groups)
     settings = [
         _settings(group, [saved_groups[i] for i in source], (*kept, *optimizer.retired_settings))
         for group, source in zip(groups, sources, strict=True)
@@ -55,12 +55,6 @@ def load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any], kept: Sequen
         slots = list(optimizer.slots())
         saved = [_as_tensors(state_dict["state"].get(i, {}), slot) for i, slot in zip(saved_ids, slots, strict=True)]
         objection = _structural_objection(optimizer, saved_groups, sources)
-        if objection is None:
-            shapes = {
-                slot.name: {key: tuple(value.shape) for key, value in state.items()}
-                for slot, state in zip(slots, saved, strict=True)
-            }
-            optimizer.prepare_to_load(shapes)
         for slot, state in zip(slots, saved, strict=True):
             _check_state(slot, state)
         if objection is not None:
@@ -78,7 +72,7 @@ def load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any], kept: Sequen
 # ------------------------------------------------------------------------------------------------------------ matching
 
 
-def _matched(
+def matched(
     groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]
 ) -> tuple[list[Any], list[list[int]]]:
     """Return the saved identifier of every parameter, and the saved groups that each group draws from."""

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from lowrank_train.optim.parameters.slot import Slot, stored_gradient
 from lowrank_train.optim.shards.layout import StateTensor, chunk_sizes, local, sharded_dim
 
-__all__ = ["LAYOUTS", "has_own_matrices", "is_taken_apart", "leading", "matrix_like", "parts", "set_aside", "stacked"]
+__all__ = ["LAYOUTS", "has_own_matrices", "is_taken_apart", "leading", "matrix_like", "parts", "stacked"]
 
 LAYOUTS = ("out,in", "in,out", "out,rest")
 
@@ -61,19 +61,6 @@ def stacked(layout: Mapping[str, StateTensor], param: Tensor, group: Mapping[str
         key: replace(spec, shape=(*before, *spec.shape), stacked=count, transposed=transposed)
         for key, spec in layout.items()
     }
-
-
-def set_aside(group: dict[str, Any], method: str) -> None:
-    """Leave the stacks of a group to AdamW. Raises ValueError for a group that holds other matrices too."""
-    count = sum(leading(param.shape, group) > 0 for param in group["params"] if group["role"] == "matrix")
-    if not count:
-        return
-    if count < len(group["params"]):
-        raise ValueError(
-            f"{method} does not take stacks of matrices, and a parameter group holds {count} weights of more than two "
-            "dimensions beside matrices; put them into a group of their own, as optim.param_groups(model) does"
-        )
-    group.update(role="vector", set_aside=True)
 
 
 def has_own_matrices(slot: Slot) -> bool:

@@ -31,9 +31,6 @@ SCHEDULE = {
     "resvd_every": 2,
     "restart_every": REFRESH_INTERVAL,  # ReLoRA: likewise
     "warmup_steps": 2,
-    "average_steps": REFRESH_INTERVAL,  # WeLore: steps 2 and 6 end with new ranks, gradients of 3 are not summed
-    "reallocate_every": REFRESH_INTERVAL + 1,
-    "hysteresis": 0.0,
 }
 """Of every optimizer that has such a setting."""
 
@@ -170,6 +167,12 @@ def build(name: str, model: nn.Module | list[dict[str, Any]], **arguments: Any) 
     own = inspect.signature(optim.find(name)).parameters
     schedule = {key: value for key, value in SCHEDULE.items() if key in own}
     return optim.create(name, model, **{"lr": LR, "weight_decay": 0.1, **schedule, **arguments})
+
+
+def build_without_weights(name: str, model: nn.Module | list[dict[str, Any]], **arguments: Any) -> Any:
+    """As ``build``, with settings that say all of the state before the model has its weights."""
+    no_weights = {"score": "uniform"} if "score" in inspect.signature(optim.find(name)).parameters else {}
+    return build(name, model, **{**no_weights, **arguments})
 
 
 def tolerance(name: str) -> float:

@@ -41,7 +41,7 @@ from lowrank_train.plan import build_optimizer, micro_batches, unsharded
 
 __all__ = ["TrackedStep", "track"]
 
-_UNTRACEABLE_REFRESH = {"sst", "relora", "welore_adamw"}
+_UNTRACEABLE_REFRESH = {"sst", "relora"}
 """Methods at whose refresh shapes depend on numbers."""
 
 

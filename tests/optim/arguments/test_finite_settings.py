@@ -13,7 +13,7 @@ from torch import nn
 from lowrank_train import optim
 from tests.optim.models import MixedModel, prepare
 
-OPTIONAL_NUMBERS = ("rank", "resvd_every", "alpha", "point_rank", "budget_bytes", "reallocate_every")
+OPTIONAL_NUMBERS = ("rank", "resvd_every", "alpha", "point_rank", "budget_bytes")
 """Arguments whose default is None, and which take a number."""
 
 
@@ -46,7 +46,8 @@ def test_nor_a_number_of_one_group(name: str) -> None:
     for key, value in (("lr", math.inf), ("eps", math.inf), ("lr", torch.tensor(math.nan)), ("weight_decay", math.inf)):
         groups = optim.param_groups(model)
         groups[-1][key] = value
-        with pytest.raises(ValueError, match=rf"parameter group {len(groups) - 1} has {key}=.*expected a"):
+        index = r"\d+" if name == "welore_adamw" else len(groups) - 1  # it makes a group of each matrix
+        with pytest.raises(ValueError, match=rf"parameter group {index} has {key}=.*expected a"):
             optim.create(name, groups)
 
 

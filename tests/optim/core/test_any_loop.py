@@ -109,7 +109,7 @@ def test_the_closure_is_called_once_with_gradients_enabled(case: str) -> None:
 def test_a_missing_gradient_leaves_its_parameter_and_state_alone(case: str) -> None:
     """But for counters: a matrix's clock is that of its refreshes, which are due at one time on all ranks.
 
-    Not so where state changes with or without a gradient, at a draw of SST, a restart of ReLoRA, a new rank of WeLore,
+    Not so where state changes with or without a gradient, at a draw of SST, a restart of ReLoRA,
     new directions of points: these are put off.
     """
     model = new_model(case)
@@ -117,7 +117,6 @@ def test_a_missing_gradient_leaves_its_parameter_and_state_alone(case: str) -> N
         "sst": {"resample_every": 100},
         "relora": {"restart_every": 100},
         "riemannian_adamw": {"point_refresh_interval": 100},
-        "welore_adamw": {"average_steps": 100, "reallocate_every": None},
     }
     optimizer = optimizer_of(case, model, **never.get(CASES[case][0], {}))
     run_steps(model, optimizer, 0, 3)
@@ -146,7 +145,9 @@ def test_gradients_of_any_layout_in_memory(case: str) -> None:
     finals = []
     for turned in (False, True):
         model = new_model(case)
-        optimizer = optimizer_of(case, model)
+        # more directions than a gradient of one row has would be of rounding alone
+        few = {"score": "uniform"} if CASES[case][0] == "welore_adamw" else {}
+        optimizer = optimizer_of(case, model, **few)
         for step in range(4):
             for i, (name, param) in enumerate(trainable(model).items()):
                 value = gradient(name, param.shape, step)

@@ -148,7 +148,7 @@ def test_clipping_the_global_norm(name: str) -> None:
     assert_same_training(name, 1e-11, max_norm=1e-2)
 
 
-@pytest.mark.parametrize("name", ["apollo", "muon", "adamw", "relora", "sst", "welore_adamw"])
+@pytest.mark.parametrize("name", ["apollo", "muon", "adamw", "relora", "sst"])
 def test_global_clipping_is_refused_where_the_whole_gradient_is_needed(name: str) -> None:
     model = prepare(name, Network())
     with pytest.raises(ValueError, match=r"max_norm=1\.0 with clip='global'.*'layers\.0\.[\w.]+'.*clip='parameter'"):

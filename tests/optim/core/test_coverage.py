@@ -167,7 +167,7 @@ class AsLinear(nn.Module):
                 self.add_module(name.replace(".", "-"), linear)
 
 
-@pytest.mark.parametrize("name", [name for name in optim.names(of_matrices=True) if name != "welore_adamw"])
+@pytest.mark.parametrize("name", optim.names(of_matrices=True))
 def test_weights_stored_as_in_by_out_are_trained_as_linear_layers_are(name: str) -> None:
     """Muon and Trion scale by outputs over inputs, SCALE divides by the norm of each output."""
     torch.manual_seed(0)

@@ -19,7 +19,7 @@ from lowrank_train import optim
 from tests.distributed import run_distributed
 from tests.optim.models import (
     assert_equal,
-    build,
+    build_without_weights,
     gradient,
     laid_out_as,
     prepare,
@@ -105,10 +105,10 @@ def built_around_sharding(name: str) -> dict[str, dict[str, Tensor]]:
 
     model = new_model(name)
     shard(model)
-    finish("after", model, build(name, model))
+    finish("after", model, build_without_weights(name, model))
 
     model = new_model(name)
-    optimizer = build(name, model)
+    optimizer = build_without_weights(name, model)
     if name in DEFERRED:
         optimizer.defer_state()
     shard(model)
@@ -119,14 +119,14 @@ def built_around_sharding(name: str) -> dict[str, dict[str, Tensor]]:
     model = new_model(name)
     shard(model)
     loss_of(model, 0)  # an evaluation leaves the root gathered
-    finish("while gathered", model, build(name, model))
+    finish("while gathered", model, build_without_weights(name, model))
 
     for label in ("meta, shard, build, to_empty", "meta, build, shard, to_empty"):
         model = new_model(name).to("meta")
         made = []
         for action in label.split(", ")[1:]:
             if action == "build":
-                made.append(build(name, model))
+                made.append(build_without_weights(name, model))
             elif action == "shard":
                 shard(model)
             else:
@@ -227,7 +227,7 @@ def test_what_happens_to_the_model_before_the_first_step_might_have_happened_bef
             model = new_model(name)
             if early:
                 change(model)
-            optimizer = build(name, model)
+            optimizer = build_without_weights(name, model)
             if not early:
                 change(model)
             train(model, optimizer)
@@ -239,7 +239,7 @@ def test_what_happens_to_the_model_before_the_first_step_might_have_happened_bef
 def test_what_happens_to_the_model_later_is_an_error_that_names_the_parameter(name: str) -> None:
     for kind, change in CHANGES.items():
         model = new_model(name)
-        optimizer = build(name, model)
+        optimizer = build_without_weights(name, model)
         train(model, optimizer, 0, 1)
         change(model)
         before = weights(model)
@@ -257,7 +257,7 @@ def test_what_happens_to_the_model_later_is_an_error_that_names_the_parameter(na
 @every_name
 def test_a_model_that_moves_to_the_gpu_takes_its_state_along(name: str) -> None:
     model = new_model(name)
-    optimizer = build(name, model)
+    optimizer = build_without_weights(name, model)
     model.cuda()
     for param in trainable(model).values():
         param.grad = torch.ones_like(param)
@@ -295,7 +295,7 @@ def test_resized_embeddings(name: str, tied: bool) -> None:
             if early:
                 model.resize_token_embeddings(size, mean_resizing=False)  # type: ignore[operator]
                 resized.append(copy.deepcopy(model.state_dict()))
-            optimizer = build(name, model)
+            optimizer = build_without_weights(name, model)
             if not early:
                 model.resize_token_embeddings(size, mean_resizing=False)  # type: ignore[operator]
                 model.load_state_dict(resized[0])  # new rows are drawn
@@ -305,11 +305,11 @@ def test_resized_embeddings(name: str, tied: bool) -> None:
 
     for loaded in (False, True):
         model = llama(name, tied)
-        optimizer = build(name, model)
+        optimizer = build_without_weights(name, model)
         llama_steps(model, optimizer, 1)
         if loaded:
             saved = optimizer.state_dict()
-            optimizer = build(name, model)
+            optimizer = build_without_weights(name, model)
             optimizer.load_state_dict(saved)
         model.resize_token_embeddings(12, mean_resizing=False)  # type: ignore[operator]
         with pytest.raises(
@@ -321,10 +321,10 @@ def test_resized_embeddings(name: str, tied: bool) -> None:
 @every_name
 def test_a_state_for_the_old_size_is_refused_after_resizing(name: str) -> None:
     model = llama(name, False)
-    optimizer = build(name, model)
+    optimizer = build_without_weights(name, model)
     llama_steps(model, optimizer, 1)
     saved, other = optimizer.state_dict(), llama(name, False)
-    optimizer = build(name, other)
+    optimizer = build_without_weights(name, other)
     other.resize_token_embeddings(12, mean_resizing=False)  # type: ignore[operator]
     if optim.find(name).method_roles >= {"embedding"}:  # without state nothing tells
         return
@@ -362,7 +362,7 @@ def test_updates_in_backward_follow_the_model_too(name: str) -> None:
         model = llama(name, True)
         if resized == "before":
             model.resize_token_embeddings(12, mean_resizing=False)  # type: ignore[operator]
-        optimizer = build(name, model)
+        optimizer = build_without_weights(name, model)
         handle = optim.attach_to_backward(model, optimizer)
         if resized == "after":
             model.resize_token_embeddings(12, mean_resizing=False)  # type: ignore[operator]
@@ -390,7 +390,7 @@ def attached_around_sharding() -> list[str]:
                 elif action == "shard":
                     shard(model)
                 elif action == "build":
-                    optimizer = build(name, model)
+                    optimizer = build_without_weights(name, model)
                 elif action == "gather":
                     loss_of(model, 0)
                 elif action == "attach":
@@ -406,7 +406,7 @@ def attached_around_sharding() -> list[str]:
             assert_equal(result, results[0])
 
         model = new_model(name)
-        optimizer = build(name, model)
+        optimizer = build_without_weights(name, model)
         optim.attach_to_backward(model, optimizer)
         shard(model)
         loss_of(model, 0).backward()

@@ -31,7 +31,7 @@ SMALL = {"tall": (4, 10, 6), "wide": (4, 5, 9), "turned": (3, 6, 8), "square tur
 WITH_ONE = {**SMALL, "alone": (1, 6, 4)}
 """A stack of one matrix counts its steps in one number, as a matrix does, but of another shape."""
 LARGE = {"tall": (2, 80, 64), "turned": (2, 60, 72)}
-STACKS = [name for name in optim.names() if optim.find(name).takes_stacks]
+STACKS = optim.names()
 IN_BITS = [name for name in STACKS if optim.find(name).offloads_state]
 
 
@@ -144,18 +144,6 @@ def test_a_stack_is_trained_as_its_matrices_are_one_by_one(name: str, kind: str)
                 own = single.state[one_by_one[f"{stack}[{', '.join(map(str, index))}]"]][key]
                 assert_close(value[index], own, exact, f"{stack}.{key}")
     assert optim.state_bytes(together) == optim.layout_bytes(together)
-
-
-def test_welore_leaves_stacks_to_adamw_and_says_so() -> None:
-    """The ranks of their matrices would differ; what it says is in its repr too."""
-    groups = groups_of(stacks_of({"tall": (4, 10, 6)}, torch.float64))
-    groups += [{"params": [("flat", nn.Parameter(torch.ones(8, 40)))], "role": "matrix"}]
-    with pytest.warns(CoverageWarning, match=r"WeLoreAdamW does not take stacks .* 1 of the weights, of 240 numbers"):
-        optimizer = optim.WeLoreAdamW(groups, rank=2)
-    assert "vector: 1 tensor of 240 numbers by AdamW" in repr(optimizer)
-    mixed = [{"params": [("a", nn.Parameter(torch.ones(2, 5, 5))), ("b", nn.Parameter(torch.ones(5, 5)))]}]
-    with pytest.raises(ValueError, match="WeLoreAdamW does not take stacks of matrices, and a parameter group holds 1"):
-        optim.WeLoreAdamW([{**mixed[0], "role": "matrix"}])
 
 
 # ------------------------------------------------------------------------------------------------------------- sharded

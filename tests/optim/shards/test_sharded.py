@@ -304,7 +304,6 @@ class Case(NamedTuple):
 SMALL_POWERS_OF_TWO = {"1x8|5x1|8x8|5x4|12x24|24x12": {}, "matrix": {"role": "vector"}}
 
 CASES = {name: Case(name, {}) for name in optim.names()}
-CASES["welore_adamw"] = Case("welore_adamw", {"score": "uniform"})  # without an allocation, which is no refresh
 PARTS = {
     **{
         f"basis {basis}": Case(
