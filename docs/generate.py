@@ -16,6 +16,7 @@ from typing import Any
 
 from lowrank_train import optim
 from lowrank_train.optim.low_rank.engine import LowRankOptimizer
+from lowrank_train.optim.methods import summary
 
 DOCS = Path(__file__).resolve().parent
 
@@ -31,23 +32,6 @@ GUIDES = {
     "welore.md": "WeLore: compress a model, fine-tune what is low-rank",
 }
 """What is not listed here is listed by its first heading."""
-
-WHEN = {
-    "ldadam": "the best perplexity matters more than memory and time",
-    "muon": "memory of one moment is there, and a step may take longer",
-    "dct+normalized": "**first choice**: best of all with a quarter of AdamW's state or less",
-    "apollo": "the same memory, with random directions; published at many sizes",
-    "dct+sign": "as `dct+normalized`, coarser outside the directions",
-    "fira": "you have GaLore's settings and want more from them",
-    "adamw": "memory does not matter; the baseline",
-    "frugal": "the cheapest way to drop three quarters of the state",
-    "galore_adamw": "a comparison with published results",
-    "scale": "no state at all for matrices and embeddings",
-    "apollo_mini": "no state to speak of, AdamW kept for embeddings and head",
-    "trion": "Muon, sharded over many ranks with slow links",
-    "dct_adamw": "the least communication with Adam's steps; dropping the rest costs perplexity",
-}
-"""Rows of the quality record."""
 
 STEP_ROW = {"dct+normalized": "low_rank_adamw"}
 """Where a row of the quality record has another name in that of step times."""
@@ -112,8 +96,8 @@ def decision_table() -> list[str]:
         state = row["matrix_state_bytes"] / row["matrix_parameters"]
         edge = "*" if row["is_on_edge"] else ""
         lines.append(
-            f"| {shown} | {WHEN[label]} | {row['perplexity']:.1f} ({row['versus_baseline_percent']:+.1f} %){edge} "
-            f"| {state:.2f} | {time} | {sent} |"
+            f"| {shown} | {when(label, row['optimizer'])} | {row['perplexity']:.1f} "
+            f"({row['versus_baseline_percent']:+.1f} %){edge} | {state:.2f} | {time} | {sent} |"
         )
     tokens, parameters = f"{quality['tokens']:,}", f"{quality['parameters']:,}"
     shapes = steps["shapes"]
@@ -135,8 +119,6 @@ def page_of(name: str) -> str:
     doc = inspect.cleandoc(cls.__doc__ or "")
     before, arguments, after = split_arguments(doc)
     module: Any = importlib.import_module(cls.__module__)
-    if issubclass(cls, LowRankOptimizer) and module.__name__ == "lowrank_train.optim.methods.low_rank_adamw":
-        module = importlib.import_module("lowrank_train.optim.low_rank.engine")
     defaults = {key: p.default for key, p in inspect.signature(cls).parameters.items() if key != "params"}
     rows = [
         f"| `{key}` | {'' if key == 'params' else f'`{defaults[key]!r}`'} | {text} |" for key, text in arguments.items()
@@ -156,7 +138,7 @@ def page_of(name: str) -> str:
             "",
             markup(before),
             "",
-            f"Published: {cls.source}. [All optimizers](../README.md), [in your loop](../swap.md).",
+            f"Published: {cls.published.paper}. [All optimizers](../README.md), [in your loop](../swap.md).",
             "",
             "```python",
             "from lowrank_train import optim",
@@ -212,9 +194,12 @@ def prose(text: str) -> list[str]:
     return textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
-def summary(name: str) -> str:
-    """First line of a class's docstring."""
-    return inspect.cleandoc(optim.find(name).__doc__ or "").splitlines()[0]
+def when(label: str, settings: dict[str, Any]) -> str:
+    """When to take a row of the quality record: as its class says, or how it differs from the class's parts."""
+    cls = optim.find(settings["name"])
+    parts = cls.parts._asdict() if issubclass(cls, LowRankOptimizer) else {}
+    other = [f'`{key}="{settings[key]}"`' for key, part in parts.items() if settings.get(key, part) != part]
+    return f"as `{cls.name}`, with {', '.join(other)}" if other else cls.published.when
 
 
 def heading(path: Path) -> str:

@@ -29,8 +29,9 @@ ROOMS: dict[str, str] = {
     " optim/low_rank/bases",
     "optim/spectral": "optim/shards optim/arguments optim/storage optim/parameters optim/core optim/linalg"
     " optim/low_rank",
+    "optim/methods/low_rank": "optim/core optim/low_rank",
     "optim/methods": "optim/shards optim/arguments optim/storage optim/parameters optim/core optim/manifolds"
-    " optim/linalg optim/orthogonalize optim/low_rank optim/low_rank/bases optim/spectral",
+    " optim/linalg optim/orthogonalize optim/low_rank optim/low_rank/bases optim/spectral optim/methods/low_rank",
     "optim/costs": "optim/shards optim/arguments optim/parameters optim/core optim/manifolds optim/methods",
     "optim/frameworks": "optim/core optim/methods",
     "optim": "optim/shards optim/storage optim/core optim/methods optim/costs optim/frameworks optim/spectral",
@@ -68,7 +69,6 @@ STILL_TOO_LARGE = {
     "lowrank_train/memory/step.py": 435,
     "lowrank_train/train/run.py": 420,
     "optim/core/optimizer.py": 520,
-    "optim/methods/low_rank_adamw.py": 420,
     "optim/methods/sst.py": 485,
     "optim/shards/layout.py": 420,
 }

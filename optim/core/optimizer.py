@@ -25,6 +25,7 @@ from lowrank_train.optim.arguments.surroundings import eagerly, undisturbed
 from lowrank_train.optim.arguments.torch_arguments import FLAGS, accepting_flags, check_flags, is_number, make_plain
 from lowrank_train.optim.core import coverage
 from lowrank_train.optim.core.adamw_update import adamw_state, step_adamw
+from lowrank_train.optim.core.published import Published, introduce
 from lowrank_train.optim.core.state_dict import load
 from lowrank_train.optim.core.working_copies import (
     COUNTER,
@@ -77,8 +78,8 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
     group; weight decay is decoupled and applied first.
     """
 
-    source: str
-    """Where the method is published: authors and arXiv number."""
+    name: ClassVar[str]  # of the file that defines the class, unless the class has another
+    published: ClassVar[Published]
 
     needs_roles = True
     """False for a method that treats all roles alike, and so accepts plain ``model.parameters()``."""
@@ -115,6 +116,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
+        introduce(cls, needs_roles=cls.needs_roles)
         if "__init__" in vars(cls):
             cls.__init__ = accepting_flags(cls.__init__)  # type: ignore[method-assign]
 
@@ -172,7 +174,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         needed = needed or group["state_dtype"] in BITS  # whose blocks lie in rows of a matrix
         return needed and stacks.is_taken_apart(param.shape, group)
 
-    def parts(self, slot: Slot) -> list[Slot]:
+    def each_matrix(self, slot: Slot) -> list[Slot]:
         """The matrices of a weight, as the method is handed them; the weight itself where it is taken as it is."""
         return list(stacks.parts(slot)) if self.takes_apart(slot.param, slot.group) else [slot]
 
@@ -222,7 +224,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
                 with self.matrices(slot) as matrices:
                     self._step_matrices(matrices)
             else:
-                (own if stacks.has_own_matrices(slot) else shared).extend(self.parts(settled(slot)))
+                (own if stacks.has_own_matrices(slot) else shared).extend(self.each_matrix(settled(slot)))
         # Matrices of this rank alone go by themselves: collectives need the same matrices on every rank.
         self._step_matrices(shared)
         self._step_matrices(own)
@@ -231,7 +233,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
     def matrices(self, slot: Slot) -> Iterator[list[Slot]]:
         """Yield the matrices of a weight, gathered over all mesh axes but one; stored again on leaving."""
         with gathered([slot], self.is_gathered) as (ready,):
-            yield self.parts(ready)
+            yield self.each_matrix(ready)
 
     def _step_matrices(self, slots: list[Slot]) -> None:
         as_they_are: list[Slot] = []
@@ -374,7 +376,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         on_host = group["offload_state"]
         state.update({key: allocate(spec, as_sharded, on_host=on_host) for key, spec in layout.items()})
         self._present.allocated(param)
-        for part in self.parts(Slot(name, as_sharded, {}, group))[:1]:
+        for part in self.each_matrix(Slot(name, as_sharded, {}, group))[:1]:
             if first_column(part.param) is not None and local(part.param).shape[1] % 2:
                 width = part.param.shape[1]
                 packed = [key for key, spec in layout.items() if spec.layout == "parameter" and spec.shape[-1] != width]
@@ -400,8 +402,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         return self._present_parameters
 
     def _follow_model(self, *, if_updated: Literal["refuse", "leave"] = "refuse") -> None:
-        """Take the model's present parameters (``optim.parameters.present``); allocate state anew where it does not fit
-        them.
+        """Take the model's present parameters (``optim.parameters.present``); allocate state that does not fit anew.
 
         ``if_updated``: what to do where these parameters have been updated already; "refuse" raises RuntimeError.
         """
@@ -486,8 +487,7 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
     @eagerly
     @undisturbed()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a ``state_dict()`` by the names of parameters, see ``optim.core.state_dict``; without names, by
-        position.
+        """Load a ``state_dict()`` by the names of parameters (``optim.core.state_dict``); without, by position.
 
         Settings that it does not name keep their present values. Raises ValueError, before anything is changed, for
         other parameters or shapes, and for state of another rank, basis or method.

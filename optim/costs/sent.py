@@ -25,7 +25,7 @@ from lowrank_train.optim.core.coverage import unwarned
 from lowrank_train.optim.core.groups import param_groups
 from lowrank_train.optim.core.optimizer import MatrixOptimizer, Traffic
 from lowrank_train.optim.manifolds.points import refresh_bytes
-from lowrank_train.optim.methods.registry import create
+from lowrank_train.optim.methods import create
 from lowrank_train.optim.parameters.stacks import is_taken_apart, leading, matrix_like
 from lowrank_train.optim.shards.layout import matrix_shape
 

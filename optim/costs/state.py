@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lowrank_train.optim.core.coverage import unwarned
 from lowrank_train.optim.core.groups import param_groups
 from lowrank_train.optim.core.optimizer import MatrixOptimizer
-from lowrank_train.optim.methods.registry import create
+from lowrank_train.optim.methods import create
 from lowrank_train.optim.shards.layout import local, local_shape
 
 __all__ = ["layout_bytes", "predicted_state_bytes", "state_bytes"]

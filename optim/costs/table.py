@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from lowrank_train.optim.costs.sent import communicated_bytes
 from lowrank_train.optim.costs.state import predicted_state_bytes
 from lowrank_train.optim.costs.time import StepTime, rank_argument, time_steps
-from lowrank_train.optim.methods.registry import find, names
+from lowrank_train.optim.methods import find, names, summary
 
 __all__ = ["Row", "aligned", "compare", "size_text", "summary", "timing_sizes"]
 
@@ -78,7 +77,7 @@ def compare(
         table.append(
             Row(
                 name=name,
-                source=find(name).source,
+                source=find(name).published.paper,
                 state_bytes=state,
                 state_bytes_per_parameter=state / (rows * columns),
                 interval=sent.interval,
@@ -95,11 +94,6 @@ def timing_sizes(rows: int, columns: int, rank: int | None, device: torch.device
     while device.type == "cpu" and rows * columns > _CPU_NUMBERS and min(rows, columns) > 1:
         rows, columns, rank = rows // 2, columns // 2, None if rank is None else max(1, rank // 2)
     return rows, columns, rank
-
-
-def summary(name: str) -> str:
-    """First line of an optimizer's documentation."""
-    return (inspect.getdoc(find(name)) or "").splitlines()[0]
 
 
 def aligned(rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -> str:

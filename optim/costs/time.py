@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lowrank_train.optim.core.optimizer import MatrixOptimizer
-from lowrank_train.optim.methods.registry import create, find
+from lowrank_train.optim.methods import create, find
 
 __all__ = ["BASELINES", "StepTime", "rank_argument", "refresh_interval", "time_steps"]
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from lowrank_train.optim.core.groups import param_groups
 from lowrank_train.optim.core.optimizer import MatrixOptimizer
-from lowrank_train.optim.methods.registry import check_arguments, create, find, takes
+from lowrank_train.optim.methods import check_arguments, create, find, takes
 
 __all__ = ["titan_config"]
 

@@ -12,7 +12,7 @@ For a weight W (R, C), oriented so that its smaller dimension is the last one: G
     W  <- (1 - lr wd) W - lr (scale lift(u) + residual(A - lift(g)))
 
 basis: ``optim.low_rank.bases``; residual: ``optim.low_rank.residuals``; moments at a refresh: ``keep``, ``reset``,
-``rotate``. The published methods are rows of these choices, in ``optim.methods.low_rank_adamw``.
+``rotate``. A published method is a choice of these parts, a file each in ``optim.methods.low_rank``.
 
 Sharded, with m split over the ranks, each line is local but the choice of directions, which costs one sum of the
 basis's statistics over the ranks for all matrices due, and what few numbers the residual has to sum. Every matrix
@@ -32,7 +32,7 @@ import contextlib
 import math
 from abc import ABC
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ from lowrank_train.optim.shards.collectives import decide_on_one_rank, sum_over_
 from lowrank_train.optim.shards.layout import StateTensor, matrix_shape, preferred_shard_dim
 from lowrank_train.optim.shards.tall import turned_numbers
 
-__all__ = ["LowRankOptimizer", "low_rank_state", "resolved_rank"]
+__all__ = ["LowRankOptimizer", "Parts", "low_rank_state", "resolved_rank"]
 
 MOMENTS = ("keep", "reset", "rotate")
 
@@ -56,20 +56,32 @@ _CHUNK_NUMBERS = 2**24
 """Coordinates, in all, of the matrices whose residual sums share one all-reduce: bounds what waits for it."""
 
 
+class Parts(NamedTuple):
+    """What a low-rank method is made of; an argument of the constructor with the same name may choose another part."""
+
+    basis: str
+    """A name of ``optim.low_rank.bases.BASES``."""
+    residual: str
+    """A name of ``optim.low_rank.residuals.RESIDUALS``."""
+    moments: str
+    """What becomes of the moments when the basis changes: keep, reset or rotate."""
+
+
 class LowRankOptimizer(MatrixOptimizer, ABC):
-    """Abstract: a concrete class names the published method and its defaults.
+    """Abstract: a concrete class names the published method, its parts and its defaults.
 
     State of a matrix: ``exp_avg``, ``exp_avg_sq`` (m, r), sharded with its rows; ``column_age`` (r,) int32; what the
     basis and the residual store; ``step``, the updates since the first directions were chosen, in CPU memory because
     Python must compare it with ``refresh_interval`` without waiting for the device; ``skipped_refreshes``.
     """
 
+    parts: ClassVar[Parts]
     structural_settings = ("basis", "residual")
     converts_state = True
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         common = {"scale": 1.0, "residual_scale": 1.0, "rho": 0.0, "seed": 0, "state_dtype": None}
-        super().__init__(params, {**common, **defaults})
+        super().__init__(params, {**common, **self.parts._asdict(), **defaults})
 
     @classmethod
     def shard_dim(cls, role: str, shape: Sequence[int], world_size: int) -> int:

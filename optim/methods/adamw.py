@@ -15,6 +15,7 @@ from torch.optim.optimizer import ParamsT
 
 from lowrank_train.optim.core.adamw_update import step_adamw
 from lowrank_train.optim.core.optimizer import MatrixOptimizer, Slot, adamw_state
+from lowrank_train.optim.core.published import Published, arguments
 from lowrank_train.optim.shards.layout import StateTensor
 
 __all__ = ["AdamW"]
@@ -26,17 +27,11 @@ class AdamW(MatrixOptimizer):
     Args:
         params: parameters, named parameters or groups; ``optim.param_groups(model)`` also exempts norms and biases
             from weight decay.
-        lr: learning rate, a step of about ``lr`` per element; float or tensor.
-        betas: decay of the first and second moment.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled, per unit of ``lr``.
-        state_dtype: of the moments: None (the parameter's), "float32", "bfloat16" or "8bit"
-        (``optim.storage.quantization``).
 
     State: two moments like the parameter, and a step count.
     """
 
-    source = "Loshchilov & Hutter, arXiv 1711.05101"
+    published = Published(paper="Loshchilov & Hutter, arXiv 1711.05101", when="memory does not matter; the baseline")
     needs_roles = False
     converts_state = True
 
@@ -50,8 +45,7 @@ class AdamW(MatrixOptimizer):
         weight_decay: float = 1e-2,
         state_dtype: str | None = None,
     ) -> None:
-        adam = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "state_dtype": state_dtype}
-        super().__init__(params, {"lr": lr, **adam})
+        super().__init__(params, arguments(locals()))
 
     def matrix_state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
         """As for any other parameter."""

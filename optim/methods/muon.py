@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lowrank_train.optim.core.optimizer import MatrixOptimizer, Slot, Traffic, dense_gradient, is_number
+from lowrank_train.optim.core.published import Published, arguments
 from lowrank_train.optim.core.weight_update import decay_of
 from lowrank_train.optim.orthogonalize import CHUNK_NUMBERS, newton_schulz
 from lowrank_train.optim.shards.blocks import chunks
@@ -49,7 +50,6 @@ class Muon(MatrixOptimizer):
     """Muon on matrices, AdamW on embeddings, head, norms and biases.
 
     Args:
-        params: groups from ``optim.param_groups(model)``, before or after ``fully_shard``.
         lr: learning rate of all groups; float or tensor. With ``adjust_lr="original"`` matrices usually want 5 to 20
             times the rate of the rest: give their group its own.
         momentum: decay of the average of gradients.
@@ -57,16 +57,15 @@ class Muon(MatrixOptimizer):
         adjust_lr: how ``lr`` depends on a matrix's shape; with ``"match_rms_adamw"`` a rate tuned for AdamW fits.
         betas: decay of AdamW's moments, for what is not a matrix.
         eps: added to the root of AdamW's second moment.
-        weight_decay: decoupled, per unit of ``lr``.
-
-    Raises:
-        ValueError: at construction, for groups without roles and for values out of range.
 
     State of a matrix: ``momentum``, like the parameter; a step count.
     Communication when sharded over P ranks: a P-th of the matrix, in bfloat16, there and back, at every step.
     """
 
-    source = "Jordan et al., 2024 (kellerjordan.github.io/posts/muon); Liu et al., arXiv 2502.16982"
+    published = Published(
+        paper="Jordan et al., 2024 (kellerjordan.github.io/posts/muon); Liu et al., arXiv 2502.16982",
+        when="memory of one moment is there, and a step may take longer",
+    )
 
     def __init__(
         self,
@@ -80,8 +79,7 @@ class Muon(MatrixOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
     ) -> None:
-        defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "adjust_lr": adjust_lr}
-        super().__init__(params, {**defaults, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(params, arguments(locals()))
 
     @classmethod
     def shard_dim(cls, role: str, shape: Sequence[int], world_size: int) -> int:

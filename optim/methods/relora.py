@@ -41,6 +41,7 @@ from torch.optim.optimizer import ParamsT
 from lowrank_train.optim.core.adamw_update import step_adamw
 from lowrank_train.optim.core.groups import param_groups
 from lowrank_train.optim.core.optimizer import MatrixOptimizer, Slot, Traffic, adamw_state, is_number
+from lowrank_train.optim.core.published import Published, arguments
 from lowrank_train.optim.shards.collectives import sum_over_shards, take_rows
 from lowrank_train.optim.shards.layout import StateTensor, local, row_range
 
@@ -70,14 +71,11 @@ class ReLoRA(MatrixOptimizer):
         params: a model with adapters (``lowrank_train.layers.lora.add_adapters``), or groups that
             ``optim.param_groups`` made of it; before or after ``fully_shard``. Factors are known by their names:
             ``....lora_A.<adapter>.weight``, ``....lora_B.<adapter>.weight`` and ``....base_layer.weight``.
-        lr: learning rate of all groups; float or tensor.
         restart_every: steps between two restarts.
         warmup_steps: steps over which the rate of A and B rises after a restart.
         alpha: the layers' own, what is added is alpha / r times B A; None: r, so that it is B A. Given a model, it is
             compared with its layers; given groups, nobody can.
         seed: of the draws of A.
-        betas: decay of the first and second moment.
-        eps: added to the root of the second moment.
         weight_decay: decoupled, per unit of ``lr``; of the factors, it acts on A and B and not on W.
 
     Raises:
@@ -88,7 +86,9 @@ class ReLoRA(MatrixOptimizer):
     Communication when sharded: nothing in a step; a sum of (r, in) numbers per layer at a restart.
     """
 
-    source = "Lialin et al., arXiv 2307.05695"
+    published = Published(
+        paper="Lialin et al., arXiv 2307.05695", when="adapters are trained, and should add up to more than their rank"
+    )
     offloads_state = False
     converts_state = True
     layers = "adapter"
@@ -109,11 +109,9 @@ class ReLoRA(MatrixOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        own = {"restart_every": restart_every, "warmup_steps": warmup_steps, "alpha": alpha, "seed": seed}
-        adam = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
-        _check(own)
-        groups = param_groups(params) if isinstance(params, nn.Module) else params
-        super().__init__(groups, {"lr": lr, **own, **adam})
+        settings = arguments(locals())
+        _check(settings)
+        super().__init__(param_groups(params) if isinstance(params, nn.Module) else params, settings)
         adapters = self._adapters()
         if not adapters:
             raise ValueError(

@@ -23,6 +23,7 @@ from torch.optim.optimizer import ParamsT
 
 from lowrank_train.optim.core.groups import param_groups
 from lowrank_train.optim.core.optimizer import MatrixOptimizer, Slot, Traffic
+from lowrank_train.optim.core.published import Published, arguments
 from lowrank_train.optim.manifolds.points import point_state, refresh_bytes
 from lowrank_train.optim.shards.layout import StateTensor
 
@@ -36,8 +37,6 @@ class RiemannianAdamW(MatrixOptimizer):
         params: a model whose modules say which parameters are points (``optim.param_groups``), groups made of it, or
             groups of your own: ``{"params": [...], "manifold": geoopt.Lorentz()}`` beside Euclidean ones.
         lr: learning rate; a point moves about ``lr`` far in a step, in the manifold's own distance. Float or tensor.
-        betas: decay of the first and second moment.
-        eps: added to the root of the second moment.
         weight_decay: decoupled, per unit of ``lr``; of Euclidean parameters only.
         amsgrad: divide by the largest second moment a point has had.
         point_rank: keep first moments of points in that many directions that all of them share; None: whole.
@@ -60,7 +59,8 @@ class RiemannianAdamW(MatrixOptimizer):
     updates points so; this one treats all other parameters as vectors.
     """
 
-    source = "Becigneul & Ganea, arXiv 1810.00760"
+    name = "riemannian_adamw"
+    published = Published(paper="Becigneul & Ganea, arXiv 1810.00760", when="parameters are points of a manifold")
     layers = "points"
     needs_roles = False
     method_roles = frozenset({"points"})
@@ -80,10 +80,8 @@ class RiemannianAdamW(MatrixOptimizer):
         point_refresh_interval: int = 200,
         state_dtype: str | None = None,
     ) -> None:
-        points = {"amsgrad": amsgrad, "point_rank": point_rank, "point_refresh_interval": point_refresh_interval}
-        adam = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "state_dtype": state_dtype}
-        groups = param_groups(params) if isinstance(params, nn.Module) else params
-        super().__init__(groups, {"lr": lr, **points, **adam})
+        settings = arguments(locals())
+        super().__init__(param_groups(params) if isinstance(params, nn.Module) else params, settings)
         if not any(group["role"] == "points" for group in self.param_groups):
             raise ValueError(
                 "the model has no points of a manifold in its layers, so this would be AdamW; expected "

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lowrank_train.optim.core.optimizer import MatrixOptimizer, Slot, Traffic, dense_gradient, is_number
+from lowrank_train.optim.core.published import Published, arguments
 from lowrank_train.optim.core.weight_update import decay_of
 from lowrank_train.optim.shards.blocks import row_blocks, widened
 from lowrank_train.optim.shards.collectives import sum_over_shards
@@ -44,21 +45,17 @@ class SCALE(MatrixOptimizer):
     """Normalized gradient descent on matrices and embeddings, with momentum on the head; AdamW on norms and biases.
 
     Args:
-        params: groups from ``optim.param_groups(model)``, before or after ``fully_shard``.
-        lr: learning rate, a step of about ``lr`` per coordinate; float or tensor.
         momentum: decay of the head's average of gradients.
         betas: decay of AdamW's moments, for norms and biases.
         eps: added to the root of AdamW's second moment.
-        weight_decay: decoupled, per unit of ``lr``.
-
-    Raises:
-        ValueError: at construction, for groups without roles and for values out of range.
 
     State: a step count; for the head also ``momentum``, like the parameter.
     Communication when sharded: one sum of h numbers per embedding and step.
     """
 
-    source = "Glentis, Li, Han, Hong, arXiv 2506.16659"
+    published = Published(
+        paper="Glentis, Li, Han, Hong, arXiv 2506.16659", when="no state at all for matrices and embeddings"
+    )
     method_roles = frozenset({"matrix", "embedding", "head"})
 
     def __init__(
@@ -71,8 +68,7 @@ class SCALE(MatrixOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        defaults = {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults)
+        super().__init__(params, arguments(locals()))
 
     def matrix_state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
         """The head's average; raises ValueError for a momentum out of range or a shape without outputs."""

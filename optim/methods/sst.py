@@ -40,6 +40,7 @@ from torch.optim.optimizer import ParamsT
 from lowrank_train.optim.core.adam import adam_direction
 from lowrank_train.optim.core.groups import param_groups
 from lowrank_train.optim.core.optimizer import MatrixOptimizer, Slot, Traffic, dense_gradient, is_number
+from lowrank_train.optim.core.published import Published, arguments
 from lowrank_train.optim.linalg import decompose
 from lowrank_train.optim.shards.collectives import (
     decide_on_one_rank,
@@ -83,8 +84,6 @@ class SST(MatrixOptimizer):
         keep_sigma_moments: for comparison: carry the moments of sigma from one iteration to the next (not over a
             re-SVD), where the paper resets them.
         keep_vector_moments: for comparison: carry the moments of vectors that are drawn again.
-        betas: decay of Adam's moments.
-        eps: added to the root of the second moment.
         weight_decay: decoupled, per unit of ``lr``; of the factors, it acts on sigma.
 
     Raises:
@@ -98,7 +97,9 @@ class SST(MatrixOptimizer):
     float32 factors, with autocast or FSDP2's mixed precision for the arithmetic.
     """
 
-    source = "Zhao et al., arXiv 2405.15481"
+    published = Published(
+        paper="Zhao et al., arXiv 2405.15481", when="weights, gradients and state together must need least memory"
+    )
     offloads_state = False
     layers = "spectral"
     method_roles = frozenset({"singular_vectors", "singular_values"})
@@ -130,12 +131,8 @@ class SST(MatrixOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        schedule = {"resample_every": resample_every, "resvd_every": resvd_every, "warmup_steps": warmup_steps}
-        draw = {"sampling": sampling, "seed": seed, "vector_scale": vector_scale}
-        keep = {"keep_sigma_moments": keep_sigma_moments, "keep_vector_moments": keep_vector_moments}
-        adam = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
-        groups = param_groups(params) if isinstance(params, nn.Module) else params
-        super().__init__(groups, {"lr": lr, **schedule, **draw, **keep, **adam})
+        settings = arguments(locals())
+        super().__init__(param_groups(params) if isinstance(params, nn.Module) else params, settings)
         layers = self._layers()
         if not layers:
             raise ValueError(

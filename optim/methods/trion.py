@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lowrank_train.optim.core.optimizer import MatrixOptimizer, Slot, Traffic, dense_gradient, is_number
+from lowrank_train.optim.core.published import Published, arguments
 from lowrank_train.optim.core.weight_update import WeightUpdate, decay_of
 from lowrank_train.optim.low_rank.bases import BASES, Directions, find_basis
 from lowrank_train.optim.low_rank.bases.columns import ColumnBasis
@@ -59,7 +60,6 @@ class Trion(MatrixOptimizer):
     """Low-rank Muon on matrices, in columns of the discrete cosine transform; AdamW on all else.
 
     Args:
-        params: groups from ``optim.param_groups(model)``, before or after ``fully_shard``.
         lr: learning rate of all groups; float or tensor. Matrices usually want more than the rest: give their group
             its own.
         rank: columns stepped along per matrix, 1 .. min(m, n); None takes a quarter of them.
@@ -67,16 +67,14 @@ class Trion(MatrixOptimizer):
         basis: dct, hadamard or identity; dct_l1, for comparison, ranks the columns by absolute values.
         betas: decay of AdamW's moments, for what is not a matrix.
         eps: added to the root of AdamW's second moment.
-        weight_decay: decoupled, per unit of ``lr``.
-
-    Raises:
-        ValueError: at construction, for groups without roles and for a rank that does not fit a matrix (named).
 
     State of a matrix: ``momentum``, like the parameter; the r columns of the last step; a step count.
     Communication when sharded: two sums per step, of min(m, n) and of r^2 float32 numbers per matrix.
     """
 
-    source = "Modoranu et al., arXiv 2505.17967"
+    published = Published(
+        paper="Modoranu et al., arXiv 2505.17967", when="Muon, sharded over many ranks with slow links"
+    )
 
     def __init__(
         self,
@@ -90,8 +88,7 @@ class Trion(MatrixOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
     ) -> None:
-        defaults = {"lr": lr, "rank": rank, "momentum": momentum, "basis": basis}
-        super().__init__(params, {**defaults, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(params, arguments(locals()))
 
     @classmethod
     def shard_dim(cls, role: str, shape: Sequence[int], world_size: int) -> int:

@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lowrank_train.optim.arguments.surroundings import undisturbed
+from lowrank_train.optim.core.published import Published, arguments
 from lowrank_train.optim.core.state_dict import matched
-from lowrank_train.optim.low_rank.engine import LowRankOptimizer
+from lowrank_train.optim.low_rank.engine import LowRankOptimizer, Parts
 from lowrank_train.optim.parameters.slot import Slot
 from lowrank_train.optim.spectral.weight_ranks import choose_ranks, has_values, rank_settings, whole_rank
 
@@ -37,7 +38,7 @@ class WeLoreAdamW(LowRankOptimizer):
     Args:
         params: groups from ``optim.param_groups(model)``, before or after ``fully_shard``, with the weights they start
             from.
-        lr: learning rate of everything; matrices move by ``lr * scale``.
+        lr: learning rate of all groups; matrices move by ``lr * scale``. Float or tensor.
         rank: the budget is the bytes that this rank of every matrix takes: that of other methods, at equal bytes. None:
             a quarter of each matrix's smaller side.
         budget_bytes: of the state of all matrices together, over all ranks; instead of what ``rank`` takes.
@@ -46,15 +47,7 @@ class WeLoreAdamW(LowRankOptimizer):
         multiple: ranks are multiples of it, or the whole smaller side.
         floor: the least rank.
         ranks: of every matrix by name, instead of a choice: what ``optimizer.ranks`` of another run says.
-        refresh_interval: steps between two choices of directions.
         scale: factor of the update of matrices.
-        basis: how directions are chosen, a name of ``optim.low_rank.bases.BASES``.
-        residual: what becomes of the rest of the gradient, a name of ``optim.low_rank.residuals.RESIDUALS``.
-        moments: what becomes of Adam's moments when directions change: rotate, keep or reset.
-        betas: decay of the first and second moment.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled, per unit of ``lr``.
-        state_dtype: of the moments: None (the parameter's), "float32", "bfloat16" or "8bit".
 
     Raises:
         ValueError: at construction, for groups without roles, settings out of range, weights that are not finite,
@@ -79,7 +72,10 @@ class WeLoreAdamW(LowRankOptimizer):
     has thresholds by name of the model; every matrix is trained, those of high rank by AdamW.
     """
 
-    source = "Jaiswal et al., arXiv 2407.11239"
+    published = Published(
+        paper="Jaiswal et al., arXiv 2407.11239", when="each matrix should have its own rank; not shown to help"
+    )
+    parts = Parts(basis="subspace", residual="drop", moments="rotate")
 
     _is_being_made = False  # of the class, because torch's copies and pickles drop attributes
 
@@ -104,11 +100,10 @@ class WeLoreAdamW(LowRankOptimizer):
         weight_decay: float = 0.0,
         state_dtype: str | None = None,
     ) -> None:
-        choice = {"budget_bytes": budget_bytes, "score": score, "multiple": multiple, "floor": floor}
-        parts = {"basis": basis, "residual": residual, "moments": moments, "refresh_interval": refresh_interval}
-        adam = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "state_dtype": state_dtype}
+        settings = arguments(locals())
+        del settings["ranks"]
         self._is_being_made = True
-        super().__init__(params, {"lr": lr, "rank": rank, "scale": scale, **choice, **parts, **adam})
+        super().__init__(params, settings)
         self._is_being_made = False
         slots = list(self._matrices())
         if ranks is None:

@@ -35,7 +35,7 @@ def test_every_optimizer_is_in_the_table_with_its_paper(capsys: pytest.CaptureFi
     table, described = out.split("\n\n")[1:3]
     for name in optim.names(of_matrices=True):
         (line,) = [line for line in table.splitlines() if line.split()[0] == name]
-        assert line.endswith(optim.find(name).source)
+        assert line.endswith(optim.find(name).published.paper)
     assert [line.split()[0] for line in described.splitlines()] == optim.names(of_matrices=True)
     assert "8.003" in rows_of(table)["adamw"], "two float32 moments and a step count of 4 bytes over 32 x 48"
 

@@ -52,7 +52,8 @@ def test_description_of_dct_adamw_shows_its_defaults() -> None:
 @pytest.mark.parametrize("name", optim.names())
 def test_every_optimizer_says_where_it_is_published(name: str) -> None:
     cls = optim.find(name)
-    assert "arXiv" in cls.source or cls.source == "this project"
+    assert "arXiv" in cls.published.paper or cls.published.paper == "this project"
+    assert cls.published.when
     assert inspect.getdoc(cls) != inspect.getdoc(optim.MatrixOptimizer)
 
 
