@@ -21,7 +21,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name not in ("lowrank_train", "optim"):
         raise
-    sys.exit("lowrank-train is not installed in this Python: run 'pip install -e .' in its folder")
+    sys.exit("lowrank-train is not installed in this Python: run 'pip install -e .[all]' in its folder")
 
 
 def measure_quality(arguments: list[str]) -> None:

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 __all__ = ["Stop", "resume_command", "stop_signals", "typed_command"]
@@ -50,10 +51,12 @@ def stop_signals() -> Iterator[Stop]:
 
 
 def typed_command(words: list[str] | None = None) -> str:
-    """The command line of this run, launcher included."""
+    """Return the command line of this run, launcher included."""
     ranks = os.environ.get("LOCAL_WORLD_SIZE")
     launcher = ["torchrun", "--nproc-per-node", ranks] if ranks else ["python"]
-    return shlex.join([*launcher, *(sys.argv if words is None else words)])
+    script, *rest = sys.argv if words is None else words
+    module = ["-m", "lowrank_train"] if Path(script).name == "__main__.py" else [script]
+    return shlex.join([*launcher, *module, *rest])
 
 
 def resume_command() -> str:

@@ -20,7 +20,7 @@ from lowrank_train.common.ranks import Ranks, start
 from lowrank_train.common.record import provenance
 from lowrank_train.common.units import parse_bytes
 from lowrank_train.compress.calibration import input_energies, input_moments, outlier_shares
-from lowrank_train.compress.ranks import PlannedMatrix, compress, merge, plan_ranks, planned
+from lowrank_train.compress.ranks import PlannedMatrix, compress, plan_ranks, planned
 from lowrank_train.compress.report import Compression, write_report
 from lowrank_train.config.loading import flags_to_keys, load_schema
 from lowrank_train.config.settings import key_help, setting
@@ -28,6 +28,7 @@ from lowrank_train.data.export_files import save_tokenizer
 from lowrank_train.data.tokenizer_folder import read_tokenizer
 from lowrank_train.files.json_files import read_mapping
 from lowrank_train.layers.choice import BLOCK_MATRICES, linear_layers
+from lowrank_train.layers.plain import merge
 from lowrank_train.models.compressed_folder import is_compressed, save_model
 from lowrank_train.models.folders import load_model, model_folder
 from lowrank_train.optim.spectral.ranks import SCORES

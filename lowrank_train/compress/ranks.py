@@ -25,14 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_train.layers.choice import replace_module, replaceable_layers
-from lowrank_train.layers.low_rank import LowRankLinear, low_rank_layer, merge, truncated
+from lowrank_train.layers.low_rank import LowRankLinear, low_rank_layer, truncated
 from lowrank_train.optim.spectral.ranks import allocate_ranks, scores
 
 __all__ = [
     "CLASSIFICATIONS",
     "PlannedMatrix",
     "compress",
-    "merge",
     "plan_ranks",
     "planned",
     "rank_reduction",

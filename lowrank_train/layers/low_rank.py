@@ -19,14 +19,12 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from lowrank_train.layers.choice import replace_module, replaceable_layers
 from lowrank_train.optim.linalg import decompose
-from lowrank_train.optim.shards.layout import is_sharded
 
 __all__ = [
     "LowRankLinear",
     "factors",
     "low_rank_layer",
-    "merge",
-    "merged_state_dict",
+    "plain_state",
     "shape_low_rank",
     "to_low_rank",
     "train_low_rank_only",
@@ -80,6 +78,11 @@ class LowRankLinear(nn.Module):
     def weight(self) -> Tensor:
         """A B (out, in), made anew at every access; differentiable, for losses that read a head's weight."""
         return _product(self.left.weight, self.right.weight)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias (out,), which ``left`` holds."""
+        return self.left.bias
 
     def extra_repr(self) -> str:
         """As shown by print."""
@@ -186,35 +189,8 @@ def to_low_rank(model: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
 
 
 @torch.no_grad()
-def merge(model: nn.Module) -> nn.Module:
-    """Replace every low-rank layer by a plain ``nn.Linear`` with the same outputs, in place; returns the model.
-
-    Raises:
-        ValueError: there is none, or the model is sharded.
-    """
-    found = [module for module in model.modules() if isinstance(module, LowRankLinear)]
-    if not found:
-        raise ValueError("the model has no low-rank layer to merge; it is plain already")
-    if is_sharded(model):
-        raise ValueError(
-            "the model is sharded; gather its state first (get_model_state_dict with full_state_dict=True) and pass "
-            "that to merged_state_dict"
-        )
-    for layer in found:
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.left.bias is not None, device="meta")
-        linear.weight = nn.Parameter(layer.weight)
-        linear.bias = layer.left.bias
-        linear.train(layer.training)
-        replace_module(model, layer, linear)
-    config = getattr(model, "config", None)
-    if config is not None and hasattr(config, "low_rank"):
-        del config.low_rank
-    return model
-
-
-@torch.no_grad()
-def merged_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The whole (unsharded) state dict of a model with low-rank layers, as that of the plain model."""
+def plain_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the whole (unsharded) state dict of a model with low-rank layers, as that of the plain model."""
     plain: dict[str, Tensor] = {}
     for name, value in state.items():
         layer = name.removesuffix("left.weight")

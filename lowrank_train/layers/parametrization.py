@@ -13,7 +13,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from lowrank_train.layers.choice import trained_layers
-from lowrank_train.layers.spectral import SpectralLinear, factorise, merged_state_dict, spectral_values, to_spectral
+from lowrank_train.layers.spectral import SpectralLinear, factorise, plain_state, spectral_values, to_spectral
 
 __all__ = ["Dense", "Parametrization", "Spectral"]
 
@@ -104,4 +104,4 @@ class Spectral(Parametrization):
 
     def plain_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Factors multiplied out."""
-        return merged_state_dict(state)
+        return plain_state(state)

@@ -14,15 +14,13 @@ from torch import Tensor, nn
 from lowrank_train.layers.choice import BLOCK_MATRICES, replace_module, replaceable_layers
 from lowrank_train.layers.spectral_product import factored_is_cheaper, spectral_product
 from lowrank_train.optim.linalg import decompose
-from lowrank_train.optim.shards.layout import is_sharded
 from lowrank_train.optim.spectral.factors import FACTORS, SCALES, decode, encode
 from lowrank_train.optim.spectral.sampling import SAMPLERS, draw_seed, sample
 
 __all__ = [
     "SpectralLinear",
     "factorise",
-    "merge",
-    "merged_state_dict",
+    "plain_state",
     "spectral_values",
     "to_spectral",
 ]
@@ -220,36 +218,8 @@ def spectral_values(target: SpectralLinear, factors: Mapping[str, Tensor], bias:
 
 
 @torch.no_grad()
-def merge(model: nn.Module) -> nn.Module:
-    """Replace every spectral layer by a plain ``nn.Linear`` with the same outputs, in place.
-
-    Returns:
-        The model itself, as before ``to_spectral``.
-
-    Raises:
-        ValueError: there is no spectral layer, or the model is sharded.
-    """
-    found = {name: module for name, module in model.named_modules() if isinstance(module, SpectralLinear)}
-    if not found:
-        raise ValueError("the model has no spectral layer to merge; it is plain already")
-    if is_sharded(model):
-        raise ValueError(
-            "the model is sharded; gather its state first (get_model_state_dict with full_state_dict=True) and pass "
-            "that to merged_state_dict"
-        )
-    for spectral in found.values():
-        linear = nn.Linear(spectral.in_features, spectral.out_features, bias=spectral.bias is not None, device="meta")
-        linear.weight = nn.Parameter(spectral.weight)
-        if spectral.bias is not None:
-            linear.bias = spectral.bias
-        linear.train(spectral.training)
-        model = replace_module(model, spectral, linear)
-    return model
-
-
-@torch.no_grad()
-def merged_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The whole (unsharded) state dict of a model with spectral layers, as that of the plain model."""
+def plain_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the whole (unsharded) state dict of a model with spectral layers, as that of the plain model."""
     layers: dict[str, dict[str, Tensor]] = {}
     for name, value in state.items():
         layer, dot, factor = name.rpartition(".")

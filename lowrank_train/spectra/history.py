@@ -18,7 +18,7 @@ from lowrank_train.config.saved import read_saved
 from lowrank_train.config.schema import Config
 from lowrank_train.files.checkpoint_folder import checkpoints_of
 from lowrank_train.files.checksums import unverified
-from lowrank_train.layers.low_rank import merged_state_dict
+from lowrank_train.layers.plain import merged_state_dict
 from lowrank_train.optim.costs.table import aligned
 from lowrank_train.spectra.spectrum import Summary, spectrum_of, summarize
 from lowrank_train.train.checkpoint import read_weights

@@ -561,7 +561,7 @@ HALF = "rank_reduction=0.5"
         (["MODELS/llama", HALF, "out=BROKEN/file/below"], "cannot write to out="),
         (["MODELS/llama", HALF, "out=null"], "no folder for the result; give --out small/"),
         (["SMALL/llama", HALF], "is compressed already; give the model it was made of, or --merge"),
-        (["MODELS/llama", "--merge"], "no low-rank layer to merge; it is plain already"),
+        (["MODELS/llama", "--merge"], "no spectral or low-rank layer to merge; it is plain already"),
         (["MODELS/llama", "ranks=SMALL/opt/compress.json"], "which the model has not: it is of another model"),
         (
             ["BROKEN/wider", "ranks=SMALL/llama/compress.json"],

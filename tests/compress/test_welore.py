@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 
 from lowrank_train.compress import calibration
 from lowrank_train.compress.calibration import input_energies, input_moments, outlier_shares
-from lowrank_train.compress.ranks import CLASSIFICATIONS, PlannedMatrix, compress, merge, plan_ranks, rank_reduction
+from lowrank_train.compress.ranks import CLASSIFICATIONS, PlannedMatrix, compress, plan_ranks, rank_reduction
 from lowrank_train.layers.choice import linear_layers
 from lowrank_train.layers.low_rank import LowRankLinear
+from lowrank_train.layers.plain import merge
 from lowrank_train.spectra.spectrum import spectra
 from tests.spectra.test_spectrum import build
 

@@ -14,7 +14,8 @@ from lowrank_train.common.errors import UserError
 from lowrank_train.hyperbolic import lorentz
 from lowrank_train.hyperbolic.layers import LorentzAttention, LorentzEmbedding, LorentzLinear
 from lowrank_train.layers.lora import add_adapters
-from lowrank_train.layers.spectral import SpectralLinear, merge, to_spectral
+from lowrank_train.layers.plain import merge
+from lowrank_train.layers.spectral import SpectralLinear, to_spectral
 
 CURVATURES = [1.0, 0.5, 3.0]
 

@@ -15,13 +15,12 @@ from lowrank_train.layers.low_rank import (
     LowRankLinear,
     factors,
     low_rank_layer,
-    merge,
-    merged_state_dict,
     shape_low_rank,
     to_low_rank,
     train_low_rank_only,
     truncated,
 )
+from lowrank_train.layers.plain import merge, merged_state_dict
 from lowrank_train.models.loss import token_loss
 from tests.distributed import run_distributed
 from tests.spectra.test_spectrum import build
@@ -244,7 +243,7 @@ def test_tied_and_frozen_weights_are_refused() -> None:
 
 
 def test_a_plain_model_is_neither_merged_nor_trained_at_low_rank() -> None:
-    with pytest.raises(ValueError, match="no low-rank layer to merge; it is plain already"):
+    with pytest.raises(ValueError, match="no spectral or low-rank layer to merge; it is plain already"):
         merge(build("llama"))
     with pytest.raises(ValueError, match="train=low_rank, but the model has no low-rank layer; compress it first"):
         train_low_rank_only(build("llama"))

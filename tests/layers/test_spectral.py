@@ -16,14 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lowrank_train import optim
 from lowrank_train.config.schema import ModelConfig
 from lowrank_train.layers import spectral
-from lowrank_train.layers.spectral import (
-    SpectralLinear,
-    factorise,
-    merge,
-    merged_state_dict,
-    spectral_values,
-    to_spectral,
-)
+from lowrank_train.layers.plain import merge, merged_state_dict
+from lowrank_train.layers.spectral import SpectralLinear, factorise, spectral_values, to_spectral
 from lowrank_train.models import build as models
 from lowrank_train.optim.spectral.factors import decode
 
@@ -657,10 +651,10 @@ def test_converting_twice_is_refused() -> None:
 
 def test_merging_what_is_not_spectral_is_refused() -> None:
     model = mlp()
-    with pytest.raises(ValueError, match="no spectral layer to merge; it is plain already"):
+    with pytest.raises(ValueError, match="no spectral or low-rank layer to merge; it is plain already"):
         merge(model)
     merge(to_spectral(model, 2, layers=""))
-    with pytest.raises(ValueError, match="no spectral layer to merge; it is plain already"):
+    with pytest.raises(ValueError, match="no spectral or low-rank layer to merge; it is plain already"):
         merge(model)
 
 

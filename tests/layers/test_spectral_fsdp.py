@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lowrank_train.config.schema import ModelConfig
-from lowrank_train.layers.spectral import merge, merged_state_dict, to_spectral
+from lowrank_train.layers.plain import merge, merged_state_dict
+from lowrank_train.layers.spectral import to_spectral
 from lowrank_train.models import build as models
 from tests.distributed import run_distributed
 

@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from lowrank_train import optim
-from lowrank_train.layers.spectral import merged_state_dict, to_spectral
+from lowrank_train.layers.plain import merged_state_dict
+from lowrank_train.layers.spectral import to_spectral
 from lowrank_train.optim.manifolds.maps import Description, find_manifold
 from tests.distributed import dumps
 

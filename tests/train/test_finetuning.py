@@ -24,7 +24,8 @@ from lowrank_train.compress.ranks import compress, plan_ranks
 from lowrank_train.config import methods
 from lowrank_train.config.schema import DataConfig
 from lowrank_train.data.tokenizer import prepare_tokenizer
-from lowrank_train.layers.low_rank import LowRankLinear, merge
+from lowrank_train.layers.low_rank import LowRankLinear
+from lowrank_train.layers.plain import merge
 from lowrank_train.memory import static as memory_budget
 from lowrank_train.models.compressed_folder import compressed_ranks, is_compressed, save_model
 from lowrank_train.models.folders import load_model

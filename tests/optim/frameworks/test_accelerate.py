@@ -12,7 +12,8 @@ from transformers import LlamaForCausalLM
 
 from lowrank_train import optim
 from lowrank_train.compress.ranks import compress, plan_ranks
-from lowrank_train.layers.low_rank import merged_state_dict, train_low_rank_only
+from lowrank_train.layers.low_rank import train_low_rank_only
+from lowrank_train.layers.plain import merged_state_dict
 from lowrank_train.spectra.spectrum import spectra
 from tests.optim.frameworks.harness import (
     MAX_NORM,

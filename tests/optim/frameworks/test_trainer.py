@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 from lowrank_train import optim
-from lowrank_train.layers.spectral import merge, to_spectral
+from lowrank_train.layers.plain import merge
+from lowrank_train.layers.spectral import to_spectral
 from tests.optim.frameworks.harness import (
     LR,
     MAX_NORM,
