@@ -52,7 +52,8 @@ def create(name: str, *params: nn.Parameter, **arguments: Any) -> optim.MatrixOp
 
 def step(optimizer: optim.MatrixOptimizer, *gradients: Tensor | None) -> None:
     """Of the matrices of ``create``."""
-    params = optimizer.param_groups[0]["params"]
+    layers = [slot.param for slot in optimizer.slots() if slot.name.startswith("layer")]
+    params = layers[: len(gradients)]
     for param, value in zip(params, gradients, strict=True):
         param.grad = value
     optimizer.step()

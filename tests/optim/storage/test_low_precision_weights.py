@@ -125,8 +125,9 @@ def test_what_a_step_works_on_is_a_copy_and_what_is_kept_stays_where_it_is(name:
 @pytest.mark.parametrize("name", [name for name in optim.names() if optim.find(name).layers != "points"])
 def test_bfloat16_weights_follow_those_in_float32(name: str) -> None:
     """Step by step, from the same point: within a gap of bfloat16, and right on average."""
-    model, optimizer = made(name, torch.bfloat16, stochastic_rounding=True)
-    exact_model, exact = made(name, torch.float32)
+    alike = {"score": "uniform"} if name == "welore_adamw" else {}  # ranks of rounded weights may be others
+    model, optimizer = made(name, torch.bfloat16, stochastic_rounding=True, **alike)
+    exact_model, exact = made(name, torch.float32, **alike)
     for param, twin in zip(model.parameters(), exact_model.parameters(), strict=True):
         twin.data.copy_(param.data)
     set_gradients(model, 0)

@@ -17,6 +17,7 @@ from tests.optim.sharded import Placement, shard
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in optim.names()},
     **{residual: ("low_rank_adamw", {"residual": residual}) for residual in RESIDUALS},
+    "welore_adamw": ("welore_adamw", {"score": "uniform"}),  # ranks of rounded weights may be others
 }
 
 ROUNDED_BEFORE = {
