@@ -60,7 +60,8 @@ def spectrum(words: list[str]) -> Work:
 @command("train")
 def memory_budget(words: list[str]) -> Work:
     """List what fits a memory budget, by formulas."""
-    from lowrank_train.memory.budget import help_text, load_budget, measured_against, solve
+    from lowrank_train.memory.budget import measured_against, solve
+    from lowrank_train.memory.question import help_text, load_budget
     from lowrank_train.memory.report import check_budget, table, write_budget
 
     def do() -> None:

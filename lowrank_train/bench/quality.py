@@ -21,8 +21,9 @@ from lowrank_train.config import methods
 from lowrank_train.config.loading import load_schema
 from lowrank_train.config.schema import Config, complete
 from lowrank_train.config.settings import key_help, setting
+from lowrank_train.memory.check import check_size
 from lowrank_train.models.build import architecture, skeleton
-from lowrank_train.plan import check_settings, predicted_state_bytes, unsharded
+from lowrank_train.plan import Plan
 
 __all__ = ["BASELINE", "QualityConfig", "help_text", "load_quality", "measure_quality", "plan"]
 
@@ -100,7 +101,7 @@ def measure_quality(quality: QualityConfig) -> str:
     for label in quality.optimizers:
         mine = [(trial, outcome) for trial, outcome in zip(trials, outcomes, strict=True) if trial.label == label]
         config = mine[0][0].config
-        state = predicted_state_bytes(config, unsharded(config), matrices_only=True)  # what is measured, to the byte
+        state = Plan.of(config).state_bytes(matrices_only=True)  # what is measured, to the byte
         rows.append(summarize(mine, state, matrices))
     return write_quality_report(compare(rows, BASELINE), trials, outcomes, Path(quality.output))
 
@@ -114,7 +115,8 @@ def plan(quality: QualityConfig) -> list[Trial]:
                 try:
                     config = _run_config(quality, label, float(lr), seed)
                     if index == 0:
-                        check_settings(config, world_size=1)
+                        check_size(config, world_size=1)
+                        Plan.of(config)
                 except UserError as error:
                     raise UserError(f"optimizers.{label}: {error}") from None
                 trials.append(Trial(label, float(lr), seed, config))

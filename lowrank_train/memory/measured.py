@@ -16,14 +16,12 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from lowrank_train import optim
 from lowrank_train.common.ranks import Ranks, start
-from lowrank_train.config import methods
 from lowrank_train.config.schema import Config
 from lowrank_train.models import fsdp
 from lowrank_train.models.recompute import checkpoint_layers
 from lowrank_train.optim.shards.layout import local
-from lowrank_train.plan import build_optimizer, micro_batches, unsharded
+from lowrank_train.plan import Plan
 
 __all__ = ["MeasuredStep", "measure"]
 
@@ -58,28 +56,27 @@ def measure(config: Config, *, steps: int = 2) -> MeasuredStep:
     """
     with start(config.device, config.parallel.shards, config.parallel.replicas) as ranks:
         counted = _on_cuda if ranks.device.type == "cuda" else _on_cpu
-        peaks = counted(lambda phase: _train(config, ranks, steps, phase), ranks.device)
+        plan = Plan.of(config, world_size=ranks.world_size)
+        peaks = counted(lambda phase: _train(plan, ranks, steps, phase), ranks.device)
     return MeasuredStep(**peaks)
 
 
-def _train(config: Config, ranks: Ranks, steps: int, phase: Callable[[str], Any]) -> None:
-    method = methods.find(config.optimizer["name"])
-    model = unsharded(config)
-    fsdp.shard_model(model, ranks.mesh, optim.find(method.optimizer), config.precision)
+def _train(plan: Plan, ranks: Ranks, steps: int, phase: Callable[[str], Any]) -> None:
+    config, model = plan.config, plan.shapes(plan.model.config)
+    fsdp.shard_model(model, ranks.mesh, plan.optimizer_class, config.precision)
     model.to_empty(device=ranks.device)
     model.tie_weights()
     _fill(model)
     checkpoint_layers(model, config.model)
     model.train()
-    optimizer = build_optimizer(config, model)
+    optimizer = plan.optimizer(model)
     shape = (config.micro_batch, config.seq_len)
     ids = torch.randint(model.config.vocab_size, shape, device=ranks.device)
     apart = torch.arange(config.seq_len, device=ranks.device).expand(shape) if config.data.separates else None
-    passes = micro_batches(config, ranks.world_size)
     if config.fused_backward:
-        optim.attach_to_backward(model, optimizer, accumulation_steps=passes, max_norm=config.clip, clip=config.clip_by)
+        plan.update_in_backward(model, optimizer)
     for _ in range(steps):
-        for _ in range(passes):
+        for _ in range(plan.passes):
             with phase("forward"):
                 loss = model.token_loss(ids, ids, config.loss_chunk, apart) / config.tokens_per_step
             with phase("backward"):

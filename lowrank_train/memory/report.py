@@ -12,7 +12,6 @@ from lowrank_train.common.errors import UserError
 from lowrank_train.common.small_files import write_text
 from lowrank_train.common.units import show_bytes
 from lowrank_train.memory.budget import Fit, Outcome
-from lowrank_train.memory.check import in_words
 
 __all__ = ["check_budget", "table", "write_budget"]
 
@@ -27,7 +26,7 @@ _TERMS = {
     "temporaries": "temporaries",
     "refresh": "refresh",
 }
-"""Of ``memory_terms.Phase``, as headings."""
+"""Of ``memory.phases.Phase``, as headings."""
 
 
 def table(outcome: Outcome) -> str:
@@ -56,7 +55,7 @@ def check_budget(outcome: Outcome) -> None:
             rank = f" at rank {fit.rank}" if fit.rank is not None else ""
             raise UserError(
                 f"{fit.model} with {fit.label}{rank} and micro_batch={fit.micro_batch} does not fit: it needs "
-                f"{in_words(fit.memory)}, which is {show_bytes(-fit.headroom)} more than the budget of "
+                f"{fit.memory.in_words()}, which is {show_bytes(-fit.headroom)} more than the budget of "
                 f"{show_bytes(fit.budget)}; --largest batch, rank or model says what fits"
             )
 

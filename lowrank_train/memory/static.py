@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from lowrank_train import optim
-from lowrank_train.config import methods
-from lowrank_train.config.schema import Config
 from lowrank_train.models.fsdp import shard_dims
 from lowrank_train.optim.shards.layout import StateTensor, local, local_shape
 from lowrank_train.optim.storage.int8_weight import held_bytes
-from lowrank_train.plan import predicted_state_bytes
+from lowrank_train.plan import Plan
 
 __all__ = ["StaticMemory", "measured", "predicted"]
 
@@ -33,23 +31,17 @@ class StaticMemory:
         return self.weights + self.gradients + self.optimizer_state
 
 
-def predicted(config: Config, model: nn.Module, *, world_size: int = 1, shard: int = 0) -> StaticMemory:
-    """What one rank will hold.
-
-    Args:
-        config: of the run; its optimizer is what is read.
-        model: converted as the run does it (``run.unsharded``), never sharded; on meta is enough.
-        world_size: ranks a parameter is sharded over.
-        shard: which of them.
-    """
-    dims = shard_dims(model, optim.find(methods.find(config.optimizer["name"]).optimizer), world_size)
+def predicted(plan: Plan, *, shard: int = 0) -> StaticMemory:
+    """Return what one rank will hold, ``shard`` of those that share a copy of the model."""
+    shards = plan.mesh.shards
+    dims = shard_dims(plan.model, plan.optimizer_class, shards)
     weights = gradients = 0
-    for param in model.parameters():
+    for param in plan.model.parameters():
         spec = StateTensor(tuple(param.shape), param.dtype, "parameter")
-        shape = local_shape(spec, dims.get(param, 0), shard, world_size)
+        shape = local_shape(spec, dims.get(param, 0), shard, shards)
         weights += held_bytes(param, shape)
         gradients += math.prod(shape) * param.dtype.itemsize if param.requires_grad else 0
-    return StaticMemory(weights, gradients, predicted_state_bytes(config, model, world_size=world_size, shard=shard))
+    return StaticMemory(weights, gradients, plan.state_bytes(shard=shard))
 
 
 def measured(model: nn.Module, optimizer: optim.MatrixOptimizer) -> StaticMemory:

@@ -25,18 +25,19 @@ from lowrank_train.config.schema import Config
 from lowrank_train.data.export_files import export_dtype, source_folder
 from lowrank_train.files.checkpoint_folder import checkpoints_of, choose_checkpoint, find_checkpoint, last_good
 from lowrank_train.files.disk import check_space, checkpoints_to_come, local_bytes, parameter_bytes, write_failure
-from lowrank_train.memory.check import check_fits, check_host, device_bytes, in_words
-from lowrank_train.memory.step import StepMemory, predict
+from lowrank_train.memory.check import check_size, check_step
+from lowrank_train.memory.phases import StepMemory
+from lowrank_train.memory.step import predict
 from lowrank_train.models import build as models
 from lowrank_train.models.evaluate import evaluate
 from lowrank_train.models.export import export_huggingface
 from lowrank_train.peft.export import export_adapter
-from lowrank_train.plan import check_settings, micro_batches
+from lowrank_train.plan import Plan
 from lowrank_train.text.labels import count_labels, positions, split
 from lowrank_train.train.metrics import Metrics
 from lowrank_train.train.notes import data_notes, model_notes
 from lowrank_train.train.report import write_report
-from lowrank_train.train.run import Progress, Run, build_run
+from lowrank_train.train.run import Progress, Run
 from lowrank_train.train.run_folder import RunFolder, changed_settings
 from lowrank_train.train.schedule import learning_rate_factor
 
@@ -53,20 +54,19 @@ def train(config: Config) -> RunRecord:
         UserError: bad input, a failed checkpoint, or losses that stay non-finite.
     """
     with start(config.device, config.parallel.shards, config.parallel.replicas) as ranks:
-        check_settings(config, ranks.world_size)
-        shards = ranks.mesh.size(ranks.mesh.ndim - 1)
-        check_fits(config, device_bytes(ranks.device), world_size=shards, replicas=ranks.world_size // shards)
-        check_host(config, ranks)
+        check_size(config, ranks.world_size)
+        plan = Plan.of(config, world_size=ranks.world_size)
+        check_step(plan, ranks)
         folder = ranks.on_first(lambda: RunFolder(Path(str(config.run_dir))))
         checkpoint, found = choose_checkpoint(config.resume, Path(str(config.run_dir)) / "checkpoints", ranks)
-        run = build_run(config, ranks)
+        run = Run.build(plan, ranks)
         if checkpoint is not None:
             run.restore(checkpoint)
         _check_space(run)
         notes = ranks.first(lambda: _settle(_only(folder), config, run.progress))
         metrics = Metrics(run.folder, start=run.progress.step, steps=config.steps, active=ranks.is_first)
         predicted = _predicted_memory(run)
-        peak = [f"a step will need {in_words(predicted)} on rank 0"] if predicted else []
+        peak = [f"a step will need {predicted.in_words()} on rank 0"] if predicted else []
         about = [*data_notes(config, run.data.description), *model_notes(config, run.model)]
         for note in [_greeting(run, checkpoint), *found, *_adapter(run), *peak, *notes, *run.data.notes, *about]:
             metrics.say(note)
@@ -83,8 +83,7 @@ def _check_space(run: Run) -> None:
     """Raise UserError on all ranks if the disk cannot take the checkpoints and the export that are to come."""
     config, ranks = run.config, run.ranks
     here = torch.tensor([local_bytes(run.model, run.optimizer), parameter_bytes(run.model)])
-    replicas = ranks.mesh.size(0) if ranks.mesh.ndim > 1 else 1
-    checkpoint, export = (size // replicas for size in ranks.sum(here).tolist())
+    checkpoint, export = (size // run.plan.mesh.replicas for size in ranks.sum(here).tolist())
     ranks.first(
         lambda: check_space(
             run.folder,
@@ -131,15 +130,7 @@ def _predicted_memory(run: Run) -> StepMemory | None:
     """None with an adapter, whose activations are peft's affair."""
     if run.adapted is not None:
         return None
-    ranks = run.ranks
-    shards = ranks.mesh.size(ranks.mesh.ndim - 1)
-    return predict(
-        run.config,
-        world_size=shards,
-        shard=ranks.rank % shards,
-        replicas=ranks.world_size // shards,
-        model=run.blueprint,
-    )
+    return predict(run.plan, shard=run.ranks.rank % run.plan.mesh.shards)
 
 
 def _only(folder: RunFolder | None) -> RunFolder:
@@ -270,7 +261,7 @@ def _losses(run: Run) -> Iterator[Tensor]:
     blocks = ranks.each(lambda: run.data.train.take(sequences, ranks.rank, ranks.world_size))
     counted = int(ranks.sum(torch.tensor(count_labels(blocks))))  # on the CPU: no wait for the device
     share = counted / ranks.world_size if counted else 1.0
-    parts = blocks.to(ranks.device).chunk(micro_batches(config, ranks.world_size))
+    parts = blocks.to(ranks.device).chunk(run.plan.passes)
     for part in parts:
         apart = positions(part) if config.data.separates else None
         loss = run.model.token_loss(*split(part), config.loss_chunk, apart) / share
@@ -293,7 +284,7 @@ def _finish(run: Run) -> RunRecord:
     finished = progress.step >= config.steps
     if finished:
         _export(run)
-    shards = ranks.mesh.size(ranks.mesh.ndim - 1)
+    shards = run.plan.mesh.shards
     shard = ranks.rank % shards
     predicted = optim.layout_bytes(run.optimizer, world_size=shards, shard=shard)
     record = RunRecord(
@@ -332,7 +323,7 @@ def _export(run: Run) -> None:
     source, dtype, tokenizer = source_folder(run.config), export_dtype(run.config), run.data.tokenizer
     if run.adapted is None:
         folder = run.folder / "huggingface"
-        export_huggingface(run.model, run.layers, tokenizer, folder, run.ranks, source=source, dtype=dtype)
+        export_huggingface(run.model, run.plan.layers, tokenizer, folder, run.ranks, source=source, dtype=dtype)
         return
     assert source is not None  # an adapter is put into a trained model
     reason = export_adapter(run.adapted, tokenizer, run.folder, run.ranks, source=source, dtype=dtype)

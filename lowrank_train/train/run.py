@@ -13,10 +13,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lowrank_train import optim
 from lowrank_train.common.errors import UserError
 from lowrank_train.common.ranks import Ranks
-from lowrank_train.config import methods
 from lowrank_train.config.schema import Config
 from lowrank_train.data.tokens import Data, prepare_data
-from lowrank_train.layers.parametrization import Dense, Parametrization
 from lowrank_train.models import build as models
 from lowrank_train.models import fsdp
 from lowrank_train.models.embeddings import rows_needed
@@ -24,10 +22,10 @@ from lowrank_train.models.recompute import checkpoint_layers
 from lowrank_train.peft.data import needs_data
 from lowrank_train.peft.model import AdaptedModel, adapt
 from lowrank_train.peft.names import adapter_config
-from lowrank_train.plan import _DTYPES, _attached, _layers, _shape, _weight_dtype, build_optimizer
+from lowrank_train.plan import Plan
 from lowrank_train.train.checkpoint import Checkpoints
 
-__all__ = ["Progress", "Run", "build_run"]
+__all__ = ["Progress", "Run"]
 
 _NOT_ARCHITECTURE = {"dtype", "transformers_version", "_name_or_path", "architectures", "use_cache"}
 """Keys of a Hugging Face configuration that do not change what a model computes."""
@@ -54,15 +52,12 @@ class Progress:
 class Run:
     """Everything a run consists of, built once."""
 
-    config: Config
+    plan: Plan
+    """What the configuration stands for; its model has the shapes of ``model``, on meta, never sharded."""
     ranks: Ranks
     folder: Path
     data: Data
     model: PreTrainedModel
-    blueprint: PreTrainedModel
-    """The model's shapes, on meta, never sharded."""
-    layers: Parametrization
-    """What its matrices are made of."""
     optimizer: optim.MatrixOptimizer
     in_backward: optim.BackwardUpdates | None
     """What makes the updates, if they are fused into backward."""
@@ -72,6 +67,34 @@ class Run:
     progress: Progress
     adapted: AdaptedModel | None = None
     """The adapter, if there is one."""
+
+    @classmethod
+    def build(cls, plan: Plan, ranks: Ranks) -> Run:
+        """Make tokens, model, shards, weights and optimizer. Raises UserError for whatever of them cannot be had."""
+        config, folder = plan.config, Path(str(plan.config.run_dir))
+        data = prepare_data(config, ranks, Path(config.data.folder or folder / "data"))
+        ids = {key: getattr(data.tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        rows, original = rows_needed(data.tokenizer)
+        architecture = models.architecture(
+            config.model, vocab_size=rows, original_vocab_size=original, seq_len=config.seq_len, **ids
+        )
+
+        # shapes, then shards, then weights
+        if config.adapter.name is not None:
+            return _build_adapted(plan, ranks, folder, data, architecture)
+        plain = models.skeleton(architecture, plan.drawn_dtype)
+        plan, model = plan.with_model(plan.shapes(architecture)), plan.shapes(architecture)
+        fsdp.shard_model(model, ranks.mesh, plan.optimizer_class, config.precision)
+        if config.model.name in models.SIZES:
+            models.initialize(model, plain, plan.layers, ranks, config.seed)
+        else:
+            models.load_weights(model, plain, config.model.name, plan.layers, ranks)
+        return _complete(plan, ranks, folder, data, model)
+
+    @property
+    def config(self) -> Config:
+        """As given."""
+        return self.plan.config
 
     def save(self) -> None:
         """Write a checkpoint of all that a resumed run needs."""
@@ -104,12 +127,13 @@ class Run:
         architecture = self.model.config
         model = {key: value for key, value in architecture.to_dict().items() if key not in _NOT_ARCHITECTURE}
         model = {"model_type": architecture.model_type, **model}  # first, because the first difference is shown
-        name = self.config.optimizer["name"]
-        layers = {f"optimizer.{key}": value for key, value in methods.find(name).layer_settings(self.config.optimizer)}
+        method, optimizer = self.plan.method, self.config.optimizer
+        layers = {f"optimizer.{key}": value for key, value in method.layer_settings(optimizer)}
         trained = {} if self.config.train == "all" else {"train": self.config.train}
         kept = {} if self.config.weights == "full" else {"weights": self.config.weights}
         adapter = {} if self.config.adapter.name is None else {"adapter": asdict(self.config.adapter)}
-        return {"optimizer.name": name, **layers, **adapter, **trained, **kept, "model": model, **self.data.identity}
+        named = {"optimizer.name": optimizer["name"], **layers}
+        return {**named, **adapter, **trained, **kept, "model": model, **self.data.identity}
 
     def set_learning_rate(self, factor: float) -> None:
         """Give every group its configured hyperparameters, the learning rate times ``factor``."""
@@ -117,36 +141,11 @@ class Run:
             group.update(configured, lr=configured["lr"] * factor)
 
 
-def build_run(config: Config, ranks: Ranks) -> Run:
-    """Tokens, model, shards, weights, optimizer. Raises UserError for whatever of them cannot be had."""
-    folder = Path(str(config.run_dir))
-    data = prepare_data(config, ranks, Path(config.data.folder or folder / "data"))
-    ids = {key: getattr(data.tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    rows, original = rows_needed(data.tokenizer)
-    architecture = models.architecture(
-        config.model, vocab_size=rows, original_vocab_size=original, seq_len=config.seq_len, **ids
-    )
-
-    # shapes, then shards, then weights
-    if config.adapter.name is not None:
-        return _build_adapted(config, ranks, folder, data, architecture)
-    name, layers = methods.find(config.optimizer["name"]).optimizer, _layers(config)
-    plain = models.skeleton(architecture, _DTYPES[config.precision])  # drawn or read in full, and then rounded
-    blueprint, model = (models.skeleton(architecture, _weight_dtype(config)) for _ in range(2))
-    for shapes in (blueprint, model):
-        _shape(shapes, config, layers)
-    fsdp.shard_model(model, ranks.mesh, optim.find(name), config.precision)
-    if config.model.name in models.SIZES:
-        models.initialize(model, plain, layers, ranks, config.seed)
-    else:
-        models.load_weights(model, plain, config.model.name, layers, ranks)
-    return _complete(config, ranks, folder, data, model, blueprint, layers)
-
-
-def _build_adapted(config: Config, ranks: Ranks, folder: Path, data: Data, architecture: PretrainedConfig) -> Run:
+def _build_adapted(plan: Plan, ranks: Ranks, folder: Path, data: Data, architecture: PretrainedConfig) -> Run:
     """Weights, adapter, shards: peft needs the weights before it can build anything."""
-    plain, model = (models.skeleton(architecture, _DTYPES[config.precision]) for _ in range(2))
-    models.load_weights(model, plain, config.model.name, Dense(), ranks)
+    config = plan.config
+    plain, model = (models.skeleton(architecture, plan.drawn_dtype) for _ in range(2))
+    models.load_weights(model, plain, config.model.name, plan.layers, ranks)
     model.config._name_or_path = config.model.name  # for those the adapter is given to
     position = data.train.state_dict()
     batches: list[Tensor] = []
@@ -161,42 +160,32 @@ def _build_adapted(config: Config, ranks: Ranks, folder: Path, data: Data, archi
         ranks=ranks,
         seed=config.seed,
         steps=config.steps,
-        dtype=_weight_dtype(config),
+        dtype=plan.weight_dtype,
         compute_dtype=getattr(torch, config.precision),
         initial=folder / "adapter_initial",
     )
-    optimizer = methods.find(config.optimizer["name"]).optimizer
-    fsdp.shard_model(model, ranks.mesh, optim.find(optimizer), config.precision, one_group=adapted.one_group)
+    fsdp.shard_model(model, ranks.mesh, plan.optimizer_class, config.precision, one_group=adapted.one_group)
     try:
-        run = _complete(config, ranks, folder, data, model, adapted.blueprint.get_base_model(), Dense())
+        run = _complete(plan.with_model(adapted.blueprint.get_base_model()), ranks, folder, data, model)
     except (ValueError, TypeError) as error:
         raise UserError(f"in optimizer, with adapter.name={config.adapter.name}: {error}") from None
     run.adapted = adapted
     return run
 
 
-def _complete(
-    config: Config,
-    ranks: Ranks,
-    folder: Path,
-    data: Data,
-    model: PreTrainedModel,
-    blueprint: PreTrainedModel,
-    layers: Parametrization,
-) -> Run:
-    """What a run has beside a sharded model with its weights."""
+def _complete(plan: Plan, ranks: Ranks, folder: Path, data: Data, model: PreTrainedModel) -> Run:
+    """Return what a run has beside a sharded model with its weights."""
+    config = plan.config
     checkpoint_layers(model, config.model)
     model.train()
-    optimizer = build_optimizer(config, model)
-    in_backward = _attached(config, model, optimizer, ranks.world_size) if config.fused_backward else None
+    optimizer = plan.optimizer(model)
+    in_backward = plan.update_in_backward(model, optimizer) if config.fused_backward else None
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     checkpoints = Checkpoints(
         folder / "checkpoints", ranks, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
     )
     torch.manual_seed(config.seed + ranks.rank)
-    return Run(
-        config, ranks, folder, data, model, blueprint, layers, optimizer, in_backward, settings, checkpoints, Progress()
-    )
+    return Run(plan, ranks, folder, data, model, optimizer, in_backward, settings, checkpoints, Progress())
 
 
 def _random_state(ranks: Ranks) -> dict[str, Tensor]:

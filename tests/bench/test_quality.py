@@ -18,7 +18,7 @@ from lowrank_train.bench.sweep import Row, Trial, compare, rate, summarize
 from lowrank_train.bench.trainings import Outcome
 from lowrank_train.common.errors import UserError
 from lowrank_train.config.schema import Config
-from lowrank_train.plan import unsharded
+from lowrank_train.plan import Plan
 from lowrank_train.train.metrics import read_metrics
 from lowrank_train.train.run_folder import RunFolder
 from tests.runs import ROOT, arguments, losses
@@ -101,7 +101,7 @@ def test_the_state_is_that_of_the_runs_and_of_the_matrices(
     benchmark: tuple[Path, str, dict[str, Any]], text: Path
 ) -> None:
     output, table, figures = benchmark
-    model = unsharded(plan(load_quality(words(text, output)))[0].config)
+    model = Plan.of(plan(load_quality(words(text, output)))[0].config).model
     matrices = [group for group in optim.param_groups(model) if group["role"] == "matrix"]
     for row in figures["rows"][:2]:
         label, name = row["label"], row["optimizer"]["name"]

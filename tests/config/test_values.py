@@ -23,7 +23,7 @@ from lowrank_train.config.schema import Config, load_config
 from lowrank_train.config.settings import key_help, keys, settle
 from lowrank_train.hyperbolic.graphs.config import GraphConfig, load_graph_config
 from lowrank_train.hyperbolic.translation.config import TranslationConfig, load_translation_config
-from lowrank_train.memory.budget import BudgetConfig
+from lowrank_train.memory.question import BudgetConfig
 from lowrank_train.spectra.command import SpectrumConfig
 
 SCHEMAS: list[type[Any]] = [

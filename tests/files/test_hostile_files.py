@@ -32,7 +32,7 @@ from lowrank_train.files.checksums import CHECKSUMS, write_checksums
 from lowrank_train.hyperbolic import run as network_run
 from lowrank_train.hyperbolic.graphs.config import load_graph_config
 from lowrank_train.hyperbolic.translation.config import load_translation_config
-from lowrank_train.memory.budget import load_budget
+from lowrank_train.memory.question import load_budget
 from lowrank_train.models.build import architecture
 from lowrank_train.models.folders import load_model
 from lowrank_train.spectra import command as spectrum_run

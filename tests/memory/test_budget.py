@@ -13,7 +13,8 @@ import pytest
 from lowrank_train.common.errors import UserError
 from lowrank_train.config import methods
 from lowrank_train.memory import budget as budget_run
-from lowrank_train.memory.budget import BudgetConfig, Fit, explain, load_budget, measured_against, solve
+from lowrank_train.memory.budget import Fit, explain, measured_against, solve
+from lowrank_train.memory.question import BudgetConfig, load_budget
 from lowrank_train.memory.report import table, write_budget
 from tests.runs import ROOT
 
@@ -102,7 +103,7 @@ def test_a_recipe_is_explained_whole() -> None:
 def test_the_time_of_a_step_is_that_of_a_recorded_run_with_the_same_work(tmp_path: Path) -> None:
     asked = ["--micro-batch", "2", "--precision", "float32", "--records", str(tmp_path)]
     assert fit(*asked).time is None
-    run, _ = budget_run._run(load_budget([*ONE, *asked]), "adamw", None, "llama_60m", 2)
+    run = budget_run._run(load_budget([*ONE, *asked]), "adamw", None, "llama_60m", 2)
     record = {"config": asdict(run), "world_size": 1, "tokens_per_second": 512.0, "provenance": {"device": "a CPU"}}
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "record.json").write_text(json.dumps(record))

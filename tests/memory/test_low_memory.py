@@ -10,6 +10,7 @@ import pytest
 from lowrank_train.common.errors import UserError
 from lowrank_train.config.schema import load_config
 from lowrank_train.memory.step import predict
+from lowrank_train.plan import Plan
 from lowrank_train.train.metrics import read_metrics
 from tests.runs import ROOT, arguments, failure, losses, train_on
 from tests.train.test_failures import spoil
@@ -93,7 +94,7 @@ def test_there_is_a_recipe_for_every_budget_of_the_readme() -> None:
 def test_a_recipe_needs_what_it_says(path: Path) -> None:
     said = re.search(r"# Predicted peak: ([\d.]+) GiB of one GPU with (\d+) GiB", path.read_text())
     assert said is not None
-    peak = predict(load_config([str(path)])).peak / 2**30
+    peak = predict(Plan.of(load_config([str(path)]))).peak / 2**30
     assert peak == pytest.approx(float(said[1]), abs=0.006)
     assert peak < 0.97 * float(said[2]), "CUDA and its allocator need some too"
     assert f"_{said[2]}gib" in path.stem

@@ -7,9 +7,10 @@ import pytest
 from lowrank_train.config.schema import Config, ModelConfig, load_config
 from lowrank_train.memory import static as memory_budget
 from lowrank_train.memory.measured import measure
-from lowrank_train.memory.step import StepMemory, predict
+from lowrank_train.memory.phases import StepMemory
+from lowrank_train.memory.step import predict
 from lowrank_train.models import build as models
-from lowrank_train.plan import unsharded
+from lowrank_train.plan import Plan
 from tests.tools.published_memory import SCALE_TABLE, weights_and_states
 
 SIZES = {
@@ -32,9 +33,13 @@ def config(*settings: str) -> Config:
     return load_config(["model.name=llama_9m", "seq_len=32", "micro_batch=2", "tokens_per_step=128", *settings])
 
 
+def planned(*settings: str) -> Plan:
+    return Plan.of(config(*settings))
+
+
 @pytest.mark.parametrize("name", SIZES)
 def test_models_have_the_published_number_of_parameters(name: str) -> None:
-    assert models.parameter_count(unsharded(Config(model=ModelConfig(name=name)))) == SIZES[name]
+    assert models.parameter_count(Plan.of(Config(model=ModelConfig(name=name))).model) == SIZES[name]
 
 
 @pytest.mark.parametrize("cell", SCALE_TABLE, ids=lambda cell: f"{cell.method}-{cell.model}")
@@ -50,9 +55,8 @@ def test_memory_of_scales_table_is_reproduced(cell: tuple[str, str, float]) -> N
 
 def test_static_terms_are_the_exact_ones() -> None:
     for name in ("adamw", "dct_adamw", "galore_adamw"):
-        settings = config(f"optimizer.name={name}")
-        step = predict(settings, world_size=4, shard=1).step
-        exact = memory_budget.predicted(settings, unsharded(settings), world_size=4, shard=1)
+        plan = Plan.of(config(f"optimizer.name={name}"), world_size=4)
+        step, exact = predict(plan, shard=1).step, memory_budget.predicted(plan, shard=1)
         assert (step.weights, step.gradients, step.optimizer_state) == (
             exact.weights,
             exact.gradients,
@@ -61,13 +65,13 @@ def test_static_terms_are_the_exact_ones() -> None:
 
 
 def test_the_peak_is_that_of_its_phase_and_its_terms_add_up() -> None:
-    memory = predict(config())
+    memory = predict(planned())
     assert memory.peak == max(memory.phases.values()) == memory.phases[memory.phase]
     assert sum(memory.terms.values()) == memory.peak
 
 
 def peaks(*settings: str, world_size: int = 1) -> StepMemory:
-    return predict(load_config(["model.name=llama_1b", "seq_len=1024", *settings]), world_size=world_size)
+    return predict(Plan.of(load_config(["model.name=llama_1b", "seq_len=1024", *settings]), world_size=world_size))
 
 
 def test_more_of_anything_needs_more() -> None:
@@ -84,8 +88,8 @@ def test_more_of_anything_needs_more() -> None:
 
 
 def test_gradients_wait_only_where_they_accumulate() -> None:
-    assert predict(config("tokens_per_step=64")).forward.gradients == 0
-    assert predict(config("tokens_per_step=128")).forward.gradients > 0
+    assert predict(planned("tokens_per_step=64")).forward.gradients == 0
+    assert predict(planned("tokens_per_step=128")).forward.gradients > 0
 
 
 @pytest.mark.parametrize(
@@ -99,7 +103,7 @@ def test_gradients_wait_only_where_they_accumulate() -> None:
 )
 def test_the_allocator_agrees(settings: tuple[str, ...]) -> None:
     wanted = config(*settings, "device=cpu")
-    measured, predicted = measure(wanted), predict(wanted)
+    measured, predicted = measure(wanted), predict(Plan.of(wanted))
     assert predicted.peak == pytest.approx(measured.peak, rel=0.1)
     for phase in ("forward", "backward"):
         assert predicted.phases[phase] == pytest.approx(measured.phases[phase], rel=0.1)

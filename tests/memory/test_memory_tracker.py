@@ -9,6 +9,7 @@ import pytest
 from lowrank_train.common.errors import UserError
 from lowrank_train.config.schema import load_config
 from lowrank_train.memory.step import predict
+from lowrank_train.plan import Plan
 from tests.tools.memory_tracker import track
 
 BOUND = 0.03
@@ -44,7 +45,8 @@ SETTINGS = [
 @pytest.mark.parametrize(("world_size", "settings"), SETTINGS)
 def test_formulas_and_tracker_agree(world_size: int, settings: str) -> None:
     config = load_config(f"model.name={settings} model.overrides.num_hidden_layers=3".split())
-    tracked, predicted = track(config, world_size=world_size, updates=False), predict(config, world_size=world_size)
+    plan = Plan.of(config, world_size=world_size)
+    tracked, predicted = track(plan, updates=False), predict(plan)
     both = {name: predicted.phases[name] for name in tracked.phases}
     assert max(both.values()) == pytest.approx(tracked.peak, rel=PEAK_BOUND)
     for name, bytes_ in both.items():
@@ -54,9 +56,9 @@ def test_formulas_and_tracker_agree(world_size: int, settings: str) -> None:
 @pytest.mark.parametrize("weights", ["full", "bfloat16"])
 def test_copies_of_shards_agree(weights: str) -> None:
     settings = f"model.name=llama_60m model.overrides.num_hidden_layers=3 seq_len=128 weights={weights}"
-    config = load_config([*settings.split(), "precision=bfloat16", "micro_batch=2"])
-    tracked = track(config, world_size=2, replicas=2, updates=False)
-    predicted = predict(config, world_size=2, replicas=2)
+    config = load_config([*settings.split(), "precision=bfloat16", "micro_batch=2", "parallel.replicas=2"])
+    plan = Plan.of(config, world_size=4)
+    tracked, predicted = track(plan, updates=False), predict(plan)
     for phase, size in tracked.phases.items():
         assert predicted.phases[phase] == pytest.approx(size, rel=BOUND), phase
 
@@ -73,7 +75,8 @@ def test_updates_agree(optimizer: str) -> None:
     settings = ["model.name=llama_60m", "model.overrides.num_hidden_layers=2", "seq_len=32", "micro_batch=1"]
     given = [a if a.startswith("weights") else f"optimizer.{a}" for a in arguments]
     config = load_config([*settings, "precision=bfloat16", f"optimizer.name={name}", *given])
-    tracked, predicted = track(config), predict(config)
+    plan = Plan.of(config)
+    tracked, predicted = track(plan), predict(plan)
     for phase in ("step", "refresh"):
         if phase in tracked.phases:
             assert predicted.phases[phase] == pytest.approx(tracked.phases[phase], rel=BOUND), phase
@@ -83,4 +86,4 @@ def test_a_torch_without_the_tracker_is_told(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "torch.distributed._tools", None)
     monkeypatch.setitem(sys.modules, "torch.distributed._tools.fsdp2_mem_tracker", None)
     with pytest.raises(UserError, match="no memory tracker"):
-        track(load_config(["model.name=llama_9m", "seq_len=32", "micro_batch=1"]))
+        track(Plan.of(load_config(["model.name=llama_9m", "seq_len=32", "micro_batch=1"])))

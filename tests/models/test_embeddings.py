@@ -19,9 +19,10 @@ from lowrank_train.config.schema import DataConfig, load_config
 from lowrank_train.data import tokenizer_folder
 from lowrank_train.data.tokenizer import prepare_tokenizer
 from lowrank_train.models.fsdp import gathered
+from lowrank_train.plan import Plan
 from lowrank_train.spectra.pruning import TextConfig, evaluation_blocks
 from lowrank_train.text.labels import split
-from lowrank_train.train.run import build_run
+from lowrank_train.train.run import Run
 from tests.distributed import run_distributed
 from tests.runs import arguments, documents, failure, train_on, write_jsonl
 
@@ -82,7 +83,7 @@ def test_every_method_trains_every_row_that_occurs(tmp_path: Path, tokenizer: Pa
         rank = ["optimizer.rank=8"] if "rank" in find(name).arguments() else []
         words = [f"optimizer.name={name}", "optimizer.lr=1e-2", *rank, f"data.folder={tmp_path / 'tokens'}"]
         config = load_config(given(text, tmp_path / name, f"data.tokenizer={tokenizer}", *words))
-        run = build_run(config, ranks)
+        run = Run.build(Plan.of(config, world_size=ranks.world_size), ranks)
         blocks = run.data.train.take(8, 0, 1)
         weight = run.model.get_input_embeddings().weight
         before = gathered(weight).detach().clone()

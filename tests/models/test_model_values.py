@@ -14,11 +14,12 @@ from lowrank_train.common.errors import UserError
 from lowrank_train.common.ranks import Ranks
 from lowrank_train.config.schema import ModelConfig, load_config
 from lowrank_train.layers.parametrization import Dense
-from lowrank_train.memory.budget import load_budget, solve
+from lowrank_train.memory.budget import solve
+from lowrank_train.memory.check import check_size, count_parameters
+from lowrank_train.memory.question import load_budget
 from lowrank_train.models import build as models
 from lowrank_train.models.folders import load_model, model_folder
-from lowrank_train.models.size import count_parameters
-from lowrank_train.plan import check_settings
+from lowrank_train.plan import Plan
 from tests.runs import TINY
 
 WRONG = [
@@ -154,14 +155,14 @@ def test_parameters_are_counted_without_building_all_layers(name: str) -> None:
 def test_a_model_larger_than_memory_is_refused_before_it_is_built(words: list[str], message: str) -> None:
     config = load_config(["device=cpu", "micro_batch=1", "tokens_per_step=512", "model.name=llama_9m", *words])
     with pytest.raises(UserError, match=message):
-        check_settings(config, 1)
+        check_size(config, 1)
 
 
 def test_an_adapter_larger_than_memory_is_refused_before_it_is_built(folders: dict[str, Path], tmp_path: Path) -> None:
     words = ["device=cpu", "seq_len=64", "tokens_per_step=64", "adapter.name=lora", "adapter.rank=1000000"]
     wide = edited(folders["llama"], tmp_path / "wide", hidden_size=100_000, intermediate_size=100_000, head_dim=16)
     with pytest.raises(UserError, match=r"adapter\.rank=1000000, .*|model\.name=.*needs .* of host memory"):
-        check_settings(load_config([*words, f"model={wide}"]), 1)
+        check_size(load_config([*words, f"model={wide}"]), 1)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +180,7 @@ def test_what_a_run_refuses_is_not_predicted(tmp_path: Path, recipe: dict[str, A
     file = tmp_path / "recipe.yaml"
     file.write_text(json.dumps({"model": {"name": "llama_9m"}, **recipe}).replace("Infinity", ".inf"))
     with pytest.raises(UserError) as of_run:
-        check_settings(load_config([str(file)]), 1)
+        Plan.of(load_config([str(file)]))
     with pytest.raises(UserError) as of_budget:
         solve(load_budget(["--recipe", str(file)]))
     assert message in str(of_run.value)

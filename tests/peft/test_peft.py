@@ -27,19 +27,20 @@ from lowrank_train.compress.ranks import compress, plan_ranks
 from lowrank_train.config import methods
 from lowrank_train.config.schema import AdapterConfig, DataConfig
 from lowrank_train.data.tokenizer import prepare_tokenizer
+from lowrank_train.memory.step import predict
 from lowrank_train.models.compressed_folder import save_model
 from lowrank_train.models.folders import load_model
 from lowrank_train.peft import names as adapter_names_module
 from lowrank_train.peft.model import AdaptedModel, adapt
 from lowrank_train.peft.names import adapter_names
-from lowrank_train.plan import check_settings, unsharded
+from lowrank_train.plan import Plan
 from lowrank_train.spectra.spectrum import spectra
 from lowrank_train.text.labels import split
 from lowrank_train.train import loop as trainer
 from lowrank_train.train import run as run_module
 from lowrank_train.train.finetune import finetuning_help, load_finetuning
 from lowrank_train.train.loop import train
-from lowrank_train.train.run import Run, build_run
+from lowrank_train.train.run import Run
 from tests.compress.test_compress import trained
 from tests.distributed import run_distributed
 from tests.runs import (
@@ -400,7 +401,7 @@ def test_the_data_are_the_runs_first_sequences(folders: Path, tmp_path: Path) ->
             start("cpu", config.parallel.shards, config.parallel.replicas) as ranks,
             warnings.catch_warnings(action="ignore"),
         ):
-            run = build_run(config, ranks)
+            run = Run.build(Plan.of(config), ranks)
             assert torch.equal(torch.cat(given), run.data.train.take(16, 0, 1))  # training begins with them again
 
     run_distributed(work, 1)
@@ -412,7 +413,7 @@ def test_the_data_are_the_runs_first_sequences(folders: Path, tmp_path: Path) ->
 def refused(folders: Path, *more: str, name: str = "lora") -> str:
     config = load_finetuning(words(folders, folders / "none", name, *more))
     with pytest.raises(UserError) as caught:
-        check_settings(config, 1)
+        Plan.of(config)
     return str(caught.value)
 
 
@@ -455,11 +456,11 @@ def test_settings_that_do_not_go_together(folders: Path, tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"adapter\.sequences=0; expected a number >= 1"):
         load_finetuning([*words(folders, tmp_path, "lora"), "adapter.sequences=0"])
     with pytest.raises(UserError, match="is not predicted before it is built"):
-        unsharded(load_finetuning(words(folders, tmp_path, "lora")))
+        predict(Plan.of(load_finetuning(words(folders, tmp_path, "lora"))))
     config = load_finetuning(words(folders, tmp_path, "lora"))
     config.model.name = "llama_9m"
     with pytest.raises(UserError, match="a size to pretrain; an adapter needs a trained model"):
-        check_settings(config, 1)
+        Plan.of(config)
 
 
 def test_what_peft_refuses_is_an_error_of_the_user(folders: Path, tmp_path: Path) -> None:

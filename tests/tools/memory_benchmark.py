@@ -32,6 +32,7 @@ from lowrank_train.common.units import show_bytes
 from lowrank_train.config.schema import Config, load_config
 from lowrank_train.memory.measured import measure
 from lowrank_train.memory.step import predict
+from lowrank_train.plan import Plan
 from tests.tools.memory_tracker import track
 
 __all__ = ["SETTINGS", "measure_memory"]
@@ -99,16 +100,17 @@ def measure_memory(arguments: Sequence[str]) -> str:
 
 
 def _row(config: Config, world_size: int, words: str, given: argparse.Namespace) -> dict[str, Any]:
-    memory = predict(config, world_size=world_size)
+    plan = Plan.of(config, world_size=world_size)
+    memory = predict(plan)
     row: dict[str, Any] = {"ranks": world_size, "setting": words, "phase": memory.phase, "terms": memory.terms}
     row["predicted"] = {**memory.phases, "peak": memory.peak}
     if not given.no_track:
-        tracked = track(config, world_size=world_size, updates=_has_small_updates(config))
+        tracked = track(plan, updates=_has_small_updates(config))
         row["tracked"] = {**tracked.phases, "peak": tracked.peak}
     if given.device is not None and world_size == 1 and memory.peak <= given.largest * 2**30:
         at_most = 2 * config.micro_batch * config.seq_len  # of more micro-batches the third is as the second
         on_device = replace(config, device=given.device, tokens_per_step=min(config.tokens_per_step, at_most))
-        expected = predict(on_device)
+        expected = predict(Plan.of(on_device))
         found = measure(on_device)
         row["predicted_on_device"] = {**expected.phases, "peak": expected.peak}
         row["measured"] = {**found.phases, "peak": found.peak}

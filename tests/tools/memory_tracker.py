@@ -30,14 +30,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_train import optim
 from lowrank_train.common.errors import UserError
-from lowrank_train.config import methods
-from lowrank_train.config.schema import Config
 from lowrank_train.models import fsdp
 from lowrank_train.models.loss import token_loss
 from lowrank_train.models.recompute import checkpoint_layers
 from lowrank_train.optim.low_rank.bases import dct
 from lowrank_train.optim.shards import blocks
-from lowrank_train.plan import build_optimizer, micro_batches, unsharded
+from lowrank_train.plan import Plan
 
 __all__ = ["TrackedStep", "track"]
 
@@ -68,30 +66,28 @@ class TrackedStep:
         return max(self.phases.values())
 
 
-def track(config: Config, *, world_size: int = 1, replicas: int = 1, updates: bool = True) -> TrackedStep:
-    """Run a step of a configuration on fake tensors, as the first of ``world_size`` fake ranks.
+def track(plan: Plan, *, updates: bool = True) -> TrackedStep:
+    """Run a step of a configuration on fake tensors, as the first of as many fake ranks as it is planned for.
 
     Of its micro-batches two are run, if it has as many: in the second there are gradients to add to. With updates in
     backward three: in the last they are used up.
 
     Args:
-        config: of the run; block sizes and the path of the DCT are those of a CUDA device.
-        world_size: ranks the model is sharded over.
-        replicas: sharded copies.
+        plan: of the run; block sizes and the path of the DCT are those of a CUDA device.
         updates: False leaves out the optimizer's steps, which take longest for matrices; its state is there.
 
     Raises:
         UserError: this torch has no tracker, or the process is in a process group; settings that do not fit.
     """
-    method = methods.find(config.optimizer["name"])
-    plain = unsharded(config)  # outside the fake mode, in which transformers cannot convert types
+    config = plan.config
+    plain = plan.shapes(plan.model.config)  # outside the fake mode, in which transformers cannot convert types
     with ExitStack() as stack:
-        mesh = stack.enter_context(fake_ranks(world_size, replicas))
+        mesh = stack.enter_context(fake_ranks(*plan.mesh))
         tracker_class = _tracker_class()
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # of torch, about its own private parts
-        fsdp.shard_model(plain, mesh, optim.find(method.optimizer), config.precision)
+        fsdp.shard_model(plain, mesh, plan.optimizer_class, config.precision)
         model = plain.to_empty(device="cpu")
         model.tie_weights()
         # the tracker knows forward hooks only, and has to see the root's
@@ -99,7 +95,7 @@ def track(config: Config, *, world_size: int = 1, replicas: int = 1, updates: bo
         checkpoint_layers(model, config.model)
         model.train()
         tied = model.get_output_embeddings().weight
-        optimizer = build_optimizer(config, model)
+        optimizer = plan.optimizer(model)
         ids = torch.zeros(config.micro_batch, config.seq_len, dtype=torch.int64)
         labels = torch.zeros_like(ids)
         apart = torch.zeros_like(ids) if config.data.separates else None
@@ -110,7 +106,7 @@ def track(config: Config, *, world_size: int = 1, replicas: int = 1, updates: bo
         _as_on_cuda(stack)
         with tracker:
             peaks: dict[str, dict[str, int]] = {}
-            passes = min(3 if config.fused_backward else 2, micro_batches(config, world_size * replicas))
+            passes = min(3 if config.fused_backward else 2, plan.passes)
 
             def gradients() -> None:
                 for _ in range(passes):
@@ -124,7 +120,7 @@ def track(config: Config, *, world_size: int = 1, replicas: int = 1, updates: bo
                     tracker.reset_mod_stats()
 
             interval = refresh_interval(optimizer)
-            traces_refresh = interval and method.optimizer not in _UNTRACEABLE_REFRESH
+            traces_refresh = interval and plan.method.optimizer not in _UNTRACEABLE_REFRESH
             if config.fused_backward:
                 optim.attach_to_backward(
                     model, optimizer, accumulation_steps=passes, max_norm=config.clip, clip=config.clip_by

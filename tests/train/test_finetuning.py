@@ -30,11 +30,11 @@ from lowrank_train.memory import static as memory_budget
 from lowrank_train.models.compressed_folder import compressed_ranks, is_compressed, save_model
 from lowrank_train.models.folders import load_model
 from lowrank_train.optim.shards.layout import local
-from lowrank_train.plan import check_settings, unsharded
+from lowrank_train.plan import Plan
 from lowrank_train.spectra.spectrum import spectra
 from lowrank_train.text.labels import split
 from lowrank_train.train.finetune import load_finetuning
-from lowrank_train.train.run import build_run
+from lowrank_train.train.run import Run
 from tests.compress.test_compress import trained
 from tests.distributed import run_distributed
 from tests.runs import (
@@ -107,12 +107,12 @@ def test_dense_matrices_cost_neither_gradients_nor_state(
         os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(world_size))
         config = load_finetuning(words(folders, tmp_path, kind=kind))
         with start("cpu", config.parallel.shards, config.parallel.replicas) as ranks:
-            run = build_run(config, ranks)
+            run = Run.build(Plan.of(config, world_size=ranks.world_size), ranks)
             run.model.token_loss(*split(run.data.train.take(2, ranks.rank, world_size)), 1024).backward()
             got = memory_budget.measured(run.model, run.optimizer)
-            expected = memory_budget.predicted(config, unsharded(config), world_size=world_size, shard=ranks.rank)
+            expected = memory_budget.predicted(Plan.of(config, world_size=world_size), shard=ranks.rank)
             assert got == expected
-            low_rank = [name for name, m in unsharded(config).named_modules() if isinstance(m, LowRankLinear)]
+            low_rank = [name for name, m in Plan.of(config).model.named_modules() if isinstance(m, LowRankLinear)]
             trained_bytes = 0
             for name, param in run.model.named_parameters():
                 is_trained = "norm" in name or any(name.startswith(f"{layer}.") for layer in low_rank)
@@ -176,16 +176,14 @@ def test_every_method_takes_a_step_on_a_compressed_model(folders: Path, tmp_path
     def moved(name: str) -> set[str]:
         more = [f"optimizer={OPTIMIZER[name]}", f"train={what}", "schedule.warmup_steps=0"]
         config = load_finetuning(words(folders, tmp_path / name, *more, kind=kind))
-        check_settings(config, 1)
+        plan = Plan.of(config)
         with start("cpu", config.parallel.shards, config.parallel.replicas) as ranks:
-            run = build_run(config, ranks)
+            run = Run.build(Plan.of(config, world_size=ranks.world_size), ranks)
             run.model.token_loss(*split(run.data.train.take(4, 0, 1)), 1024).backward()
             run.optimizer.step()
-            assert memory_budget.measured(run.model, run.optimizer) == memory_budget.predicted(
-                config, unsharded(config)
-            )
+            assert memory_budget.measured(run.model, run.optimizer) == memory_budget.predicted(plan)
             state = get_model_state_dict(run.model, options=StateDictOptions(full_state_dict=True))
-            after = run.layers.plain_state_dict(state)
+            after = run.plan.layers.plain_state_dict(state)
             assert after.keys() == before.keys()
             assert all(torch.isfinite(value).all() for value in after.values())
             # layers that are made anew of a matrix give it back up to rounding
@@ -223,7 +221,7 @@ def test_layers_on_top_of_factors_leave_the_outputs_as_they_were(folders: Path, 
         record = train_on(2 if method == "sst" else 1, run)[0]
         losses_before.append(record.initial_validation_loss)
         layers = methods.find(method).parametrization({"rank": 4})
-        converted = {n for n, module in unsharded(load_finetuning(run)).named_modules() if layers.converted(module)}
+        converted = {n for n, module in Plan.of(load_finetuning(run)).model.named_modules() if layers.converted(module)}
         assert converted == (set() if method == "adamw" else factors)
         out = load_model(tmp_path / method / "huggingface")
         assert compressed_ranks(out.config) == ranks

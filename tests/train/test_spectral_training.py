@@ -17,7 +17,7 @@ from lowrank_train.config import methods
 from lowrank_train.config.schema import ModelConfig, load_config
 from lowrank_train.memory import static as memory_budget
 from lowrank_train.models import build as models
-from lowrank_train.plan import unsharded
+from lowrank_train.plan import Plan
 from lowrank_train.train.metrics import read_metrics
 from tests.distributed import run_distributed
 from tests.runs import (
@@ -133,7 +133,7 @@ def test_frozen_vectors_in_16_bits_keep_opt_1_3b_below_lora() -> None:
 
     def mebibytes(*words: str) -> float:
         config = load_config(["model.name=opt_1.3b", "optimizer.rank=64", *words])
-        return memory_budget.predicted(config, unsharded(config)).total / 2**20
+        return memory_budget.predicted(Plan.of(config)).total / 2**20
 
     assert mebibytes("optimizer.name=sst") == pytest.approx(9210.6, abs=0.1)
     assert mebibytes("optimizer.name=sst", "optimizer.frozen_dtype=float16") == pytest.approx(5862.6, abs=0.1)
@@ -147,7 +147,7 @@ def test_static_bytes_measured_are_those_predicted(optimizer: str) -> None:
 
     def worker() -> list[tuple[Any, Any]]:
         method = methods.find(config.optimizer["name"])
-        model = unsharded(config)
+        model = Plan.of(config).model
         fully_shard(model)
         model.to_empty(device="cpu")
         trained = optim.create(method.optimizer, model, **method.optimizer_arguments(config.optimizer))
@@ -155,7 +155,7 @@ def test_static_bytes_measured_are_those_predicted(optimizer: str) -> None:
             if param.requires_grad:
                 param.grad = torch.zeros_like(param)
         rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        expected = memory_budget.predicted(config, unsharded(config), world_size=ranks, shard=rank)
+        expected = memory_budget.predicted(Plan.of(config, world_size=ranks), shard=rank)
         return [(memory_budget.measured(model, trained), expected)]
 
     for ((got, expected),) in run_distributed(worker, 2):
