@@ -1,5 +1,6 @@
 # make pretrain    train a small LLaMA on two CPU cores, minutes; nothing is downloaded but Python packages
-# make test        the whole test suite
+# make test        the quick tests, all but those marked slow: before every change
+# make test-all    all tests: what .ci/run runs
 # make docs        the pages of docs/ that follow from docstrings and records
 PYTHON ?= python3
 VENV := .venv
@@ -7,12 +8,15 @@ RUN := $(VENV)/bin/python -m
 NPROC ?= 2
 ARGS ?=
 
-.PHONY: pretrain test lint types docs clean
+.PHONY: pretrain test test-all lint types docs clean
 
 pretrain: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(RUN) torch.distributed.run --nproc-per-node $(NPROC) launch/pretrain.py configs/quickstart.yaml $(ARGS)
 
 test: $(VENV)/installed
+	$(RUN) pytest -n auto --dist loadfile -m "not slow" $(ARGS)
+
+test-all: $(VENV)/installed
 	$(RUN) pytest -n auto --dist loadfile $(ARGS)
 
 lint: $(VENV)/installed

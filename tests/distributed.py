@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import importlib
 import io
 import multiprocessing
 import pickle
@@ -39,6 +40,7 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any) -> list
     The function asks ``torch.distributed`` for its rank. It may be a closure; what it returns must be picklable
     (tensors are copied). The first rank to fail fails the call with its traceback, and the others are terminated.
     """
+    importlib.import_module("torch._dynamo")  # half a second that sharding would take in every rank
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         workers, pipes = [], []

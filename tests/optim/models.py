@@ -1,4 +1,7 @@
-"""Small models and deterministic gradients for the optimizer tests."""
+"""Small models and deterministic gradients for the optimizer tests.
+
+Transformers and layers are imported where they are used: most tests of ``optim`` need neither.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from lowrank_train import optim
-from lowrank_train.layers.plain import merged_state_dict
-from lowrank_train.layers.spectral import to_spectral
 from lowrank_train.optim.manifolds.maps import Description, find_manifold
 from tests.distributed import dumps
 
@@ -34,6 +34,12 @@ SCHEDULE = {
     "warmup_steps": 2,
 }
 """Of every optimizer that has such a setting."""
+
+
+def _to_spectral(model: nn.Module, rank: int, **settings: Any) -> nn.Module:
+    from lowrank_train.layers.spectral import to_spectral
+
+    return to_spectral(model, rank, **settings)
 
 
 def _add_adapters(model: nn.Module, rank: int, **settings: Any) -> nn.Module:
@@ -64,7 +70,7 @@ def _rows_as_points(model: nn.Module, rank: int, *, layers: str) -> nn.Module:
 
 
 CONVERSIONS: dict[str, Callable[..., Any]] = {
-    "spectral": to_spectral,
+    "spectral": _to_spectral,
     "adapter": _add_adapters,
     "points": _rows_as_points,
 }
@@ -104,6 +110,8 @@ class MixedModel(nn.Module):
 
 
 def tiny_llama(*, tied: bool = False) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     config = LlamaConfig(
         vocab_size=29,
         hidden_size=8,
@@ -118,6 +126,8 @@ def tiny_llama(*, tied: bool = False) -> nn.Module:
 
 
 def tiny_opt() -> nn.Module:
+    from transformers import OPTConfig, OPTForCausalLM
+
     config = OPTConfig(
         vocab_size=29,
         hidden_size=8,
@@ -249,6 +259,8 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 def plain_weights(model: nn.Module) -> dict[str, Tensor]:
     """As ``weights``, converted layers as the matrices they stand for: what a change of factors alone leaves."""
+    from lowrank_train.layers.plain import merged_state_dict
+
     plain = merged_state_dict(weights(model))
     if any(".lora_A." in name for name in plain):
         from lowrank_train.layers.lora import LowRankAdapters

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -21,6 +20,8 @@ GPT2 = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id
 
 
 def built(model: str, config: str, **settings: Any) -> nn.Module:
+    import transformers
+
     return getattr(transformers, model)(getattr(transformers, config)(**{"pad_token_id": 0, **settings}))
 
 

@@ -17,7 +17,6 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from lowrank_train import optim
 from lowrank_train.optim.costs.sent import communicated_bytes
@@ -550,22 +549,23 @@ def test_declared_manifolds_survive(path: Callable[[nn.Module], nn.Module]) -> N
     assert off_lorentz(model.points.weight).max() < 1e-12
 
 
-class PretrainedPoints(PreTrainedModel):
-    """As a user's model in transformers."""
-
-    config_class = PreTrainedConfig
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__(config)
-        self.points = nn.Parameter(torch.ones(6, 4, dtype=torch.float64))
-        self.parameter_manifolds = {"points": ("lorentz", 1.0)}
-        self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        pass
-
-
 def test_a_declared_manifold_survives_from_pretrained(tmp_path: Any) -> None:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    class PretrainedPoints(PreTrainedModel):
+        """As a user's model in transformers."""
+
+        config_class = PreTrainedConfig
+
+        def __init__(self, config: PreTrainedConfig) -> None:
+            super().__init__(config)
+            self.points = nn.Parameter(torch.ones(6, 4, dtype=torch.float64))
+            self.parameter_manifolds = {"points": ("lorentz", 1.0)}
+            self.post_init()
+
+        def _init_weights(self, module: nn.Module) -> None:
+            pass
+
     model = PretrainedPoints(PreTrainedConfig())
     with torch.no_grad():
         model.points.copy_(points_of(("lorentz", 1.0), 6, 4))

@@ -20,7 +20,6 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowrank_train import optim
 from tests.distributed import run_distributed
@@ -365,6 +364,8 @@ def test_checkpoints_of_two_mesh_axes_load_on_one_process(tmp_path: Path) -> Non
 
 def hugging_face(folder: str) -> dict[str, dict[str, Tensor]]:
     """Weights after some steps; with several ranks under the model's own plan of tensor parallelism."""
+    from transformers import LlamaForCausalLM
+
     results = {}
     size = dist.get_world_size()
     for name in (*A_FEW, "apollo"):
@@ -386,6 +387,8 @@ def hugging_face(folder: str) -> dict[str, dict[str, Tensor]]:
 
 
 def test_tp_plan_of_hugging_face(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM  # before the forks, which inherit it
+
     torch.manual_seed(0)
     sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}
