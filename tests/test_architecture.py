@@ -40,7 +40,7 @@ ROOMS: dict[str, str] = {
     "common": "",
     "files": "common optim optim/shards optim/storage",
     "text": "common files",
-    "layers": "common optim/shards optim/core optim/linalg optim/spectral optim/methods",
+    "layers": "common optim/shards optim/arguments optim/core optim/linalg optim/spectral optim/methods",
     "config": "common files text layers optim optim/arguments",
     "data": "common files text config",
     "models": "common files text config layers data optim optim/shards optim/arguments optim/storage",
@@ -59,6 +59,7 @@ ROOMS: dict[str, str] = {
     "commands": "common config train memory compress spectra hyperbolic hyperbolic/graphs hyperbolic/translation",
     "__main__": "common commands optim/arguments",
     "launch": "common commands bench optim/__main__ optim/arguments",
+    "lowrank_train": "layers",  # the face of the package, which imports what is asked for
 }
 """Room -> the rooms it may import. What is not here is refused; rooms stand above all that they import."""
 
@@ -66,9 +67,6 @@ MOST_MODULES, MOST_LINES, LONGEST_CHAIN = 12, 400, 33
 
 STILL_TOO_LARGE = {
     "lowrank_train/bench": 15,
-    "optim/core/optimizer.py": 520,
-    "optim/methods/sst.py": 485,
-    "optim/shards/layout.py": 420,
 }
 """Folders and files above the limit, with what they may have at most. Nothing is added here."""
 
@@ -135,19 +133,10 @@ def imported_modules(tree: ast.AST) -> Iterator[str]:
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
-def _for_types(tree: ast.Module) -> set[ast.AST]:
-    """All nodes below ``if TYPE_CHECKING:``."""
-    blocks = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
-    return {node for block in blocks for node in ast.walk(block)}
-
-
 def arrows(tree: ast.Module) -> set[str]:
-    """The modules of this project that a module imports when it runs."""
-    ignored = _for_types(tree)
+    """The modules of this project that a module imports, for its types too."""
     found: set[str] = set()
     for node in ast.walk(tree):
-        if node in ignored:
-            continue
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names if alias.name in MODULES)
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
@@ -232,7 +221,7 @@ def test_arrows_between_rooms_are_those_of_the_table() -> None:
 
 
 def test_every_room_is_in_the_table_and_above_what_it_imports() -> None:
-    assert {room_of(path) for path in PRODUCT} - {"lowrank_train"} <= set(ROOMS)
+    assert {room_of(path) for path in PRODUCT} <= set(ROOMS)
     order = list(ROOMS)
     for room, others in ROOMS.items():
         for other in others.split():
@@ -363,7 +352,7 @@ def test_rooms_of_modules(path: str, room: str) -> None:
         ("from lowrank_train.train import loop", {"lowrank_train.train.loop"}),
         ("def f():\n    import lowrank_train.plan", {"lowrank_train.plan"}),
         ("from lowrank_train import optim", {"lowrank_train.optim"}),
-        ("if TYPE_CHECKING:\n    from lowrank_train import plan", set()),
+        ("if TYPE_CHECKING:\n    from lowrank_train import plan", {"lowrank_train.plan"}),
         ("from torch import nn", set()),
     ],
 )

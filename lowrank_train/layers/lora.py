@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lowrank_train.common.errors import UserError
 from lowrank_train.layers.choice import BLOCK_MATRICES, replaceable_layers, trained_layers
 from lowrank_train.layers.parametrization import Parametrization
-from lowrank_train.optim.core.optimizer import is_number
+from lowrank_train.optim.arguments.torch_arguments import is_number
 from lowrank_train.optim.methods.relora import drawn_factor, merged_weight
 
 __all__ = ["LowRankAdapters", "add_adapters"]

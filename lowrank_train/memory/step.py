@@ -91,7 +91,7 @@ def _waiting_gradients(optimizer: optim.MatrixOptimizer, world_size: int, shard:
         size = math.prod(local_shape(spec, dim, shard, world_size)) * spec.dtype.itemsize
         if slot.group["role"] == "frozen":
             continue
-        if optimizer.coordinates_suffice(slot):
+        if optimizer.update_of(slot.group).coordinates_suffice(slot):
             m = max(matrix_shape(slot.param.shape))
             r = slot.state["column_age"].numel()
             rows = local_shape(StateTensor((m, r), slot.param.dtype, "rows"), dim, shard, world_size)[0]

@@ -112,8 +112,8 @@ def update_workspace(
     if one_at_a_time:
         together = [[slot] for slot in slots]
     else:
-        plain = [slot for slot in slots if not is_copied(slot, optimizer.handed(slot))]
-        copied = [slot for slot in slots if is_copied(slot, optimizer.handed(slot))]
+        plain = [slot for slot in slots if not is_copied(slot, optimizer.update_of(slot.group).promotes(slot))]
+        copied = [slot for slot in slots if is_copied(slot, optimizer.update_of(slot.group).promotes(slot))]
         sizes = [slot.param.numel() // world_size for slot in copied]
         together = [plain, *chunks(copied, sizes, COPIED_AT_ONCE)]
     found = [_workspace(optimizer, members, world_size, shard, on_cpu) for members in together if members]
@@ -149,7 +149,7 @@ def _storing(optimizer: MatrixOptimizer, slot: Slot, world_size: int, on_cpu: bo
 
     In int8 the numbers in units of their scale too, the nearest codes, which of them are exact; of half a block.
     """
-    if not optimizer.handed(slot).rounded:
+    if not optimizer.update_of(slot.group).promotes(slot).rounded:
         return 0
     in_int8 = isinstance(slot.param, Int8Weight)
     width = math.prod(slot.param.shape[1:])
@@ -159,8 +159,8 @@ def _storing(optimizer: MatrixOptimizer, slot: Slot, world_size: int, on_cpu: bo
 
 def _copy_bytes(optimizer: MatrixOptimizer, slot: Slot, world_size: int, shard: int) -> int:
     """What a step works on in place of a parameter and its state (``optim.core.working_copies``)."""
-    handed = optimizer.handed(slot)
-    if not is_copied(slot, handed):
+    promotion = optimizer.update_of(slot.group).promotes(slot)
+    if not is_copied(slot, promotion):
         return 0
     dim = optimizer.shard_dim(slot.group["role"], slot.param.shape, world_size)
     exact = torch.promote_types(slot.param.dtype, torch.float32).itemsize
@@ -168,12 +168,12 @@ def _copy_bytes(optimizer: MatrixOptimizer, slot: Slot, world_size: int, shard: 
     plain = optimizer.state_layout(slot.name, slot.param, {**slot.group, "state_dtype": None})
     total = 0
     for key, spec in stored.items():
-        converts = key in MOMENTS and (handed.moments or (handed.rounded and spec.dtype == torch.bfloat16))
+        converts = key in MOMENTS and (promotion.moments or (promotion.rounded and spec.dtype == torch.bfloat16))
         if converts:
             total += math.prod(local_shape(plain[key], dim, shard, world_size)) * exact
         elif slot.group["offload_state"] and spec.layout != "host":
             total += math.prod(local_shape(spec, dim, shard, world_size)) * spec.dtype.itemsize
-    if handed.rounded:
+    if promotion.rounded:
         weight = StateTensor(tuple(slot.param.shape), torch.bfloat16, "parameter")
         total += math.prod(local_shape(weight, dim, shard, world_size)) * exact
     return total
@@ -182,7 +182,7 @@ def _copy_bytes(optimizer: MatrixOptimizer, slot: Slot, world_size: int, shard: 
 def _matrices(optimizer: MatrixOptimizer, slots: Sequence[Slot], world_size: int, shard: int) -> Iterable[_Matrix]:
     for slot in slots:
         role, shape = slot.group["role"], tuple(slot.param.shape)
-        if role not in optimizer.method_roles or len(shape) < 2:
+        if role not in optimizer.updates or len(shape) < 2:
             continue
         d, m = sorted(matrix_shape(shape))
         r = resolved_rank(slot.name, shape, slot.group["rank"]) if "rank" in slot.group else d
@@ -192,7 +192,7 @@ def _matrices(optimizer: MatrixOptimizer, slots: Sequence[Slot], world_size: int
         turned = world_size > 1 and dim != 1 - (1 if shape[0] >= math.prod(shape[1:]) else 0)
         exact = torch.promote_types(slot.param.dtype, torch.float32).itemsize
         narrow = slot.param.dtype.itemsize < exact
-        widened = narrow and not optimizer.handed(slot).rounded
+        widened = narrow and not optimizer.update_of(slot.group).promotes(slot).rounded
         yield _Matrix(m, d, r, rows, exact, slot.group, turned, slot.name, narrow, widened)
 
 
@@ -201,7 +201,7 @@ def _adamw(optimizer: MatrixOptimizer, slots: Sequence[Slot], world_size: int, s
     largest = 0
     for slot in slots:
         state_dtype, shape = slot.group["state_dtype"], tuple(slot.param.shape)
-        if len(shape) < 2 or not optimizer.works_in_blocks(slot):
+        if len(shape) < 2 or not optimizer.update_of(slot.group).is_element_wise:
             continue
         rounded = COUNTER in slot.state
         if not rounded and slot.state["exp_avg"].dtype == slot.param.dtype:

@@ -26,8 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_train.optim.arguments.surroundings import undisturbed
-from lowrank_train.optim.core.optimizer import MatrixOptimizer, Slot, is_number
-from lowrank_train.optim.parameters.slot import stored_gradient
+from lowrank_train.optim.arguments.torch_arguments import is_number
+from lowrank_train.optim.core.optimizer import MatrixOptimizer
+from lowrank_train.optim.core.stepping import at_work, matrices
+from lowrank_train.optim.parameters.slot import Slot, stored_gradient
 from lowrank_train.optim.parameters.wrappers import bare_model, bare_optimizer, is_replicated
 from lowrank_train.optim.shards.collectives import sum_over_shards
 from lowrank_train.optim.shards.layout import laid_out_as, local
@@ -81,7 +83,7 @@ class BackwardUpdates:
         _check(model, optimizer, accumulation_steps, max_norm, clip)
         self.grad_norm: Tensor | None = None
         self._model, self._checked = model, False
-        self._optimizer = optimizer
+        self._optimizer, self._update_of = optimizer, optimizer.update_of
         self._accumulation_steps = accumulation_steps
         self._max_norm = max_norm
         self._waits_for_norm = max_norm is not None and clip == "global"
@@ -90,7 +92,7 @@ class BackwardUpdates:
         self._squares: dict[Tensor, Tensor] = {}
         slots = [slot for slot in optimizer.slots() if slot.group["role"] != "frozen"]
         for slot in slots:
-            if self._waits_for_norm and slot.group["role"] in optimizer.method_roles and not self._projects(slot):
+            if self._waits_for_norm and slot.group["role"] in optimizer.updates and not self._projects(slot):
                 raise ValueError(
                     f"max_norm={max_norm} with clip='global' needs every gradient before the first update, and "
                     f"{type(optimizer).__name__} needs the whole gradient of {slot.name!r} for it; use "
@@ -174,19 +176,20 @@ class BackwardUpdates:
     def _project(self, slot: Slot, *, first: bool) -> None:
         """Add the coordinates of a gradient to those of the passes before; directions are chosen in the first."""
         found = {} if first else self._coordinates.get(slot.param, {})
-        with self._optimizer.matrices(slot) as matrices:
-            for i, matrix in enumerate(matrices):
+        update = self._update_of(slot.group)
+        with matrices(slot, self._update_of) as own:
+            for i, matrix in enumerate(own):
                 if first or i in found:
-                    with self._optimizer.at_work([matrix]) as (copy,):
-                        coordinates = self._optimizer.project_gradient(copy, refresh=first)
+                    with at_work([matrix], self._update_of) as (copy,):
+                        coordinates = update.project_gradient(copy, refresh=first)
                     if coordinates is not None:
                         found[i] = coordinates if first else found[i] + coordinates
         # A rank whose shard of a stack has no matrix, or none with directions, joins in the norm all the same.
-        if found or self._optimizer.takes_apart(slot.param, slot.group):
+        if found or update.takes_apart(slot.param, slot.group):
             self._coordinates[slot.param] = found
 
     def _projects(self, slot: Slot) -> bool:
-        return self._optimizer.coordinates_suffice(slot)
+        return self._update_of(slot.group).coordinates_suffice(slot)
 
     @torch.no_grad()
     def _update(self, slot: Slot) -> None:
@@ -202,10 +205,10 @@ class BackwardUpdates:
                 for gradient in gradients:
                     gradient.mul_(factor)
         if coordinates is not None:
-            with self._optimizer.matrices(slot) as matrices:
+            with matrices(slot, self._update_of) as own:
                 for i, of_matrix in coordinates.items():
-                    with self._optimizer.at_work([matrices[i]]) as (copy,):
-                        self._optimizer.step_coordinates(copy, of_matrix)
+                    with at_work([own[i]], self._update_of) as (copy,):
+                        self._update_of(slot.group).step_coordinates(copy, of_matrix)
         elif slot.param.grad is not None:
             self._optimizer.step_slots([slot])
             slot.param.grad = None

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from lowrank_train.optim.arguments.caller import CoverageWarning, warn_at_the_caller
+from lowrank_train.optim.core.common_updates import ADAMW
+from lowrank_train.optim.core.stepping import UpdateOf
 from lowrank_train.optim.parameters.slot import Slot
 from lowrank_train.optim.shards.layout import matrix_shape
 from lowrank_train.optim.storage.quantization import BITS, MOMENTS
-
-if TYPE_CHECKING:
-    from lowrank_train.optim.core.optimizer import MatrixOptimizer
-from lowrank_train.optim.arguments.caller import CoverageWarning, warn_at_the_caller
 
 __all__ = ["summary", "unwarned", "warn"]
 
@@ -34,18 +33,18 @@ def unwarned() -> Iterator[None]:
         yield
 
 
-def warn(optimizer: MatrixOptimizer, modules: Mapping[str, str]) -> None:
+def warn(method: str, slots: list[Slot], update_of: UpdateOf, layers: str | None, modules: Mapping[str, str]) -> None:
     """Warn of matrices that get AdamW, and where the method updates less than half of what is no embedding or head.
 
     Args:
-        optimizer: just made.
+        method: the optimizer's class.
+        slots: all parameters of the optimizer.
+        update_of: what updates the parameters of a group.
+        layers: what the method trains in place of matrices; None: matrices.
         modules: class of the module that owns a parameter, by the parameter's name, where that is known.
     """
-    if not optimizer.needs_roles:
-        return
-    method, slots = type(optimizer).__name__, list(optimizer.slots())
-    covered = [slot for slot in slots if _is_covered(optimizer, slot)]
-    left = [slot for slot in slots if not _is_covered(optimizer, slot) and slot.group["role"] not in _ASIDE]
+    covered = [slot for slot in slots if update_of(slot.group) is not ADAMW]
+    left = [slot for slot in slots if update_of(slot.group) is ADAMW and slot.group["role"] not in _ASIDE]
     of_method, rest = _numbers(slot for slot in covered if slot.group["role"] not in _ASIDE), _numbers(left)
     matrices = [slot for slot in left if slot.group["role"] == "matrix"]
     if rest and of_method < _LEAST * (of_method + rest):
@@ -59,26 +58,33 @@ def warn(optimizer: MatrixOptimizer, modules: Mapping[str, str]) -> None:
         warn_at_the_caller(
             f"AdamW, and not the method of {method}, updates {len(matrices)} matrices of {_numbers(matrices):,} "
             f"numbers: {'; '.join(_described(matrices, modules))}. "
-            f"It trains {optimizer.layers} layers, which these were not converted to"
+            f"It trains {layers} layers, which these were not converted to"
         )
 
 
-def summary(optimizer: MatrixOptimizer) -> str:
-    """Return a line for every role and kind of update: how many tensors and numbers."""
+def summary(slots: list[Slot], told: Callable[[Slot], str], update_of: UpdateOf) -> str:
+    """Return a line for every role and kind of update: how many tensors and numbers.
+
+    Args:
+        slots: all parameters of an optimizer.
+        told: what updates a parameter, in words.
+        update_of: what updates the parameters of a group.
+    """
     kinds: dict[tuple[str, str], list[Slot]] = {}
-    for slot in optimizer.slots():
-        kinds.setdefault((slot.group["role"], optimizer.update_of(slot)), []).append(slot)
+    for slot in slots:
+        kinds.setdefault((slot.group["role"], told(slot)), []).append(slot)
     lines = []
-    for (role, update), slots in kinds.items():
-        line = f"    {role}: {_tensors(len(slots))} of {_numbers(slots):,} numbers by {update}"
-        stacks = [slot for slot in slots if slot.param.ndim > 2 and optimizer.takes_apart(slot.param, slot.group)]
+    for (role, update), members in kinds.items():
+        line = f"    {role}: {_tensors(len(members))} of {_numbers(members):,} numbers by {update}"
+        apart = [slot for slot in members if update_of(slot.group).takes_apart(slot.param, slot.group)]
+        stacks = [slot for slot in apart if slot.param.ndim > 2]
         if stacks:
             matrices = sum(slot.param.shape[:-2].numel() for slot in stacks)
             line += f"; {len(stacks)} of them are stacks, of {matrices:,} matrices"
-        wide = [slot for slot in slots if role == "vector" and slot.param.ndim > 1]
+        wide = [slot for slot in members if role == "vector" and slot.param.ndim > 1]
         if wide:
             line += f"; {len(wide)} of them, {_numbers(wide):,} numbers, have two dimensions or more"
-        whole = [slot for slot in slots if _is_kept_whole(slot)]
+        whole = [slot for slot in members if _is_kept_whole(slot)]
         if whole:
             line += (
                 f"; {len(whole)} of them, {_numbers(whole):,} numbers, keep their moments in full precision: they are "
@@ -97,11 +103,6 @@ def _is_kept_whole(slot: Slot) -> bool:
 class _Kind(NamedTuple):
     module: str
     slots: list[Slot]
-
-
-def _is_covered(optimizer: MatrixOptimizer, slot: Slot) -> bool:
-    """Return whether AdamW leaves a parameter to the method, to its exchanges or to Riemannian Adam."""
-    return slot.group["role"] in (optimizer.method_roles | {"frozen", "points"})
 
 
 def _numbers(slots: Iterator[Slot] | list[Slot]) -> int:

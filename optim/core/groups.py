@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowrank_train.optim.core.optimizer import ROLES
 from lowrank_train.optim.manifolds.maps import Description, describe_manifold, same_manifold
+from lowrank_train.optim.parameters.group_checks import ROLES
 from lowrank_train.optim.parameters.present import remember
 from lowrank_train.optim.parameters.roles import roles
 from lowrank_train.optim.parameters.wrappers import bare_model, plain_name

@@ -1,9 +1,8 @@
 """The frame every optimizer of this package shares.
 
-One object holds all parameters of a model: those with role ``matrix`` are updated by the method, the others by AdamW
-inside the same ``step()``, and rows that are points of a manifold by Riemannian Adam (``optim.manifolds.points``). A
-subclass supplies three things, in the terms of its paper: the state of a matrix, the check of its hyperparameters, and
-the update of a list of matrices. It never overrides ``step``.
+One object holds all parameters of a model. Each role of parameters has an ``Update`` (``optim.core.update``): those of
+the method, and for all other roles AdamW, Riemannian Adam of points, or none for what is frozen. A subclass supplies
+the updates of its method and a constructor. It never overrides ``step``.
 
 State is allocated when a parameter group is added, not at the first step: checkpoint code that finds an optimizer
 without state calls ``step()`` on zero gradients to make some, and every rank must hold the same keys.
@@ -11,10 +10,8 @@ without state calls ``step()`` on zero gradients to make some, and every rank mu
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -22,34 +19,21 @@ from torch.optim.optimizer import ParamsT
 
 from lowrank_train.optim.arguments.hyperparameters import check_finite
 from lowrank_train.optim.arguments.surroundings import eagerly, undisturbed
-from lowrank_train.optim.arguments.torch_arguments import FLAGS, accepting_flags, check_flags, is_number, make_plain
+from lowrank_train.optim.arguments.torch_arguments import FLAGS, accepting_flags, check_flags, make_plain
 from lowrank_train.optim.core import coverage
-from lowrank_train.optim.core.adamw_update import adamw_state, step_adamw
+from lowrank_train.optim.core.common_updates import ADAMW, FROZEN, POINTS, update_for
 from lowrank_train.optim.core.published import Published, introduce
 from lowrank_train.optim.core.state_dict import load
-from lowrank_train.optim.core.working_copies import (
-    COUNTER,
-    Handed,
-    chunked,
-    copied,
-    counted,
-    gathered,
-    is_copied,
-    settled,
-)
+from lowrank_train.optim.core.stepping import parts, step_slots
+from lowrank_train.optim.core.update import Update
 from lowrank_train.optim.manifolds import points
-from lowrank_train.optim.parameters import stacks
-from lowrank_train.optim.parameters.group_checks import ROLES, check_group, check_not_flattened, named_parameters
+from lowrank_train.optim.parameters.group_checks import LAYERS, check_group, check_not_flattened, named_parameters
 from lowrank_train.optim.parameters.present import PresentParameters, check_gradients, is_updated, updated_too_early
-from lowrank_train.optim.parameters.slot import Slot, dense_gradient
+from lowrank_train.optim.parameters.slot import Slot
 from lowrank_train.optim.shards.layout import StateTensor, allocate, first_column, is_distributed, local
-from lowrank_train.optim.shards.placements import check_even, check_not_scattered, in_work_layout, is_scattered
-from lowrank_train.optim.storage.quantization import BITS, as_stored
+from lowrank_train.optim.shards.placements import check_even, check_not_scattered, in_work_layout
 
-if TYPE_CHECKING:
-    from lowrank_train.optim.core.backward import BackwardUpdates
-
-__all__ = ["ROLES", "MatrixOptimizer", "Slot", "Traffic", "adamw_state", "dense_gradient", "is_number"]
+__all__ = ["SHARED_SETTINGS", "FusedUpdates", "MatrixOptimizer"]
 
 SHARED_SETTINGS: dict[str, Any] = {"state_dtype": None, "stochastic_rounding": False, "offload_state": False}
 """Settings of a group that every optimizer has, with their defaults: how weights and state are kept between steps.
@@ -61,17 +45,18 @@ parameter is on a GPU, and comes to the device for the step.
 """
 
 
-class Traffic(NamedTuple):
-    """Bytes one matrix makes a rank hand to collectives, when it is sharded as ``shard_dim`` advises."""
+class FusedUpdates(Protocol):
+    """Updates fused into backward (``optim.core.backward``), as an optimizer sees them."""
 
-    step_bytes: int = 0
-    """At every step."""
-    refresh_bytes: int = 0
-    """More of them at a step that chooses new directions."""
+    def finish(self) -> None:
+        """Make the updates that could not be made in backward."""
+
+    def check_replaceable(self, replaced: Set[Tensor], changed: Set[Tensor]) -> None:
+        """Raise RuntimeError for parameters that cannot be exchanged, or change, any more."""
 
 
-class MatrixOptimizer(torch.optim.Optimizer, ABC):
-    """Abstract: updates matrices by a method and every other parameter by AdamW, points by its Riemannian kind.
+class MatrixOptimizer(torch.optim.Optimizer):
+    """Abstract: updates each parameter by the ``Update`` of its role.
 
     Every parameter group carries a ``role`` (one of ``ROLES``), as ``optim.param_groups(model)`` makes them, and its
     own copy of each hyperparameter. Hyperparameters ``lr``, ``betas``, ``eps``, ``weight_decay`` mean the same in every
@@ -81,34 +66,22 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
     name: ClassVar[str]  # of the file that defines the class, unless the class has another
     published: ClassVar[Published]
 
-    needs_roles = True
-    """False for a method that treats all roles alike, and so accepts plain ``model.parameters()``."""
+    updates: ClassVar[Mapping[str, Update]] = {}
+    """Role -> the update of the method; parameters of all other roles get ``optim.core.common_updates``."""
 
-    structural_settings: tuple[str, ...] = ()
-    """Hyperparameters that say what the state means, so that a checkpoint must have been written with the same."""
+    needs_roles: ClassVar[bool]
+    """Whether it has an update of its own, so that plain ``model.parameters()`` would not tell what to update by it."""
 
-    retired_settings: ClassVar[Mapping[str, Any]] = {}
-    """Hyperparameters that exist no more, with the value that a checkpoint may have: the present behaviour."""
-
-    method_roles: frozenset[str] = frozenset({"matrix"})
-    """The roles the method itself updates; parameters of the others get AdamW."""
-
-    layers: str | None = None
+    layers: ClassVar[str | None]
     """What it trains in place of matrices, by the package that converts them (``spectral``); None: matrices."""
 
-    refresh_setting: str = "refresh_interval"
-    """The hyperparameter, of those that have it, by which ``Traffic.refresh_bytes`` comes every so many steps."""
-
-    offloads_state = True
-    """Whether its state may be in host memory, or in fewer bits: not where more than ``step_matrices`` reads it."""
-
-    converts_state = False
-    """Whether ``step_matrices`` reads moments of any type by itself; if not it is handed them in float32 or wider."""
+    works_between_steps: ClassVar[bool]
+    """Whether it reads its state between steps too, which may then be neither offloaded nor converted."""
 
     maximize = False
     """Whether new groups maximise, unless they say otherwise."""
 
-    in_backward: BackwardUpdates | None = None  # of the class, because torch's copies and pickles drop attributes
+    in_backward: FusedUpdates | None = None  # of the class, because torch's copies and pickles drop attributes
     _present_parameters: PresentParameters | None = None
 
     _unlisted: Mapping[str, Any] = {}
@@ -116,6 +89,9 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
+        cls.needs_roles = any(update not in (ADAMW, POINTS, FROZEN) for update in cls.updates.values())
+        cls.works_between_steps = any(update.works_between_steps for update in cls.updates.values())
+        cls.layers = next((LAYERS[role] for role in cls.updates if role in LAYERS), None)
         introduce(cls, needs_roles=cls.needs_roles)
         if "__init__" in vars(cls):
             cls.__init__ = accepting_flags(cls.__init__)  # type: ignore[method-assign]
@@ -128,7 +104,8 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         listed = {key: value for key, value in defaults.items() if key not in self._unlisted}
         self._owners: dict[str, str] = {}
         super().__init__(params, {**everywhere, **listed})
-        coverage.warn(self, self._owners)
+        if self.needs_roles:
+            coverage.warn(type(self).__name__, list(self.slots()), self.update_of, self.layers, self._owners)
         del self._owners
 
     def __getstate__(self) -> dict[str, Any]:
@@ -138,45 +115,21 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
     def __repr__(self) -> str:
         """What each role gets, then torch's list of settings."""
         first, rest = super().__repr__().split("\n", 1)
-        return f"{first}\n{coverage.summary(self)}\n{rest}"
+        return f"{first}\n{coverage.summary(list(self.slots()), self.told, self.update_of)}\n{rest}"
 
-    def update_of(self, slot: Slot) -> str:
-        """What updates a parameter, in words."""
-        if slot.group["role"] in ("points", "frozen"):
-            return "Riemannian Adam" if slot.group["role"] == "points" else "nothing but the method's exchanges"
-        return type(self).__name__ if slot.group["role"] in self.method_roles else "AdamW"
+    @classmethod
+    def update_of(cls, group: Mapping[str, Any]) -> Update:
+        """Return the update of the parameters of a group."""
+        return cls.updates.get(group["role"]) or update_for(group["role"])
 
-    @abstractmethod
-    def matrix_state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
-        """The state tensors of one matrix; raises ValueError for hyperparameters that do not fit its shape."""
-
-    @abstractmethod
-    def step_matrices(self, slots: list[Slot]) -> None:
-        """Update matrices in place from ``slot.grad``, which may be None and is never written."""
+    def told(self, slot: Slot) -> str:
+        """Return what updates a parameter, in words."""
+        return self.update_of(slot.group).words or type(self).__name__
 
     @classmethod
     def shard_dim(cls, role: str, shape: Sequence[int], world_size: int) -> int:
-        """The dimension to shard a parameter along for the least communication in ``step``; advice, never required."""
-        return 0
-
-    def traffic(
-        self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int, dim: int | None = None
-    ) -> Traffic:
-        """What one matrix of this group costs in communication; nothing for a method that works element by element.
-
-        ``dim``: the dimension it is sharded along; None: the one that ``shard_dim`` advises.
-        """
-        return Traffic()
-
-    def takes_apart(self, param: Tensor, group: dict[str, Any]) -> bool:
-        """Whether each matrix of a stack is updated by itself: where more than elements count."""
-        needed = self.needs_roles and group["role"] in self.method_roles
-        needed = needed or group["state_dtype"] in BITS  # whose blocks lie in rows of a matrix
-        return needed and stacks.is_taken_apart(param.shape, group)
-
-    def each_matrix(self, slot: Slot) -> list[Slot]:
-        """The matrices of a weight, as the method is handed them; the weight itself where it is taken as it is."""
-        return list(stacks.parts(slot)) if self.takes_apart(slot.param, slot.group) else [slot]
+        """Return the dimension to shard a parameter along for the least communication; advice, never required."""
+        return cls.update_of({"role": role}).shard_dim(shape, world_size)
 
     # ---------------------------------------------------------------------------------------------------------- step
 
@@ -216,102 +169,14 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
 
     def step_slots(self, slots: list[Slot]) -> None:
         """Update these parameters from their gradients."""
-        apart = [slot for slot in slots if self.takes_apart(slot.param, slot.group)]
-        left = {id(slot.param) for slot in apart}
-        shared, own = [slot for slot in slots if id(slot.param) not in left], list[Slot]()
-        for slot in apart:
-            if self.is_gathered(slot):
-                with self.matrices(slot) as matrices:
-                    self._step_matrices(matrices)
-            else:
-                (own if stacks.has_own_matrices(slot) else shared).extend(self.each_matrix(settled(slot)))
-        # Matrices of this rank alone go by themselves: collectives need the same matrices on every rank.
-        self._step_matrices(shared)
-        self._step_matrices(own)
-
-    @contextmanager
-    def matrices(self, slot: Slot) -> Iterator[list[Slot]]:
-        """Yield the matrices of a weight, gathered over all mesh axes but one; stored again on leaving."""
-        with gathered([slot], self.is_gathered) as (ready,):
-            yield self.each_matrix(ready)
-
-    def _step_matrices(self, slots: list[Slot]) -> None:
-        as_they_are: list[Slot] = []
-        as_copies: list[Slot] = []
-        for slot in slots:
-            needs_copy = self.is_gathered(slot) or is_copied(slot, self.handed(slot))
-            (as_copies if needs_copy else as_they_are).append(slot)
-        self._step_as_they_are([settled(slot) for slot in as_they_are])
-        for chunk in chunked(as_copies):
-            with self.at_work(chunk) as copies:
-                self._step_as_they_are(copies)
-
-    @contextmanager
-    def at_work(self, slots: list[Slot]) -> Iterator[list[Slot]]:
-        """Slots as their method works on them, see ``optim.core.working_copies``; stored again on leaving."""
-        with gathered(slots, self.is_gathered) as ready:
-            layouts = [self._layout(slot.name, slot.param, slot.group) for slot in ready]
-            with copied(ready, layouts, [self.handed(slot) for slot in ready]) as copies:
-                yield copies
-
-    def is_gathered(self, slot: Slot) -> bool:
-        """Whether a step needs more of a parameter than the pieces that several mesh axes leave a rank.
-
-        AdamW works number by number, and needs no more unless moments share scales or rounding depends on the place.
-        """
-        group, param = slot.group, slot.param
-        if group["role"] == "frozen" or not is_scattered(param):
-            return False
-        rounded = group["stochastic_rounding"] and param.dtype == torch.bfloat16
-        in_bits = group["state_dtype"] not in (None, "float32", "bfloat16")
-        return not self.works_in_blocks(slot) or group["role"] == "points" or rounded or in_bits
-
-    def works_in_blocks(self, slot: Slot) -> bool:
-        """Whether the update of a parameter is AdamW's, which reads and stores anything, in blocks of rows."""
-        return slot.group["role"] not in self.method_roles
-
-    def handed(self, slot: Slot) -> Handed:
-        """In which types an update takes a parameter and its moments."""
-        if self.works_in_blocks(slot):
-            return Handed(rounded=False, moments=False)
-        return Handed(rounded=COUNTER in slot.state, moments=not self.converts_state)
-
-    def _step_as_they_are(self, slots: list[Slot]) -> None:
-        matrices = [slot for slot in slots if slot.group["role"] in self.method_roles]
-        for group in self.param_groups:
-            if group["role"] not in self.method_roles and group["role"] != "frozen":
-                update = self.step_points if group["role"] == "points" else step_adamw
-                update([slot for slot in slots if slot.group is group])
-        if matrices:
-            self.step_matrices(matrices)
-
-    def coordinates_suffice(self, slot: Slot) -> bool:
-        """Whether the update of a parameter needs no more of its gradient than ``project_gradient`` returns."""
-        return False
-
-    def project_gradient(self, slot: Slot, *, refresh: bool) -> Tensor | None:
-        """Coordinates of the present gradient, linear in it; with ``refresh``, choose directions first if due.
-
-        None if there are no directions yet and this gradient gave none. A collective where ``step`` is.
-        """
-        raise NotImplementedError
-
-    def step_coordinates(self, slot: Slot, coordinates: Tensor) -> None:
-        """Update one parameter from (sums of) what ``project_gradient`` returned."""
-        raise NotImplementedError
-
-    def step_points(self, slots: list[Slot]) -> None:
-        """Riemannian Adam on parameters whose rows are points, see ``optim.manifolds.points``."""
-        for slot in slots:
-            gradient = dense_gradient(slot) if slot.grad is not None else None
-            points.step_points(slot.name, slot.param, gradient, slot.state, slot.group)
+        step_slots(slots, self.update_of)
 
     # --------------------------------------------------------------------------------------------------------- state
 
     def _check_storage(self, group: dict[str, Any]) -> None:
-        in_bits = group["state_dtype"] is not None and group["role"] in self.method_roles and not self.converts_state
-        for key in ["offload_state"] * group["offload_state"] + ["state_dtype"] * in_bits:
-            if not self.offloads_state:
+        is_converted = self.update_of(group).takes == "float32" and group["state_dtype"] is not None
+        for key in ["offload_state"] * group["offload_state"] + ["state_dtype"] * is_converted:
+            if self.works_between_steps:
                 raise ValueError(
                     f"{key}={group[key]!r} for parameters with role {group['role']!r}, but {type(self).__name__} works "
                     "on their state between steps too; leave it as it is, or take another optimizer"
@@ -348,35 +213,23 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
             self._owners.update(zip(group.get("param_names", ()), owners, strict=False))
 
     def state_layout(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
-        """The state tensors of one parameter, by global shape."""
-        if not self.takes_apart(param, group):
-            return self._layout(name, param, group)
-        return stacks.stacked(self._layout(name, stacks.matrix_like(param, group), group), param, group)
-
-    def _layout(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
-        """Of a parameter that is no stack, or of one matrix of it."""
-        if group["role"] == "points":
-            return points.point_state(name, param, group)
-        if group["role"] in self.method_roles:
-            layout = self.matrix_state(name, param, group)
-        else:
-            layout = {} if group["role"] == "frozen" else adamw_state(param)
-        return counted(as_stored(layout, group["state_dtype"]), param, group)
+        """Return the state tensors of one parameter, by global shape."""
+        return self.update_of(group).layout(name, param, group)
 
     def _allocate(self, name: str, param: Tensor, group: dict[str, Any]) -> None:
         state = self.state[param]  # the same object as before: updates fused into backward hold it
         state.clear()
-        if not self.offloads_state and group["role"] in {*self.method_roles, "frozen"}:
+        if self.works_between_steps and group["role"] in {*self.updates, "frozen"}:
             check_not_scattered(name, param, type(self).__name__)
         as_sharded = param
-        if self.is_gathered(Slot(name, param, state, group)):
+        if self.update_of(group).is_gathered(Slot(name, param, state, group)):
             check_even(name, param)
             as_sharded = in_work_layout(param, param, values=False)
         layout = self.state_layout(name, param, group)
         on_host = group["offload_state"]
         state.update({key: allocate(spec, as_sharded, on_host=on_host) for key, spec in layout.items()})
         self._present.allocated(param)
-        for part in self.each_matrix(Slot(name, as_sharded, {}, group))[:1]:
+        for part in parts(Slot(name, as_sharded, {}, group), self.update_of)[:1]:
             if first_column(part.param) is not None and local(part.param).shape[1] % 2:
                 width = part.param.shape[1]
                 packed = [key for key, spec in layout.items() if spec.layout == "parameter" and spec.shape[-1] != width]
@@ -499,6 +352,6 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
         if self.state or state_dict["state"]:
             self._follow_model()
             self._wait_for_offloaded()
-        load(self, state_dict, tuple(SHARED_SETTINGS))
+        load(list(self.slots()), self.param_groups, self.update_of, state_dict, kept=tuple(SHARED_SETTINGS))
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)

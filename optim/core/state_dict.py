@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowrank_train.optim.manifolds import points
+from lowrank_train.optim.core.stepping import UpdateOf
 from lowrank_train.optim.parameters.slot import Slot
 from lowrank_train.optim.parameters.wrappers import plain_name
 from lowrank_train.optim.shards.layout import copy_into
-
-if TYPE_CHECKING:
-    from lowrank_train.optim.core.optimizer import MatrixOptimizer
 
 __all__ = ["load", "matched"]
 
@@ -33,28 +30,45 @@ _TORCH_ONLY = frozenset({"foreach", "fused", "capturable", "differentiable", "de
 Saved = dict[str, Tensor]
 
 
-def load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any], kept: Sequence[str]) -> None:
+def load(
+    slots: Sequence[Slot],
+    groups: Sequence[dict[str, Any]],
+    update_of: UpdateOf,
+    state_dict: Mapping[str, Any],
+    *,
+    kept: Sequence[str],
+) -> None:
     """Load a state dict into an optimizer whose state is allocated, or hyperparameters alone where there is no state.
 
     Args:
-        optimizer: what is loaded into.
+        slots: all parameters of the optimizer, with their state.
+        groups: its parameter groups.
+        update_of: what updates the parameters of a group.
         state_dict: what ``state_dict()`` returned, of this package or of ``torch.optim.AdamW``.
         kept: settings of a group that keep their present values.
 
     Raises:
         ValueError: for names, shapes, state or structural settings that differ.
     """
-    groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
+    saved_groups = state_dict["param_groups"]
     saved_ids, sources = matched(groups, saved_groups)
+    retired = {key: value for group in groups for key, value in update_of(group).retired_settings.items()}
     settings = [
-        _settings(group, [saved_groups[i] for i in source], (*kept, *optimizer.retired_settings))
+        _settings(group, [saved_groups[i] for i in source], (*kept, *retired))
         for group, source in zip(groups, sources, strict=True)
     ]
-    _check_retired(optimizer, saved_groups)
+    _check_retired(retired, saved_groups)
     if state_dict["state"]:
-        slots = list(optimizer.slots())
         saved = [_as_tensors(state_dict["state"].get(i, {}), slot) for i, slot in zip(saved_ids, slots, strict=True)]
-        objection = _structural_objection(optimizer, saved_groups, sources)
+        objection = next(
+            (
+                told
+                for group, source in zip(groups, sources, strict=True)
+                for i in source
+                if (told := update_of(group).objection(group, saved_groups[i])) is not None
+            ),
+            None,
+        )
         for slot, state in zip(slots, saved, strict=True):
             _check_state(slot, state)
         if objection is not None:
@@ -162,9 +176,9 @@ def _settings(group: Mapping[str, Any], saved: Sequence[Mapping[str, Any]], kept
     return copy.deepcopy(found[0]) if found else {}
 
 
-def _check_retired(optimizer: MatrixOptimizer, saved_groups: Sequence[Mapping[str, Any]]) -> None:
+def _check_retired(retired: Mapping[str, Any], saved_groups: Sequence[Mapping[str, Any]]) -> None:
     """Raise ValueError if a checkpoint was written with an option that no longer exists."""
-    for key, present in optimizer.retired_settings.items():
+    for key, present in retired.items():
         for saved in saved_groups:
             if saved.get(key, present) != present:
                 raise ValueError(
@@ -180,24 +194,6 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return list(a) == list(b)
     return bool(a == b)
-
-
-def _structural_objection(
-    optimizer: MatrixOptimizer, saved_groups: Sequence[Mapping[str, Any]], sources: Sequence[Sequence[int]]
-) -> str | None:
-    """Why the state of a checkpoint means something else, or None."""
-    for group, source in zip(optimizer.param_groups, sources, strict=True):
-        for saved in (saved_groups[i] for i in source):
-            if group["role"] == "points" and (objection := points.structural_objection(group, saved)) is not None:
-                return objection
-            structural = (*optimizer.structural_settings, "weight_layout")
-            for key in structural if group["role"] in optimizer.method_roles else ():
-                if saved.get(key, group[key]) != group[key]:
-                    return (
-                        f"the checkpoint was written with {key}={saved[key]!r} and this optimizer has "
-                        f"{key}={group[key]!r}, so its state means something else; load it with the same"
-                    )
-    return None
 
 
 # --------------------------------------------------------------------------------------------------------------- state

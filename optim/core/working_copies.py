@@ -31,14 +31,14 @@ from lowrank_train.optim.storage.rounding import seed_of, store
 __all__ = [
     "AT_ONCE",
     "COUNTER",
-    "Handed",
+    "Promotion",
     "chunked",
     "copied",
-    "counted",
     "gathered",
     "is_copied",
     "rounding_seed",
     "settled",
+    "with_rounding_counter",
 ]
 
 COUNTER = "times_rounded"
@@ -48,8 +48,10 @@ AT_ONCE = 2**26
 """Of the matrices that are copied together: 256 MiB of float32, or one matrix that is larger."""
 
 
-def counted(layout: dict[str, StateTensor], param: Tensor, group: Mapping[str, Any]) -> dict[str, StateTensor]:
-    """A layout, and the counter of what is rounded stochastically."""
+def with_rounding_counter(
+    layout: dict[str, StateTensor], param: Tensor, group: Mapping[str, Any]
+) -> dict[str, StateTensor]:
+    """Return a layout, with a counter where something is rounded stochastically."""
     if layout and group["stochastic_rounding"] and param.dtype == torch.bfloat16:
         layout[COUNTER] = StateTensor((), torch.int32, "replicated")
     return layout
@@ -62,8 +64,8 @@ def rounding_seed(slot: Slot, key: str) -> Tensor | None:
     return seed_of(f"{slot.name}/{key}", slot.state[COUNTER])
 
 
-class Handed(NamedTuple):
-    """What an update wants to be handed in float32 or wider, instead of reading and storing it by itself."""
+class Promotion(NamedTuple):
+    """What a step converts to float32 or wider, for an update that does not read and store it by itself."""
 
     rounded: bool
     """What is rounded stochastically: the weight and its moments."""
@@ -71,10 +73,10 @@ class Handed(NamedTuple):
     """Moments of another type than the weight's."""
 
 
-def is_copied(slot: Slot, handed: Handed) -> bool:
+def is_copied(slot: Slot, promotion: Promotion) -> bool:
     """Whether a step needs a copy of a parameter or of its state."""
-    converted = handed.moments and slot.group["state_dtype"] is not None and bool(slot.state)
-    return bool(slot.group["offload_state"]) or handed.rounded or converted
+    converted = promotion.moments and slot.group["state_dtype"] is not None and bool(slot.state)
+    return bool(slot.group["offload_state"]) or promotion.rounded or converted
 
 
 def chunked(slots: Sequence[Slot]) -> Iterator[list[Slot]]:
@@ -120,24 +122,24 @@ def gathered(slots: Sequence[Slot], scattered: Callable[[Slot], bool]) -> Iterat
 
 @contextmanager
 def copied(
-    slots: Sequence[Slot], layouts: Sequence[Mapping[str, StateTensor]], handed: Sequence[Handed]
+    slots: Sequence[Slot], layouts: Sequence[Mapping[str, StateTensor]], promotions: Sequence[Promotion]
 ) -> Iterator[list[Slot]]:
     """Slots to work on; what they hold in the end is stored.
 
     Args:
         slots: as they are kept.
         layouts: of the state of each.
-        handed: of each, what is converted.
+        promotions: of each, what is converted.
     """
-    copies = [_copy(*of_slot) for of_slot in zip(slots, layouts, handed, strict=True)]
+    copies = [_copy(*of_slot) for of_slot in zip(slots, layouts, promotions, strict=True)]
     yield copies
     for slot, copy in zip(slots, copies, strict=True):
         if copy is not slot:
             _store(slot, copy)
 
 
-def _copy(slot: Slot, layout: Mapping[str, StateTensor], handed: Handed) -> Slot:
-    if not is_copied(slot, handed):
+def _copy(slot: Slot, layout: Mapping[str, StateTensor], promotion: Promotion) -> Slot:
+    if not is_copied(slot, promotion):
         return slot
     exact = torch.promote_types(slot.param.dtype, torch.float32)
     blocks = {key: local(value) for key, value in slot.state.items() if layout[key].layout != "host"}
@@ -147,14 +149,14 @@ def _copy(slot: Slot, layout: Mapping[str, StateTensor], handed: Handed) -> Slot
     width, offset = math.prod(local(slot.param).shape[1:]), first_column(slot.param) or 0
     state = dict(slot.state)
     for key, block in blocks.items():
-        if key in MOMENTS and (handed.moments or (handed.rounded and block.dtype == torch.bfloat16)):
+        if key in MOMENTS and (promotion.moments or (promotion.rounded and block.dtype == torch.bfloat16)):
             moment = read(blocks, key, slice(None), width, exact, offset)
             like = slot.state[key] if moment.shape == block.shape else slot.param  # 4 bits are unpacked
             state[key] = laid_out_as(like, moment)
         elif block is not local(slot.state[key]):
             state[key] = laid_out_as(slot.state[key], block)
     param = slot.param
-    if handed.rounded:
+    if promotion.rounded:
         param = laid_out_as(slot.param, local(slot.param).to(exact))
         state[COUNTER] = state[COUNTER] + 1
     return slot._replace(param=param, state=state, stands_for=slot.param)

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from lowrank_train.optim.core.coverage import unwarned
 from lowrank_train.optim.core.groups import param_groups
-from lowrank_train.optim.core.optimizer import MatrixOptimizer, Traffic
-from lowrank_train.optim.manifolds.points import refresh_bytes
+from lowrank_train.optim.core.optimizer import MatrixOptimizer
+from lowrank_train.optim.core.update import Traffic
 from lowrank_train.optim.methods import create
 from lowrank_train.optim.parameters.stacks import is_taken_apart, leading, matrix_like
 from lowrank_train.optim.shards.layout import matrix_shape
@@ -102,20 +102,11 @@ def communicated_bytes(
     step, refresh, mean = 0.0, 0.0, 0.0
     intervals = []
     for group in optimizer.param_groups:
-        is_points = group["role"] == "points"  # in any optimizer
-        if group["role"] not in optimizer.method_roles and not is_points:
-            continue
-        interval = group.get(optimizer.refresh_setting)
-        if is_points:
-            interval = None if group["point_rank"] is None else group["point_refresh_interval"]
+        interval = optimizer.update_of(group).interval(group)
         if interval is not None:
             intervals.append(interval)
-        for param in group["params"] if world_size > 1 else ():
-            traffic = (
-                Traffic(refresh_bytes=refresh_bytes(param.shape, param.dtype, group))
-                if is_points
-                else weight_traffic(optimizer, param, group, world_size)
-            )
+        for param in group["params"]:
+            traffic = weight_traffic(optimizer, param, group, world_size)
             step += traffic.step_bytes
             refresh += traffic.refresh_bytes
             mean += traffic.step_bytes + traffic.refresh_bytes / (interval or 1)
@@ -124,15 +115,18 @@ def communicated_bytes(
 
 def weight_traffic(optimizer: MatrixOptimizer, param: Tensor, group: dict[str, Any], world_size: int) -> Traffic:
     """Return the traffic of all matrices of a weight; none if each rank holds whole matrices of a stack."""
-    dim = optimizer.shard_dim(group["role"], param.shape, world_size)
-    if not optimizer.takes_apart(param, group):
-        return optimizer.traffic(param.shape, param.dtype, group, world_size, dim)
+    if world_size == 1:
+        return Traffic()
+    update = optimizer.update_of(group)
+    dim = update.shard_dim(param.shape, world_size)
+    if not update.takes_apart(param, group):
+        return update.sent(param.shape, param.dtype, group, world_size, dim)
     count = leading(param.shape, group)
     if dim < count:
         return Traffic()
     one = matrix_like(param, group)
     dim = 1 - (dim - count) if group["weight_layout"] == "in,out" else dim - count
-    traffic = optimizer.traffic(one.shape, one.dtype, group, world_size, dim)
+    traffic = update.sent(one.shape, one.dtype, group, world_size, dim)
     matrices = param.numel() // one.numel()
     return Traffic(*(matrices * size for size in traffic))
 

@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from abc import ABC
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -39,16 +38,19 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.optim.optimizer import ParamsT
 
-from lowrank_train.optim.core.optimizer import MatrixOptimizer, Slot, Traffic, is_number
+from lowrank_train.optim.arguments.torch_arguments import is_number
+from lowrank_train.optim.core.optimizer import MatrixOptimizer
+from lowrank_train.optim.core.update import Traffic, Update
 from lowrank_train.optim.low_rank.bases import find_basis
 from lowrank_train.optim.low_rank.residuals import find_residual
 from lowrank_train.optim.low_rank.step import ZERO, MatrixStep
+from lowrank_train.optim.parameters.slot import Slot
 from lowrank_train.optim.shards.blocks import chunks
 from lowrank_train.optim.shards.collectives import decide_on_one_rank, sum_over_shards
 from lowrank_train.optim.shards.layout import StateTensor, matrix_shape, preferred_shard_dim
 from lowrank_train.optim.shards.tall import turned_numbers
 
-__all__ = ["LowRankOptimizer", "Parts", "low_rank_state", "resolved_rank"]
+__all__ = ["LowRankOptimizer", "LowRankUpdate", "Parts", "low_rank_state", "resolved_rank"]
 
 MOMENTS = ("keep", "reset", "rotate")
 
@@ -67,29 +69,20 @@ class Parts(NamedTuple):
     """What becomes of the moments when the basis changes: keep, reset or rotate."""
 
 
-class LowRankOptimizer(MatrixOptimizer, ABC):
-    """Abstract: a concrete class names the published method, its parts and its defaults.
+class LowRankUpdate(Update):
+    """The engine: all matrices in their directions.
 
     State of a matrix: ``exp_avg``, ``exp_avg_sq`` (m, r), sharded with its rows; ``column_age`` (r,) int32; what the
     basis and the residual store; ``step``, the updates since the first directions were chosen, in CPU memory because
     Python must compare it with ``refresh_interval`` without waiting for the device; ``skipped_refreshes``.
     """
 
-    parts: ClassVar[Parts]
     structural_settings = ("basis", "residual")
-    converts_state = True
+    interval_setting = "refresh_interval"
+    takes = "moments as stored"
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        common = {"scale": 1.0, "residual_scale": 1.0, "rho": 0.0, "seed": 0, "state_dtype": None}
-        super().__init__(params, {**common, **self.parts._asdict(), **defaults})
-
-    @classmethod
-    def shard_dim(cls, role: str, shape: Sequence[int], world_size: int) -> int:
-        """A matrix: its unprojected dimension, so that project and lift are local."""
-        return preferred_shard_dim(shape, world_size) if role == "matrix" else 0
-
-    def matrix_state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
-        """Moments, ages, the tensors of basis and residual; raises ValueError for settings that do not fit."""
+    def state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
+        """Return moments, ages and what basis and residual store; raises ValueError for settings that do not fit."""
         d, _ = sorted(matrix_shape(param.shape))
         _check_settings(name, group)
         r = resolved_rank(name, tuple(param.shape), group["rank"])
@@ -98,15 +91,17 @@ class LowRankOptimizer(MatrixOptimizer, ABC):
             raise ValueError(f"basis={group['basis']!r} for {name!r} of shape {tuple(param.shape)}: {objection}")
         return low_rank_state(param.shape, param.dtype, r, basis=group["basis"], residual=group["residual"])
 
-    def traffic(
-        self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int, dim: int | None = None
-    ) -> Traffic:
-        """The basis's statistics (and its decision, if one rank makes it) at a refresh; the residual's sums always.
+    def shard_dim(self, shape: Sequence[int], world_size: int) -> int:
+        """Return the unprojected dimension, so that the projection and its reverse are local."""
+        return preferred_shard_dim(shape, world_size)
 
-        And the gradient and the update of a matrix that can only be sharded along its projected dimension.
+    def sent(
+        self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int, dim: int
+    ) -> Traffic:
+        """Return the bytes of the basis's statistics, of its decision if one rank makes it, and of the residual's sums.
+
+        To these come the gradient and the update of a matrix that is sharded along its projected dimension.
         """
-        if world_size == 1:
-            return Traffic()
         d, _ = sorted(matrix_shape(shape))
         r = resolved_rank("", tuple(shape), group["rank"])
         basis, size = find_basis(group["basis"]), torch.promote_types(dtype, torch.float32)
@@ -115,7 +110,6 @@ class LowRankOptimizer(MatrixOptimizer, ABC):
         )
         decision = basis.state_tensors(d, r, size).values() if basis.owner_computed else ()
         decision_bytes = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in decision)
-        dim = self.shard_dim("matrix", shape, world_size) if dim is None else dim
         there, back = turned_numbers(shape, dim, world_size)
         sums = find_residual(group["residual"]).sums
         return Traffic(
@@ -123,19 +117,11 @@ class LowRankOptimizer(MatrixOptimizer, ABC):
             refresh_bytes=basis.rounds(1) * (statistics + decision_bytes),
         )
 
-    @property
-    def skipped_refreshes(self) -> int:
-        """Refreshes that did not happen because a gradient was zero or not finite, over all matrices."""
-        return sum(int(state["skipped_refreshes"]) for state in self.state.values() if "skipped_refreshes" in state)
-
     # ---------------------------------------------------------------------------------------------------------- step
 
-    def step_matrices(self, slots: list[Slot]) -> None:
-        """The update of the module's docstring."""
-        self.step_together([MatrixStep(slot) for slot in slots])
-
-    def step_together(self, matrices: list[MatrixStep]) -> None:
-        """Refreshes of those that are due, then one update of each."""
+    def step(self, slots: list[Slot]) -> None:
+        """Choose new directions where that is due, then update every matrix once."""
+        matrices = [MatrixStep(slot) for slot in slots]
         self._refresh([matrix for matrix in matrices if matrix.is_due])
         ready = [matrix for matrix in matrices if matrix.has_directions]
         sizes = [max(matrix_shape(matrix.slot.param.shape)) * matrix.r for matrix in ready]
@@ -143,18 +129,18 @@ class LowRankOptimizer(MatrixOptimizer, ABC):
             self._update(chunk)
 
     def coordinates_suffice(self, slot: Slot) -> bool:
-        """With the rest dropped, for a matrix."""
-        return slot.group["role"] in self.method_roles and not find_residual(slot.group["residual"]).whole_gradient
+        """Return whether the rest of the gradient is dropped."""
+        return not find_residual(slot.group["residual"]).whole_gradient
 
     def project_gradient(self, slot: Slot, *, refresh: bool) -> Tensor | None:
-        """(m_local, r), summed over nothing: each rank has the coordinates of its rows."""
+        """Return (m_local, r): the coordinates of the rows of this rank."""
         matrix = MatrixStep(slot)
         if refresh and matrix.is_due:
             self._refresh([matrix])
         return matrix.project() if matrix.has_directions or not refresh else None
 
     def step_coordinates(self, slot: Slot, coordinates: Tensor) -> None:
-        """The update, with g given."""
+        """Update one matrix, with g given."""
         matrix = MatrixStep(slot, coordinates)
         matrix.advance()
         matrix.single_pass()
@@ -195,6 +181,22 @@ class LowRankOptimizer(MatrixOptimizer, ABC):
         for matrix in matrices:
             if not matrix.residual.sums:
                 matrix.single_pass()
+
+
+class LowRankOptimizer(MatrixOptimizer):
+    """Abstract: a concrete class names the published method, its parts and its defaults."""
+
+    parts: ClassVar[Parts]
+    updates: ClassVar = {"matrix": LowRankUpdate()}
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        common = {"scale": 1.0, "residual_scale": 1.0, "rho": 0.0, "seed": 0, "state_dtype": None}
+        super().__init__(params, {**common, **self.parts._asdict(), **defaults})
+
+    @property
+    def skipped_refreshes(self) -> int:
+        """Refreshes that did not happen because a gradient was zero or not finite, over all matrices."""
+        return sum(int(state["skipped_refreshes"]) for state in self.state.values() if "skipped_refreshes" in state)
 
 
 def _decide_on_every_rank(

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from lowrank_train.optim.core import adam as rules
-from lowrank_train.optim.core.optimizer import Slot, dense_gradient
 from lowrank_train.optim.core.weight_update import WeightUpdate, decay_of
 from lowrank_train.optim.low_rank.bases import Basis, Directions, Moments, find_basis
 from lowrank_train.optim.low_rank.residuals import Block, Previous, Rates, Residual, find_residual
+from lowrank_train.optim.parameters.slot import Slot, dense_gradient
 from lowrank_train.optim.shards.blocks import row_blocks
 from lowrank_train.optim.shards.layout import local, matrix_shape
 from lowrank_train.optim.shards.tall import tall

@@ -8,15 +8,14 @@ Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711
 
 from __future__ import annotations
 
-from typing import Any
+from typing import ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lowrank_train.optim.core.adamw_update import step_adamw
-from lowrank_train.optim.core.optimizer import MatrixOptimizer, Slot, adamw_state
+from lowrank_train.optim.core.common_updates import ADAMW
+from lowrank_train.optim.core.optimizer import MatrixOptimizer
 from lowrank_train.optim.core.published import Published, arguments
-from lowrank_train.optim.shards.layout import StateTensor
 
 __all__ = ["AdamW"]
 
@@ -32,8 +31,7 @@ class AdamW(MatrixOptimizer):
     """
 
     published = Published(paper="Loshchilov & Hutter, arXiv 1711.05101", when="memory does not matter; the baseline")
-    needs_roles = False
-    converts_state = True
+    updates: ClassVar = {"matrix": ADAMW}
 
     def __init__(
         self,
@@ -46,19 +44,3 @@ class AdamW(MatrixOptimizer):
         state_dtype: str | None = None,
     ) -> None:
         super().__init__(params, arguments(locals()))
-
-    def matrix_state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
-        """As for any other parameter."""
-        return adamw_state(param)
-
-    def works_in_blocks(self, slot: Slot) -> bool:
-        """Always."""
-        return True
-
-    def step_matrices(self, slots: list[Slot]) -> None:
-        """As for any other parameter, group by group."""
-        groups: dict[int, list[Slot]] = {}
-        for slot in slots:
-            groups.setdefault(id(slot.group), []).append(slot)
-        for members in groups.values():
-            step_adamw(members)

@@ -23,16 +23,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lowrank_train.optim.core.optimizer import MatrixOptimizer, Slot, Traffic, dense_gradient, is_number
+from lowrank_train.optim.arguments.torch_arguments import is_number
+from lowrank_train.optim.core.optimizer import MatrixOptimizer
 from lowrank_train.optim.core.published import Published, arguments
+from lowrank_train.optim.core.update import Traffic, Update
 from lowrank_train.optim.core.weight_update import decay_of
 from lowrank_train.optim.orthogonalize import CHUNK_NUMBERS, newton_schulz
+from lowrank_train.optim.parameters.slot import Slot, dense_gradient
 from lowrank_train.optim.shards.blocks import chunks
 from lowrank_train.optim.shards.collectives import on_whole_matrices
 from lowrank_train.optim.shards.layout import StateTensor, local, matrix_shape, preferred_shard_dim, shard_count
@@ -44,6 +47,44 @@ _SCALES: dict[str, Callable[[int, int], float]] = {
     "original": lambda rows, columns: math.sqrt(max(1, rows / columns)),
     "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
 }
+
+
+class MuonUpdate(Update):
+    """Muon on all matrices at once."""
+
+    def state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
+        """Return a step count and one average; raises ValueError for hyperparameters out of range."""
+        if not (is_number(group["momentum"]) and 0 <= group["momentum"] < 1):
+            raise ValueError(f"momentum={group['momentum']!r} for {name!r}; expected a number in [0, 1)")
+        if group["adjust_lr"] not in _SCALES:
+            raise ValueError(f"adjust_lr={group['adjust_lr']!r} for {name!r}; expected one of {', '.join(_SCALES)}")
+        return {
+            "step": StateTensor((), torch.float32, "host"),
+            "momentum": StateTensor(tuple(param.shape), param.dtype, "parameter"),
+        }
+
+    def step(self, slots: list[Slot]) -> None:
+        """Update matrices; every rank goes through the same ones, with or without a gradient."""
+        for chunk in chunks(slots, [slot.param.numel() // shard_count(slot.param) for slot in slots], CHUNK_NUMBERS):
+            params = [slot.param for slot in chunk]
+            blocks = [tall(slot.param, _averaged(slot)) for slot in chunk]
+            travelling = [block.to(_travelling(block.dtype)) for block in blocks]
+            for slot, update in zip(chunk, on_whole_matrices(params, travelling, newton_schulz), strict=True):
+                _apply(slot, update)
+
+    def shard_dim(self, shape: Sequence[int], world_size: int) -> int:
+        """Return the longer dimension, so that the matrix need not be resharded."""
+        return preferred_shard_dim(shape, world_size)
+
+    def sent(
+        self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int, dim: int
+    ) -> Traffic:
+        """Return the bytes of X to its owner and O back; twice if the matrix is sharded along its shorter dimension."""
+        d, m = sorted(matrix_shape(shape))
+        size = torch.promote_types(dtype, torch.float32)
+        there, back = turned_numbers(shape, dim, world_size)
+        travelling = 2 * math.ceil(m / world_size) * d * _travelling(size).itemsize
+        return Traffic(step_bytes=(there + back) * size.itemsize + travelling)
 
 
 class Muon(MatrixOptimizer):
@@ -66,6 +107,7 @@ class Muon(MatrixOptimizer):
         paper="Jordan et al., 2024 (kellerjordan.github.io/posts/muon); Liu et al., arXiv 2502.16982",
         when="memory of one moment is there, and a step may take longer",
     )
+    updates: ClassVar = {"matrix": MuonUpdate()}
 
     def __init__(
         self,
@@ -80,44 +122,6 @@ class Muon(MatrixOptimizer):
         weight_decay: float = 0.1,
     ) -> None:
         super().__init__(params, arguments(locals()))
-
-    @classmethod
-    def shard_dim(cls, role: str, shape: Sequence[int], world_size: int) -> int:
-        """A matrix: its longer dimension, so that it need not be turned over."""
-        return preferred_shard_dim(shape, world_size) if role == "matrix" else 0
-
-    def matrix_state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
-        """One average; raises ValueError for hyperparameters out of range."""
-        if not (is_number(group["momentum"]) and 0 <= group["momentum"] < 1):
-            raise ValueError(f"momentum={group['momentum']!r} for {name!r}; expected a number in [0, 1)")
-        if group["adjust_lr"] not in _SCALES:
-            raise ValueError(f"adjust_lr={group['adjust_lr']!r} for {name!r}; expected one of {', '.join(_SCALES)}")
-        return {
-            "step": StateTensor((), torch.float32, "host"),
-            "momentum": StateTensor(tuple(param.shape), param.dtype, "parameter"),
-        }
-
-    def traffic(
-        self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int, dim: int | None = None
-    ) -> Traffic:
-        """X to its owner and O back; twice if a matrix can only be sharded along its shorter dimension."""
-        if world_size == 1:
-            return Traffic()
-        d, m = sorted(matrix_shape(shape))
-        size = torch.promote_types(dtype, torch.float32)
-        dim = self.shard_dim("matrix", shape, world_size) if dim is None else dim
-        there, back = turned_numbers(shape, dim, world_size)
-        travelling = 2 * math.ceil(m / world_size) * d * _travelling(size).itemsize
-        return Traffic(step_bytes=(there + back) * size.itemsize + travelling)
-
-    def step_matrices(self, slots: list[Slot]) -> None:
-        """The update of the module's docstring; every rank goes through the same matrices, with or without gradient."""
-        for chunk in chunks(slots, [slot.param.numel() // shard_count(slot.param) for slot in slots], CHUNK_NUMBERS):
-            params = [slot.param for slot in chunk]
-            blocks = [tall(slot.param, _averaged(slot)) for slot in chunk]
-            travelling = [block.to(_travelling(block.dtype)) for block in blocks]
-            for slot, update in zip(chunk, on_whole_matrices(params, travelling, newton_schulz), strict=True):
-                _apply(slot, update)
 
 
 def _averaged(slot: Slot) -> Tensor:

@@ -32,16 +32,19 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from lowrank_train.optim.core.adamw_update import step_adamw
+from lowrank_train.optim.arguments.torch_arguments import is_number
+from lowrank_train.optim.core.common_updates import ADAMW
 from lowrank_train.optim.core.groups import param_groups
-from lowrank_train.optim.core.optimizer import MatrixOptimizer, Slot, Traffic, adamw_state, is_number
+from lowrank_train.optim.core.optimizer import MatrixOptimizer
 from lowrank_train.optim.core.published import Published, arguments
+from lowrank_train.optim.core.update import Traffic, Update
+from lowrank_train.optim.parameters.slot import Slot
 from lowrank_train.optim.shards.collectives import sum_over_shards, take_rows
 from lowrank_train.optim.shards.layout import StateTensor, local, row_range
 
@@ -59,6 +62,36 @@ class _Adapter:
     a: Slot
     b: Slot
     base: Slot
+
+
+class FactorUpdate(Update):
+    """AdamW on A and B, at the rate of the warm-up and with an age that restarts."""
+
+    takes = "moments as stored"
+    works_between_steps = True
+    structural_settings = _SHARED
+    interval_setting = "restart_every"
+
+    def state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
+        """Return AdamW's state, with its count of updates as ``age``, and the clock of the schedule."""
+        _check(group)
+        layout = ADAMW.state(name, param, group)
+        return {"age": layout.pop("step"), "step": StateTensor((), torch.float32, "host"), **layout}
+
+    def step(self, slots: list[Slot]) -> None:
+        """Update factors, those of one group and clock together."""
+        members: dict[tuple[int, int], list[Slot]] = {}
+        for slot in slots:
+            members.setdefault((id(slot.group), _clock(slot)), []).append(slot)
+        for own in members.values():
+            ADAMW.step_group(own, lr=_rate(own[0]), clock="age")
+
+    def sent(
+        self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int, dim: int
+    ) -> Traffic:
+        """Return the bytes of all of A at a restart, in float32 or wider."""
+        size = torch.promote_types(dtype, torch.float32).itemsize
+        return Traffic(refresh_bytes=math.prod(shape) * size if group["role"] == "lora_a" else 0)
 
 
 class ReLoRA(MatrixOptimizer):
@@ -89,12 +122,7 @@ class ReLoRA(MatrixOptimizer):
     published = Published(
         paper="Lialin et al., arXiv 2307.05695", when="adapters are trained, and should add up to more than their rank"
     )
-    offloads_state = False
-    converts_state = True
-    layers = "adapter"
-    refresh_setting = "restart_every"
-    method_roles = frozenset({"lora_a", "lora_b"})
-    structural_settings = _SHARED
+    updates: ClassVar = dict.fromkeys(("lora_a", "lora_b"), FactorUpdate())
 
     def __init__(
         self,
@@ -125,35 +153,9 @@ class ReLoRA(MatrixOptimizer):
         """Check adapters that were sharded after the optimizer was built."""
         self._adapters()
 
-    def matrix_state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
-        """AdamW's, its count of updates under the name ``age``; and the clock of the schedule."""
-        _check(group)
-        layout = adamw_state(param)
-        return {"age": layout.pop("step"), "step": StateTensor((), torch.float32, "host"), **layout}
-
-    def traffic(
-        self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int, dim: int | None = None
-    ) -> Traffic:
-        """At a restart all of A, in float32 or wider."""
-        size = torch.promote_types(dtype, torch.float32).itemsize
-        return Traffic(refresh_bytes=math.prod(shape) * size if group["role"] == "lora_a" else 0)
-
-    # ---------------------------------------------------------------------------------------------------------- step
-
-    def step_matrices(self, slots: list[Slot]) -> None:
-        """AdamW on A and B, group by group, at the rate of the warm-up."""
-        if _clock(slots[0]) == 0:
-            self._adapters()  # checked again: they may have been sharded since the optimizer was made
-        members: dict[tuple[int, int], list[Slot]] = {}
-        for slot in slots:
-            members.setdefault((id(slot.group), _clock(slot)), []).append(slot)
-        for own in members.values():
-            group = {**own[0].group, "lr": _rate(own[0])}
-            step_adamw([s._replace(group=group, state={**s.state, "step": s.state["age"]}) for s in own])
-
     def end_step(self) -> None:
         """Advance the clock; restart the adapters whose interval ends."""
-        factors = [slot for slot in self.slots() if slot.group["role"] in self.method_roles]
+        factors = [slot for slot in self.slots() if slot.group["role"] in self.updates]
         for slot in factors:
             slot.state["step"] += 1
         if any(_is_due(slot) for slot in factors):
@@ -171,7 +173,7 @@ class ReLoRA(MatrixOptimizer):
         slots = {slot.name: slot for slot in self.slots()}
         adapters = []
         for name, slot in slots.items():
-            if slot.group["role"] not in self.method_roles:
+            if slot.group["role"] not in self.updates:
                 continue
             found = _FACTOR.fullmatch(name)
             if found is None or (found["side"] == "A") != (slot.group["role"] == "lora_a"):

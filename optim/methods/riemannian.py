@@ -14,18 +14,15 @@ We differ from geoopt's RiemannianAdam:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from lowrank_train.optim.core.common_updates import POINTS
 from lowrank_train.optim.core.groups import param_groups
-from lowrank_train.optim.core.optimizer import MatrixOptimizer, Slot, Traffic
+from lowrank_train.optim.core.optimizer import MatrixOptimizer
 from lowrank_train.optim.core.published import Published, arguments
-from lowrank_train.optim.manifolds.points import point_state, refresh_bytes
-from lowrank_train.optim.shards.layout import StateTensor
 
 __all__ = ["RiemannianAdamW"]
 
@@ -61,11 +58,7 @@ class RiemannianAdamW(MatrixOptimizer):
 
     name = "riemannian_adamw"
     published = Published(paper="Becigneul & Ganea, arXiv 1810.00760", when="parameters are points of a manifold")
-    layers = "points"
-    needs_roles = False
-    method_roles = frozenset({"points"})
-    converts_state = True
-    refresh_setting = "point_refresh_interval"
+    updates: ClassVar = {"points": POINTS}
 
     def __init__(
         self,
@@ -89,17 +82,3 @@ class RiemannianAdamW(MatrixOptimizer):
                 "plain one in fully_shard, to_empty and from_pretrained: call optim.keep_manifolds(model) before, or "
                 "on self in __init__"
             )
-
-    def matrix_state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
-        """Of points."""
-        return point_state(name, param, group)
-
-    def step_matrices(self, slots: list[Slot]) -> None:
-        """Points, one parameter after the other."""
-        self.step_points(slots)
-
-    def traffic(
-        self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int, dim: int | None = None
-    ) -> Traffic:
-        """The choice of directions."""
-        return Traffic(refresh_bytes=refresh_bytes(shape, dtype, group) if world_size > 1 else 0)

@@ -23,15 +23,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lowrank_train.optim.core.optimizer import MatrixOptimizer, Slot, Traffic, dense_gradient, is_number
+from lowrank_train.optim.arguments.torch_arguments import is_number
+from lowrank_train.optim.core.optimizer import MatrixOptimizer
 from lowrank_train.optim.core.published import Published, arguments
+from lowrank_train.optim.core.update import Traffic, Update
 from lowrank_train.optim.core.weight_update import decay_of
+from lowrank_train.optim.parameters.slot import Slot, dense_gradient
 from lowrank_train.optim.shards.blocks import row_blocks, widened
 from lowrank_train.optim.shards.collectives import sum_over_shards
 from lowrank_train.optim.shards.layout import StateTensor, local, sharded_dim
@@ -39,6 +42,50 @@ from lowrank_train.optim.shards.layout import StateTensor, local, sharded_dim
 __all__ = ["SCALE"]
 
 _SMALLEST_RMS = 1e-8  # as the released code; makes 0 of 0
+
+
+class SCALEUpdate(Update):
+    """Normalized gradient descent on all matrices, embeddings and heads at once."""
+
+    def state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
+        """Return a step count, and the average of a head.
+
+        Raises ValueError for a momentum out of range or a shape without outputs.
+        """
+        if not (is_number(group["momentum"]) and 0 <= group["momentum"] < 1):
+            raise ValueError(f"momentum={group['momentum']!r} for {name!r}; expected a number in [0, 1)")
+        if param.ndim < 2:
+            raise ValueError(
+                f"{name!r} has role {group['role']!r} and shape {tuple(param.shape)}; expected two dimensions or more, "
+                "for inputs and outputs: give it role 'vector' with rules={...} in optim.param_groups"
+            )
+        step = {"step": StateTensor((), torch.float32, "host")}
+        if group["role"] != "head":
+            return step
+        return {**step, "momentum": StateTensor(tuple(param.shape), param.dtype, "parameter")}
+
+    def step(self, slots: list[Slot]) -> None:
+        """Update parameters, with all sums over the ranks in one."""
+        directions = [_direction(slot) for slot in slots]
+        squares = [_sum_of_squares(slot, direction) for slot, direction in zip(slots, directions, strict=True)]
+        split = [i for i, slot in enumerate(slots) if _inputs_are_split(slot)]
+        totals = sum_over_shards([slots[i].param for i in split], [squares[i] for i in split])
+        for i, total in zip(split, totals, strict=True):
+            squares[i] = total
+        for slot, direction, square in zip(slots, directions, squares, strict=True):
+            slot.state["step"] += 1
+            if slot.grad is not None:
+                _apply(slot, direction, square)
+
+    def sent(
+        self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int, dim: int
+    ) -> Traffic:
+        """Return the bytes of a sum for each output whose inputs are split: of an embedding, along dimension 0."""
+        inputs = _inputs(group, len(shape))
+        if dim not in inputs:
+            return Traffic()
+        outputs = math.prod(size for i, size in enumerate(shape) if i not in inputs)
+        return Traffic(step_bytes=outputs * torch.promote_types(dtype, torch.float32).itemsize)
 
 
 class SCALE(MatrixOptimizer):
@@ -56,7 +103,7 @@ class SCALE(MatrixOptimizer):
     published = Published(
         paper="Glentis, Li, Han, Hong, arXiv 2506.16659", when="no state at all for matrices and embeddings"
     )
-    method_roles = frozenset({"matrix", "embedding", "head"})
+    updates: ClassVar = dict.fromkeys(("matrix", "embedding", "head"), SCALEUpdate())
 
     def __init__(
         self,
@@ -69,43 +116,6 @@ class SCALE(MatrixOptimizer):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(params, arguments(locals()))
-
-    def matrix_state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
-        """The head's average; raises ValueError for a momentum out of range or a shape without outputs."""
-        if not (is_number(group["momentum"]) and 0 <= group["momentum"] < 1):
-            raise ValueError(f"momentum={group['momentum']!r} for {name!r}; expected a number in [0, 1)")
-        if param.ndim < 2:
-            raise ValueError(
-                f"{name!r} has role {group['role']!r} and shape {tuple(param.shape)}; expected two dimensions or more, "
-                "for inputs and outputs: give it role 'vector' with rules={...} in optim.param_groups"
-            )
-        step = {"step": StateTensor((), torch.float32, "host")}
-        if group["role"] != "head":
-            return step
-        return {**step, "momentum": StateTensor(tuple(param.shape), param.dtype, "parameter")}
-
-    def traffic(
-        self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int, dim: int | None = None
-    ) -> Traffic:
-        """The sums of squares of all outputs whose inputs are split: of an embedding, along dimension 0."""
-        inputs = _inputs(group, len(shape))
-        if world_size == 1 or (dim or 0) not in inputs:
-            return Traffic()
-        outputs = math.prod(size for i, size in enumerate(shape) if i not in inputs)
-        return Traffic(step_bytes=outputs * torch.promote_types(dtype, torch.float32).itemsize)
-
-    def step_matrices(self, slots: list[Slot]) -> None:
-        """The update of the module's docstring, with all sums over the ranks in one."""
-        directions = [_direction(slot) for slot in slots]
-        squares = [_sum_of_squares(slot, direction) for slot, direction in zip(slots, directions, strict=True)]
-        split = [i for i, slot in enumerate(slots) if _inputs_are_split(slot)]
-        totals = sum_over_shards([slots[i].param for i in split], [squares[i] for i in split])
-        for i, total in zip(split, totals, strict=True):
-            squares[i] = total
-        for slot, direction, square in zip(slots, directions, squares, strict=True):
-            slot.state["step"] += 1
-            if slot.grad is not None:
-                _apply(slot, direction, square)
 
 
 def _inputs(group: dict[str, Any], ndim: int) -> tuple[int, ...]:

@@ -31,19 +31,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lowrank_train.optim.core.optimizer import MatrixOptimizer, Slot, Traffic, dense_gradient, is_number
+from lowrank_train.optim.arguments.torch_arguments import is_number
+from lowrank_train.optim.core.optimizer import MatrixOptimizer
 from lowrank_train.optim.core.published import Published, arguments
+from lowrank_train.optim.core.update import Traffic, Update
 from lowrank_train.optim.core.weight_update import WeightUpdate, decay_of
 from lowrank_train.optim.low_rank.bases import BASES, Directions, find_basis
 from lowrank_train.optim.low_rank.bases.columns import ColumnBasis
 from lowrank_train.optim.low_rank.engine import resolved_rank
 from lowrank_train.optim.orthogonalize import CHUNK_NUMBERS, orthogonalized
+from lowrank_train.optim.parameters.slot import Slot, dense_gradient
 from lowrank_train.optim.shards.blocks import chunks, row_blocks
 from lowrank_train.optim.shards.collectives import sum_over_shards
 from lowrank_train.optim.shards.layout import StateTensor, local, matrix_shape, preferred_shard_dim
@@ -54,6 +57,70 @@ __all__ = ["Trion"]
 
 _UNIT = 2.0**-16
 """b is multiplied by it, which is exact, so that the squares in b^T b stay in the range of float32 up to 1e23."""
+
+
+class TrionUpdate(Update):
+    """Trion on all matrices at once."""
+
+    def state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
+        """Return momentum and the last columns; raises ValueError for settings that do not fit."""
+        shape = tuple(param.shape)
+        if not (is_number(group["momentum"]) and 0 <= group["momentum"] < 1):
+            raise ValueError(f"momentum={group['momentum']!r} for {name!r}; expected a number in [0, 1)")
+        basis, d = _column_basis(group), min(matrix_shape(shape))
+        r = resolved_rank(name, shape, group["rank"])
+        objection = basis.objection(d, r)
+        if objection is not None:
+            raise ValueError(f"basis={group['basis']!r} for {name!r} of shape {shape}: {objection}")
+        return {
+            "step": StateTensor((), torch.float32, "host"),
+            "momentum": StateTensor(shape, param.dtype, "parameter"),
+            **basis.state_tensors(d, r, param.dtype),
+        }
+
+    def step(self, slots: list[Slot]) -> None:
+        """Update matrices; every rank goes through the same ones, with or without a gradient."""
+        for slot in slots:
+            slot.state["step"] += 1
+            if slot.grad is not None:
+                _add_gradient(local(slot.state["momentum"]), local(dense_gradient(slot)))
+        self._choose_columns(slots)
+        coordinates = [max(matrix_shape(slot.param.shape)) * slot.state["basis_index"].numel() for slot in slots]
+        for chunk in chunks(slots, coordinates, CHUNK_NUMBERS):
+            directions = [_directions(slot) for slot in chunk]
+            b = [_projected(slot, columns) for slot, columns in zip(chunk, directions, strict=True)]
+            o = orthogonalized([slot.param for slot in chunk], b, unit=_UNIT)
+            for slot, columns, decaying, update in zip(chunk, directions, b, o, strict=True):
+                decay = decay_of(slot.group) if slot.grad is not None else None
+                rows, width = matrix_shape(slot.param.shape)
+                scale = max(1.0, math.sqrt(rows / width))
+                _add_lifted(slot.param, columns, update * (-slot.group["lr"] * scale), decay)
+                _add_lifted(slot.state["momentum"], columns, decaying * ((slot.group["momentum"] - 1) / _UNIT))
+
+    def _choose_columns(self, slots: list[Slot]) -> None:
+        """Choose the r strongest columns of every matrix; keep the old ones while there is no momentum at all."""
+        energies = [
+            _column_basis(slot.group).statistics(_momentum(slot).to(_arithmetic(slot)), slot.state) for slot in slots
+        ]
+        totals = sum_over_shards([slot.param for slot in slots], energies)
+        for slot, total in zip(slots, totals, strict=True):
+            index = slot.state["basis_index"]
+            chosen = _column_basis(slot.group).choose(total, total.numel(), index.numel(), 0)["basis_index"]
+            index.copy_(torch.where(total.sum() > 0, chosen, index))
+
+    def shard_dim(self, shape: Sequence[int], world_size: int) -> int:
+        """Return the longer dimension, so that only two sums are communicated."""
+        return preferred_shard_dim(shape, world_size)
+
+    def sent(
+        self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int, dim: int
+    ) -> Traffic:
+        """Return the bytes of energies and b^T b; of B and an update too, twice, if sharded along the shorter side."""
+        d = min(matrix_shape(shape))
+        size = torch.promote_types(dtype, torch.float32).itemsize
+        there, back = turned_numbers(shape, dim, world_size)
+        sums = d + resolved_rank("", tuple(shape), group["rank"]) ** 2
+        return Traffic(step_bytes=2 * there * dtype.itemsize + (2 * back + sums) * size)
 
 
 class Trion(MatrixOptimizer):
@@ -75,6 +142,7 @@ class Trion(MatrixOptimizer):
     published = Published(
         paper="Modoranu et al., arXiv 2505.17967", when="Muon, sharded over many ranks with slow links"
     )
+    updates: ClassVar = {"matrix": TrionUpdate()}
 
     def __init__(
         self,
@@ -89,70 +157,6 @@ class Trion(MatrixOptimizer):
         weight_decay: float = 1e-2,
     ) -> None:
         super().__init__(params, arguments(locals()))
-
-    @classmethod
-    def shard_dim(cls, role: str, shape: Sequence[int], world_size: int) -> int:
-        """A matrix: its longer dimension, so that only two sums are communicated."""
-        return preferred_shard_dim(shape, world_size) if role == "matrix" else 0
-
-    def matrix_state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
-        """Momentum and the last columns; raises ValueError for settings that do not fit."""
-        shape = tuple(param.shape)
-        if not (is_number(group["momentum"]) and 0 <= group["momentum"] < 1):
-            raise ValueError(f"momentum={group['momentum']!r} for {name!r}; expected a number in [0, 1)")
-        basis, d = _column_basis(group), min(matrix_shape(shape))
-        r = resolved_rank(name, shape, group["rank"])
-        objection = basis.objection(d, r)
-        if objection is not None:
-            raise ValueError(f"basis={group['basis']!r} for {name!r} of shape {shape}: {objection}")
-        return {
-            "step": StateTensor((), torch.float32, "host"),
-            "momentum": StateTensor(shape, param.dtype, "parameter"),
-            **basis.state_tensors(d, r, param.dtype),
-        }
-
-    def traffic(
-        self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int, dim: int | None = None
-    ) -> Traffic:
-        """Energies and b^T b; twice B and an update too, where a matrix can only be sharded along its shorter side."""
-        if world_size == 1:
-            return Traffic()
-        d = min(matrix_shape(shape))
-        size = torch.promote_types(dtype, torch.float32).itemsize
-        dim = self.shard_dim("matrix", shape, world_size) if dim is None else dim
-        there, back = turned_numbers(shape, dim, world_size)
-        sums = d + resolved_rank("", tuple(shape), group["rank"]) ** 2
-        return Traffic(step_bytes=2 * there * dtype.itemsize + (2 * back + sums) * size)
-
-    def step_matrices(self, slots: list[Slot]) -> None:
-        """The update of the module's docstring; every rank goes through the same matrices, with or without gradient."""
-        for slot in slots:
-            slot.state["step"] += 1
-            if slot.grad is not None:
-                _add_gradient(local(slot.state["momentum"]), local(dense_gradient(slot)))
-        self._choose_columns(slots)
-        coordinates = [max(matrix_shape(slot.param.shape)) * slot.state["basis_index"].numel() for slot in slots]
-        for chunk in chunks(slots, coordinates, CHUNK_NUMBERS):
-            directions = [_directions(slot) for slot in chunk]
-            b = [_projected(slot, columns) for slot, columns in zip(chunk, directions, strict=True)]
-            o = orthogonalized([slot.param for slot in chunk], b, unit=_UNIT)
-            for slot, columns, decaying, update in zip(chunk, directions, b, o, strict=True):
-                decay = decay_of(slot.group) if slot.grad is not None else None
-                rows, width = matrix_shape(slot.param.shape)
-                scale = max(1.0, math.sqrt(rows / width))
-                _add_lifted(slot.param, columns, update * (-slot.group["lr"] * scale), decay)
-                _add_lifted(slot.state["momentum"], columns, decaying * ((slot.group["momentum"] - 1) / _UNIT))
-
-    def _choose_columns(self, slots: list[Slot]) -> None:
-        """The r strongest columns of every matrix; the old ones while there is no momentum at all."""
-        energies = [
-            _column_basis(slot.group).statistics(_momentum(slot).to(_arithmetic(slot)), slot.state) for slot in slots
-        ]
-        totals = sum_over_shards([slot.param for slot in slots], energies)
-        for slot, total in zip(slots, totals, strict=True):
-            index = slot.state["basis_index"]
-            chosen = _column_basis(slot.group).choose(total, total.numel(), index.numel(), 0)["basis_index"]
-            index.copy_(torch.where(total.sum() > 0, chosen, index))
 
 
 def _add_gradient(momentum: Tensor, gradient: Tensor) -> None:

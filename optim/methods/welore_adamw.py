@@ -132,9 +132,9 @@ class WeLoreAdamW(LowRankOptimizer):
             del self.param_groups[before:]
             raise
 
-    def update_of(self, slot: Slot) -> str:
+    def told(self, slot: Slot) -> str:
         """Return what updates a parameter; of a matrix that keeps all its directions that this is AdamW."""
-        told = super().update_of(slot)
+        told = super().told(slot)
         return f"{told} in all directions, which is AdamW" if _is_whole(slot, slot.group) else told
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -173,7 +173,7 @@ class WeLoreAdamW(LowRankOptimizer):
                 )
 
     def _matrices(self) -> Iterator[Slot]:
-        return (slot for slot in self.slots() if slot.group["role"] in self.method_roles)
+        return (slot for slot in self.slots() if slot.group["role"] in self.updates)
 
     @undisturbed()
     @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor
 from lowrank_train.optim.arguments.torch_arguments import check_rate, is_number
 from lowrank_train.optim.parameters import stacks
 
-__all__ = ["ROLES", "check_group", "check_not_flattened", "named_parameters"]
+__all__ = ["LAYERS", "ROLES", "check_group", "check_not_flattened", "named_parameters"]
 
 ROLES = (
     "matrix",
@@ -25,6 +25,15 @@ ROLES = (
     "points",  # of a manifold, one per row
     "frozen",  # takes no gradient and has no state; a method may exchange it for what is trained
 )
+
+LAYERS = {
+    "singular_vectors": "spectral",
+    "singular_values": "spectral",
+    "lora_a": "adapter",
+    "lora_b": "adapter",
+    "points": "points",
+}
+"""Role -> the kind of converted layers that have parameters of it."""
 
 
 def named_parameters(group: dict[str, Any], first: int = 0) -> Iterator[tuple[str, Tensor]]:

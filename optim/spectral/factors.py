@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank_train.optim.core.optimizer import Slot
+from lowrank_train.optim.parameters.slot import Slot
 from lowrank_train.optim.shards.collectives import put_rows, take_rows
 from lowrank_train.optim.shards.layout import local, row_range
 from lowrank_train.optim.storage.quantization import encode_rows

@@ -14,6 +14,7 @@ from torch.distributed.tensor import Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_train import optim
+from lowrank_train.optim.costs.sent import weight_traffic
 from tests.optim.models import MixedModel, run_steps, states, weights
 
 Placement = Literal["preferred", "rows", "columns"]
@@ -42,6 +43,12 @@ def trained(build: Build, steps: int, prepare: Callable[[nn.Module], None] = lam
     optimizer = build(model)
     run_steps(model, optimizer, 0, steps)
     return {**weights(model), **states(model, optimizer)}
+
+
+def promised_bytes(optimizer: optim.MatrixOptimizer, shape: tuple[int, ...], world_size: int, **settings: Any) -> int:
+    """What a step of one bfloat16 weight is said to hand to collectives, with other settings than its first group."""
+    weight = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    return weight_traffic(optimizer, weight, optimizer.param_groups[0] | settings, world_size).step_bytes
 
 
 class AllToAlls(TorchDispatchMode):

@@ -168,7 +168,8 @@ def _as_on_cuda(stack: ExitStack) -> None:
 
 def refresh_interval(optimizer: optim.MatrixOptimizer) -> int:
     """Steps between two refreshes; 0 for a method without."""
-    return int(optimizer.defaults.get(optimizer.refresh_setting, 0))
+    settings = [update.interval_setting for update in optimizer.updates.values()]
+    return max((int(optimizer.defaults[key]) for key in settings if key is not None), default=0)
 
 
 def _tracker_class() -> Any:

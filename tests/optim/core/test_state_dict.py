@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lowrank_train import optim
+from lowrank_train.optim.parameters.group_checks import ROLES
 from tests.optim.models import (
     REFRESH_INTERVAL,
     MixedModel,
@@ -31,7 +32,7 @@ every_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, to
 STEPS = 2 * REFRESH_INTERVAL + 1
 every_moment = pytest.mark.parametrize("saved_at", [0, REFRESH_INTERVAL - 2, REFRESH_INTERVAL])
 
-LAYER_ROLES = set(optim.core.optimizer.ROLES) - {"matrix", "embedding", "head", "vector"}
+LAYER_ROLES = set(ROLES) - {"matrix", "embedding", "head", "vector"}
 
 
 def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lowrank_train import optim
+from lowrank_train.optim.costs.sent import weight_traffic
 from lowrank_train.optim.methods.muon import Muon
 from tests.distributed import run_distributed
 from tests.optim.models import (
@@ -23,7 +24,7 @@ from tests.optim.models import (
     states,
     weights,
 )
-from tests.optim.sharded import AllToAlls, Placement, shard, trained
+from tests.optim.sharded import AllToAlls, Placement, promised_bytes, shard, trained
 from tests.reference.muon import ReferenceMuon
 
 STEPS = 20
@@ -242,7 +243,7 @@ def test_whole_matrices_travel_to_their_owners_and_back_once() -> None:
         with AllToAlls() as travels:
             optimizer.step()
         promised = [
-            optimizer.traffic(param.shape, param.dtype, group, 2).step_bytes
+            weight_traffic(optimizer, param, group, 2).step_bytes
             for group in optimizer.param_groups
             for param in group["params"]
             if group["role"] == "matrix"
@@ -259,9 +260,8 @@ def test_whole_matrices_travel_to_their_owners_and_back_once() -> None:
 
 
 def test_traffic_counts_a_matrix_that_must_be_turned_over() -> None:
-    group: dict[str, Any] = {}
     optimizer = optimizer_of(matrix((2, 2)))
-    assert optimizer.traffic((6, 17), torch.bfloat16, group, 1).step_bytes == 0
-    assert optimizer.traffic((6, 18), torch.bfloat16, group, 2).step_bytes == 2 * 2 * 9 * 6
+    assert promised_bytes(optimizer, (6, 17), 1) == 0
+    assert promised_bytes(optimizer, (6, 18), 2) == 2 * 2 * 9 * 6
     turned = 4 * (17 * 3 + 9 * 6)
-    assert optimizer.traffic((6, 17), torch.bfloat16, group, 2).step_bytes == 2 * 2 * 9 * 6 + turned
+    assert promised_bytes(optimizer, (6, 17), 2) == 2 * 2 * 9 * 6 + turned

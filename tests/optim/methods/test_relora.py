@@ -19,6 +19,7 @@ from torch.distributed.tensor import Shard
 
 from lowrank_train import optim
 from lowrank_train.layers.lora import add_adapters
+from lowrank_train.optim.costs.sent import weight_traffic
 from lowrank_train.optim.methods.relora import ReLoRA
 from tests.distributed import run_distributed
 from tests.optim.models import assert_equal, gradient, laid_out_as, states, weights
@@ -301,7 +302,7 @@ def test_only_a_restart_communicates_and_only_a() -> None:
     restart = [[3 * 6 * 8, 3 * 17 * 8]]
     assert run_distributed(worker, 2) == [quiet * (RESTART_EVERY - 1) + restart + quiet] * 2
     optimizer = build(adapted())
-    promised = [optimizer.traffic(s.param.shape, s.param.dtype, s.group, 2) for s in optimizer.slots()]
+    promised = [weight_traffic(optimizer, s.param, s.group, 2) for s in optimizer.slots()]
     assert sum(traffic.step_bytes for traffic in promised) == 0
     assert sum(traffic.refresh_bytes for traffic in promised) == sum(restart[0])
 

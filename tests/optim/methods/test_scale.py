@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lowrank_train import optim
+from lowrank_train.optim.costs.sent import weight_traffic
 from lowrank_train.optim.methods.scale import SCALE
 from tests.distributed import run_distributed
 from tests.optim.models import (
@@ -23,7 +24,7 @@ from tests.optim.models import (
     tiny_llama,
     weights,
 )
-from tests.optim.sharded import AllReduces, Placement, shard, trained
+from tests.optim.sharded import AllReduces, Placement, promised_bytes, shard, trained
 from tests.reference.scale import ReferenceSCALE
 
 STEPS = 20
@@ -249,18 +250,18 @@ def test_as_it_prefers_one_all_reduce_of_an_embedding_and_as_traffic_promises() 
         with AllReduces() as reduces:
             optimizer.step()
         promised = [
-            optimizer.traffic(param.shape, param.dtype, group, 2).step_bytes
+            weight_traffic(optimizer, param, group, 2).step_bytes
             for group in optimizer.param_groups
             for param in group["params"]
-            if group["role"] in SCALE.method_roles
+            if group["role"] in SCALE.updates
         ]
         return reduces.bytes, sum(promised)
 
     assert run_distributed(worker, 2) == [([4 * 8], 4 * 8)] * 2
     optimizer = optimizer_of(parameter((3, 3)), "embedding")
-    assert optimizer.traffic((99, 7), torch.bfloat16, {"role": "embedding"}, 8).step_bytes == 4 * 7
-    assert optimizer.traffic((99, 7), torch.bfloat16, {"role": "embedding"}, 1).step_bytes == 0
-    assert optimizer.traffic((99, 7), torch.bfloat16, {"role": "head"}, 8).step_bytes == 0
+    assert promised_bytes(optimizer, (99, 7), 8, role="embedding") == 4 * 7
+    assert promised_bytes(optimizer, (99, 7), 1, role="embedding") == 0
+    assert promised_bytes(optimizer, (99, 7), 8, role="head") == 0
 
 
 @pytest.mark.parametrize("placement", ["rows", "columns"])

@@ -123,8 +123,8 @@ class Decompositions:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> None:
         self.shapes: list[tuple[int, ...]] = []
         self.error = error
-        self._original = optim.methods.sst.decompose
-        monkeypatch.setattr("lowrank_train.optim.methods.sst.decompose", self)
+        self._original = optim.spectral.iterations.decompose
+        monkeypatch.setattr("lowrank_train.optim.spectral.iterations.decompose", self)
 
     def __call__(self, weight: Tensor) -> dict[str, Tensor]:
         self.shapes.append(tuple(weight.shape))

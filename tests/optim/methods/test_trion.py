@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lowrank_train import optim
+from lowrank_train.optim.costs.sent import weight_traffic
 from lowrank_train.optim.methods.muon import Muon
 from lowrank_train.optim.methods.trion import Trion
 from tests.distributed import run_distributed
@@ -24,7 +25,7 @@ from tests.optim.models import (
     states,
     weights,
 )
-from tests.optim.sharded import AllReduces, Placement, shard, trained
+from tests.optim.sharded import AllReduces, Placement, promised_bytes, shard, trained
 from tests.reference.trion import ReferenceTrion
 
 STEPS = 20
@@ -264,7 +265,7 @@ def test_two_all_reduces_of_what_traffic_promises() -> None:
         with AllReduces() as reduces:
             optimizer.step()
         promised = [
-            optimizer.traffic(param.shape, param.dtype, group, 2).step_bytes
+            weight_traffic(optimizer, param, group, 2).step_bytes
             for group in optimizer.param_groups
             for param in group["params"]
             if group["role"] == "matrix"
@@ -277,10 +278,7 @@ def test_two_all_reduces_of_what_traffic_promises() -> None:
 
 
 def test_traffic_counts_a_matrix_that_must_be_turned_over() -> None:
-    group = {"rank": 2}
     optimizer = optimizer_of(matrix((2, 2)))
-    assert optimizer.traffic((6, 17), torch.bfloat16, group, 1).step_bytes == 0
-    assert optimizer.traffic((6, 18), torch.bfloat16, group, 2).step_bytes == 4 * (6 + 4)
-    assert (
-        optimizer.traffic((6, 17), torch.bfloat16, group, 2).step_bytes == 4 * (6 + 4) + 2 * 17 * 3 * 2 + 2 * 9 * 6 * 4
-    )
+    assert promised_bytes(optimizer, (6, 17), 1, rank=2) == 0
+    assert promised_bytes(optimizer, (6, 18), 2, rank=2) == 4 * (6 + 4)
+    assert promised_bytes(optimizer, (6, 17), 2, rank=2) == 4 * (6 + 4) + 2 * 17 * 3 * 2 + 2 * 9 * 6 * 4

@@ -32,7 +32,7 @@ WITH_ONE = {**SMALL, "alone": (1, 6, 4)}
 """A stack of one matrix counts its steps in one number, as a matrix does, but of another shape."""
 LARGE = {"tall": (2, 80, 64), "turned": (2, 60, 72)}
 STACKS = optim.names()
-IN_BITS = [name for name in STACKS if optim.find(name).offloads_state]
+IN_BITS = [name for name in STACKS if not optim.find(name).works_between_steps]
 
 
 def layout(name: str) -> str:
@@ -122,9 +122,9 @@ KINDS = {
 def test_a_stack_is_trained_as_its_matrices_are_one_by_one(name: str, kind: str) -> None:
     shapes, dtype, arguments = KINDS[kind]
     cls = optim.find(name)
-    if {"offload_state", "state_dtype"} & arguments.keys() and not cls.offloads_state:
+    if {"offload_state", "state_dtype"} & arguments.keys() and cls.works_between_steps:
         pytest.skip("works on its state between steps")
-    if ("matrix" not in cls.method_roles and "stochastic_rounding" in arguments) or name == "adamw":
+    if ("matrix" not in cls.updates and "stochastic_rounding" in arguments) or name == "adamw":
         pytest.skip("element by element: the noise is that of the whole weight")
     stacks = stacks_of(shapes, dtype)
     STACK_OF.clear()
@@ -137,7 +137,8 @@ def test_a_stack_is_trained_as_its_matrices_are_one_by_one(name: str, kind: str)
         assert_close(value, one_by_one[key], exact, key)
     for stack, param in stacks.items():
         assert not torch.equal(param, stacks_of(shapes, dtype)[stack])
-        if not together.takes_apart(param, together.param_groups[0] | {"weight_layout": layout(stack)}):
+        group = together.param_groups[0] | {"weight_layout": layout(stack)}
+        if not together.update_of(group).takes_apart(param, group):
             continue
         for key, value in together.state[param].items():
             for index in indices(param.shape):

@@ -334,7 +334,7 @@ def promised_bytes(optimizer: optim.MatrixOptimizer, world_size: int) -> tuple[i
     """Per ordinary step, and per step that chooses directions."""
     step_bytes, refresh_bytes = 0, 0
     for group in optimizer.param_groups:
-        for param in group["params"] if group["role"] in optimizer.method_roles else ():
+        for param in group["params"] if group["role"] in optimizer.updates else ():
             traffic = weight_traffic(optimizer, param, group, world_size)
             step_bytes += traffic.step_bytes
             refresh_bytes += traffic.refresh_bytes
@@ -353,8 +353,9 @@ def counted_and_promised(
         arguments = dict(case.arguments)
         cls = optim.find(case.name)
         own = inspect.signature(cls).parameters
-        if cls.refresh_setting in own:  # converted layers change at the end of a step, directions at its beginning
-            arguments[cls.refresh_setting] = 3 if case.name in CHANGED_AT_THE_END else 2
+        for setting in {update.interval_setting for update in cls.updates.values()} & own.keys():
+            # converted layers change at the end of a step, directions at its beginning
+            arguments[setting] = 3 if case.name in CHANGED_AT_THE_END else 2
         if "resvd_every" in own:
             arguments["resvd_every"] = 0  # rarer than what is promised
         optimizer = optim.create(case.name, optim.param_groups(model, rules=case.rules), **arguments)
@@ -484,9 +485,10 @@ def test_a_rank_without_rows_takes_part_in_turning_a_matrix_over(name: str, fuse
             param.grad = laid_out_as(param, gradient("w", param.shape, step))
             (slot,) = optimizer.slots()
             if fused:
-                coordinates = optimizer.project_gradient(slot, refresh=True)
+                update = optimizer.update_of(slot.group)
+                coordinates = update.project_gradient(slot, refresh=True)
                 assert coordinates is not None
-                optimizer.step_coordinates(slot, coordinates)
+                update.step_coordinates(slot, coordinates)
             else:
                 optimizer.step()
         return param.full_tensor() if isinstance(param, DTensor) else param.detach()

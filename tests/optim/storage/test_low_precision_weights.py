@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_train import optim
+from lowrank_train.optim.core.update import Update
+from lowrank_train.optim.parameters.slot import Slot
 from lowrank_train.optim.storage.rounding import round_to_bfloat16, seed_of, store, uniform_bits
 from tests.distributed import run_distributed
 from tests.optim.models import (
@@ -26,7 +29,7 @@ from tests.optim.models import (
 from tests.optim.sharded import shard
 
 STEPS = 8
-OFFLOADING = [name for name in optim.names() if optim.find(name).offloads_state]
+OFFLOADING = [name for name in optim.names() if not optim.find(name).works_between_steps]
 
 
 def bits(rows: int, columns: int, time: int = 0) -> Tensor:
@@ -102,15 +105,19 @@ def test_offloaded_state_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OFFLOADING)
-def test_what_a_step_works_on_is_a_copy_and_what_is_kept_stays_where_it_is(name: str) -> None:
+def test_what_a_step_works_on_is_a_copy_and_what_is_kept_stays_where_it_is(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, optimizer = made(name, torch.float64, offload_state=True)
     places = {key: t.data_ptr() for s in optimizer.state.values() for key, t in s.items() if key != "step"}
     seen: list[int] = []
-    step_matrices = optimizer.step_matrices
-    optimizer.step_matrices = lambda slots: (  # type: ignore[method-assign]
-        seen.extend(t.data_ptr() for slot in slots for t in slot.state.values() if t.numel() > 1),
-        step_matrices(slots),
-    )
+    for cls in {type(optimizer.update_of(group)) for group in optimizer.param_groups}:
+
+        def step(self: Update, slots: list[Slot], step: Callable[[Update, list[Slot]], None] = cls.step) -> None:
+            seen.extend(t.data_ptr() for slot in slots for t in slot.state.values() if t.numel() > 1)
+            step(self, slots)
+
+        monkeypatch.setattr(cls, "step", step)
     run_steps(model, optimizer, 0, STEPS)
     assert {key: t.data_ptr() for s in optimizer.state.values() for key, t in s.items() if key != "step"} == places
     on_device = {
@@ -220,7 +227,7 @@ def test_shared_settings_are_true_or_false(key: str) -> None:
         optim.create("adamw", nn.Linear(3, 3), **{key: "yes"})
 
 
-@pytest.mark.parametrize("name", [name for name in optim.names() if not optim.find(name).offloads_state])
+@pytest.mark.parametrize("name", [name for name in optim.names() if optim.find(name).works_between_steps])
 def test_an_optimizer_that_cannot_offload_says_so(name: str) -> None:
     model = prepare(name, MixedModel())
     with pytest.raises(ValueError, match=r"offload_state=True for parameters with role .*; leave it as it is"):

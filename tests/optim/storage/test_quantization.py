@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from lowrank_train import optim
-from lowrank_train.optim.core.optimizer import adamw_state
+from lowrank_train.optim.core.common_updates import ADAMW
 from lowrank_train.optim.shards.layout import StateTensor
 from lowrank_train.optim.storage.quantization import BLOCK, as_stored, dequantize, quantize, read
 from tests.distributed import run_distributed
@@ -212,7 +212,7 @@ def test_only_matrices_of_4096_numbers_and_32_columns_have_codes(shape: tuple[in
 def test_moments_alone_are_stored_otherwise() -> None:
     param = nn.Parameter(torch.empty(64, 300))
     whole = {
-        **adamw_state(param),
+        **ADAMW.state("weight", param, {}),
         "momentum": StateTensor((64, 300), torch.float32, "parameter"),
         "basis": StateTensor((64, 300), torch.float32, "replicated"),
         "error_feedback": StateTensor((64, 300), torch.float32, "rows"),
