@@ -13,6 +13,8 @@ from lowrank_train.bench.digits import METHODS, measure_digits, train_digits
 from lowrank_train.bench.training_step import measure_training
 from lowrank_train.common.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 TINY = [
     "--model",
     "llama_9m",

@@ -19,6 +19,8 @@ from tests.distributed import run_distributed
 from tests.hyperbolic.helpers import at_call, tree_arrays, tree_folder
 from tests.runs import ROOT
 
+pytestmark = pytest.mark.slow
+
 ROWS = "rows: {full: [], sst: [optimizer.name=sst, optimizer.rank=2]}\nseeds: {clean: [1, 2], inherited: [1, 2]}\n"
 
 

@@ -11,6 +11,8 @@ import torch
 from lowrank_train.bench.tree import METHODS, embed_tree, mean_average_precision, measure_tree, tree_edges
 from lowrank_train.common.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_tree_has_every_edge_in_both_directions() -> None:
     edges = tree_edges(2)

@@ -35,6 +35,8 @@ from tests.runs import (
     train_on,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def start(words: list[str], log: Path, before: Callable[[], None], *, restarts: int) -> BaseProcess:
     """``torchrun --standalone --nproc-per-node 2 --max-restarts RESTARTS launch/pretrain.py WORDS``, by fork."""

@@ -32,6 +32,8 @@ from lowrank_train.train.metrics import read_metrics
 from tests.distributed import run_distributed
 from tests.runs import ROOT, Launched, assert_equal_tensors, checkpoint_tensors, checkpoints, send
 
+pytestmark = pytest.mark.slow
+
 METHODS = {
     "adamw": [],
     "lora": ["optimizer.name=lora", "optimizer.rank=2"],

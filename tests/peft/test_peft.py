@@ -157,6 +157,7 @@ def everyone(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 @pytest.mark.parametrize("name", TRAINABLE)
+@pytest.mark.slow
 def test_every_adapter_trains_merges_and_is_given_away(
     everyone: dict[str, dict[str, Any]], folders: Path, name: str
 ) -> None:
@@ -186,6 +187,7 @@ def test_every_adapter_trains_merges_and_is_given_away(
         assert "peft folder" in (folder / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_adalora_ends_with_its_budget(everyone: dict[str, dict[str, Any]]) -> None:
     """Rank 4 on average over 14 matrices, chosen from 6 each; all but these singular values are zero."""
     folder = everyone["adalora"]["folder"]
@@ -252,6 +254,7 @@ def resumed(folders: Path, two_ranks: Ranks, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.parametrize("name", KINDS)
+@pytest.mark.slow
 def test_two_ranks_train_as_one(everyone: dict[str, dict[str, Any]], two_ranks: Ranks, name: str) -> None:
     root, found = two_ranks
     for facts in found[name]:
@@ -267,6 +270,7 @@ def test_two_ranks_train_as_one(everyone: dict[str, dict[str, Any]], two_ranks: 
 
 
 @pytest.mark.parametrize("name", KINDS)
+@pytest.mark.slow
 def test_resume_is_bit_exact(two_ranks: Ranks, resumed: Ranks, name: str) -> None:
     (root, whole), (again, found) = two_ranks, resumed
     assert "error" not in found[name][0], found[name][0].get("error")
@@ -280,6 +284,7 @@ def test_resume_is_bit_exact(two_ranks: Ranks, resumed: Ranks, name: str) -> Non
 # -------------------------------------------------------------------------------------------------- any optimizer
 
 
+@pytest.mark.slow
 def test_every_optimizer_trains_an_adapter(folders: Path, tmp_path: Path) -> None:
     names = [name for name in optim.names() if methods.find(name).layers is methods.Dense]
     names = [name for name in names if name not in ("relora", "sst", "riemannian_adamw")]  # for layers of their own

@@ -21,6 +21,8 @@ from lowrank_train.text.long import ids_in_pieces
 from tests.data.test_data import prepare, settings
 from tests.runs import documents, write_jsonl
 
+pytestmark = pytest.mark.slow
+
 WORDS = " ".join(documents(400)).split()
 
 

@@ -8,6 +8,8 @@ import pytest
 
 from tests.tools.kill_runs import Case, Kill, kill_and_resume, operations, undisturbed
 
+pytestmark = pytest.mark.slow
+
 POINTS = {
     "a checkpoint half written": ("fsync checkpoints/step-4.tmp/__0_0.distcp", False),
     "its name given, the older one still there": ("rename checkpoints/step-4.tmp", True),

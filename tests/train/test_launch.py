@@ -19,6 +19,8 @@ from lowrank_train.config.schema import load_config
 from lowrank_train.train.metrics import read_metrics
 from tests.runs import ROOT, Launched, losses
 
+pytestmark = pytest.mark.slow
+
 QUICKSTART = ["launch/pretrain.py", "configs/quickstart.yaml"]
 TINY = [
     "data.vocab_size=300",

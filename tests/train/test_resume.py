@@ -35,6 +35,7 @@ from tests.runs import (
     train_on,
     write_jsonl,
 )
+from tests.tiers import only_first_quick
 
 STEPS = 12
 
@@ -56,7 +57,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", only_first_quick(CASES))
 def test_a_resumed_run_is_bit_identical(text: Path, tmp_path: Path, case: str) -> None:
     """Stopped by a signal at step 5, in the middle of a refresh interval; then killed at step 10 after checkpoint 9."""
     world_size, kwargs, more = CASES[case]
@@ -133,6 +134,7 @@ def test_the_configuration_decides_hyperparameters_after_a_resume(text: Path, tm
 # ---------------------------------------------------------------------------------------------------------- other ranks
 
 
+@pytest.mark.slow
 def test_a_streamed_run_of_two_ranks_is_resumed_on_others(text: Path, tmp_path: Path) -> None:
     more = [f"steps={STEPS}", "data.streaming=true", "data.streams=8"]
     train_on(2, arguments(text, tmp_path / "whole", *more, optimizer="dct_adamw"))
@@ -148,6 +150,7 @@ def test_a_streamed_run_of_two_ranks_is_resumed_on_others(text: Path, tmp_path: 
         assert losses(run_dir) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_resharding_twice(text: Path, tmp_path: Path) -> None:
     """4, 1 and 2 ranks; in float64, where nothing but the order of sums may differ."""
     case = {"model": "opt", "optimizer": "dct_adamw", "precision": "float64"}
@@ -184,7 +187,7 @@ def wait_for_checkpoint(run: Launched, run_dir: Path, after: int = 0) -> None:
     raise AssertionError(f"no checkpoint came\n{run.output}")
 
 
-@pytest.mark.parametrize("background", ["true", "false"])
+@pytest.mark.parametrize("background", only_first_quick(["true", "false"]))
 def test_killed_at_random_moments_it_goes_on_as_if_nothing_had_been(
     text: Path, tmp_path: Path, whole: Path, background: str
 ) -> None:
@@ -208,6 +211,7 @@ def test_killed_at_random_moments_it_goes_on_as_if_nothing_had_been(
     assert not list((tmp_path / "run").rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_killed_at_any_instant_of_publishing_a_checkpoint_one_is_left(text: Path, tmp_path: Path) -> None:
     """The second checkpoint, with only one kept: before it has its name, and in the middle of deleting the first."""
     words = arguments(text, tmp_path / "whole", "steps=8", "checkpoint.every=2", "checkpoint.keep=1")
@@ -306,6 +310,7 @@ def test_a_signal_before_training_ends_the_process_at_once(text: Path, tmp_path:
 
 
 @pytest.mark.parametrize("background", ["true", "false"])
+@pytest.mark.slow
 def test_a_signal_to_one_rank_while_a_checkpoint_is_written(text: Path, tmp_path: Path, background: str) -> None:
     """All ranks must agree on the last step, whatever the instant: else one waits for the other for ever."""
 

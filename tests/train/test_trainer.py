@@ -27,6 +27,7 @@ from tests.runs import (
     losses,
     train_on,
 )
+from tests.tiers import only_first_quick
 
 STEPS = 20
 CLOSE = {  # relative; of OPT in float32, Adam amplifies the rounding of gradients that are nearly zero
@@ -70,12 +71,14 @@ def runs(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.mark.parametrize(
     ("precision", "model", "optimizer"),
-    [
-        ("float64", "llama", "dct_adamw"),
-        ("float64", "opt", "adamw"),
-        ("float32", "llama", "adamw"),
-        ("float32", "opt", "dct_adamw"),
-    ],
+    only_first_quick(
+        [
+            ("float64", "llama", "dct_adamw"),
+            ("float64", "opt", "adamw"),
+            ("float32", "llama", "adamw"),
+            ("float32", "opt", "dct_adamw"),
+        ]
+    ),
 )
 def test_two_ranks_equal_one(runs: Runs, precision: str, model: str, optimizer: str) -> None:
     case = {"precision": precision, "model": model, "optimizer": optimizer}
@@ -87,14 +90,17 @@ DOUBLE = {"precision": "float64", "optimizer": "dct_adamw"}
 
 @pytest.mark.parametrize(
     ("world_size", "more"),
-    [
-        (1, ["micro_batch=2"]),
-        (2, ["parallel.replicas=2"]),
-        (4, ["parallel.replicas=2", "parallel.shards=2", "micro_batch=1"]),
-        (4, []),
-        (2, ["model.checkpointing=full"]),
-        (1, ["loss_chunk=7"]),
-    ],
+    only_first_quick(
+        [
+            (1, ["micro_batch=2"]),
+            (2, ["parallel.replicas=2"]),
+            (4, ["parallel.replicas=2", "parallel.shards=2", "micro_batch=1"]),
+            (4, []),
+            (2, ["model.checkpointing=full"]),
+            (1, ["loss_chunk=7"]),
+        ],
+        2,
+    ),
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
 def test_how_a_step_is_cut_changes_nothing(runs: Runs, world_size: int, more: list[str]) -> None:
@@ -146,6 +152,7 @@ def test_runs_repeat_exactly(runs: Runs, text: Path, tmp_path: Path) -> None:
     assert losses(tmp_path) == runs.losses(2, **DOUBLE)
 
 
+@pytest.mark.slow
 def test_streamed_text_trains_the_same_on_any_ranks(runs: Runs) -> None:
     words = ("data.streaming=true", "data.streams=4")
     alone = runs.losses(1, *words, **DOUBLE)
@@ -153,7 +160,7 @@ def test_streamed_text_trains_the_same_on_any_ranks(runs: Runs) -> None:
     assert alone != pytest.approx(runs.losses(1, **DOUBLE), rel=1e-6)  # in another order
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "dct_adamw"])
+@pytest.mark.parametrize("optimizer", only_first_quick(["adamw", "dct_adamw"]))
 def test_what_a_method_leaves_to_adamw_has_a_rate_of_its_own(runs: Runs, optimizer: str) -> None:
     """Matrices at a rate of 0 stay where they were; the rest moves, and by the schedule."""
     still = ("optimizer.lr=0", "optimizer.other_lr=3e-3", "checkpoint.every=10")
@@ -223,6 +230,7 @@ def test_perplexity_is_the_mean_over_tokens_on_any_ranks(runs: Runs, model: str)
     assert len(values[0]) == 2
 
 
+@pytest.mark.slow
 def test_evaluation_of_fewer_blocks_than_ranks(runs: Runs) -> None:
     values = [
         [
@@ -241,6 +249,7 @@ def test_an_untrained_model_is_as_good_as_guessing(runs: Runs) -> None:
     assert first["eval/loss"] == pytest.approx(math.log(300), rel=0.02)
 
 
+@pytest.mark.slow
 def test_evaluating_changes_nothing(runs: Runs) -> None:
     """Dropout is off while evaluating and on again after it, and random numbers go on as without it."""
     words = ("model.overrides.dropout=0.2",)
@@ -418,6 +427,7 @@ def test_every_registered_optimizer_trains_by_its_name(runs: Runs, name: str) ->
     assert record.optimizer_state_bytes == record.predicted_optimizer_state_bytes
 
 
+@pytest.mark.slow
 def test_background_checkpoints_hold_the_step_they_are_named_after(runs: Runs) -> None:
     """Training goes on while they are written; what is written must not."""
     folders = [

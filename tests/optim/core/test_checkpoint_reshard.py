@@ -33,6 +33,7 @@ from tests.optim.models import (
     tolerance,
     weights,
 )
+from tests.tiers import only_first_quick
 
 SAVED_AT, STEPS = 4, 7  # within a refresh interval; another refresh follows
 
@@ -141,7 +142,8 @@ def check(results: Results, checkpoint: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "dtype"), [(1, torch.float64), (3, torch.float64), (4, torch.float64), (1, torch.bfloat16)]
+    ("world_size", "dtype"),
+    only_first_quick([(1, torch.float64), (3, torch.float64), (4, torch.float64), (1, torch.bfloat16)]),
 )
 def test_a_checkpoint_of_two_ranks_loads_on_any_number(
     checkpoint_of: Callable[[torch.dtype], Checkpoint], world_size: int, dtype: torch.dtype
@@ -174,6 +176,7 @@ def load_after_a_swap(folder: str, dtype: torch.dtype) -> Results:
     return load_and_continue(runs, folder)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_loads_into_an_optimizer_built_before_sharding(checkpoint: Checkpoint) -> None:
     for results in run_distributed(load_after_a_swap, 2, checkpoint.folder, checkpoint.dtype):
         check(results, checkpoint)

@@ -31,6 +31,8 @@ from tests.optim.frameworks.harness import (
 )
 from tests.optim.models import all_whole, assert_equal
 
+pytestmark = pytest.mark.slow
+
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 

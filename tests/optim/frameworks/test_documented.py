@@ -17,6 +17,8 @@ from lowrank_train import optim
 from tests.optim.frameworks.documented import DIFFS, SCRIPTS, original, run_script
 from tests.optim.frameworks.harness import difference, is_sharded, mean_over_ranks, run_ranks, sharded_share
 
+pytestmark = pytest.mark.slow
+
 NEEDS = {
     "accelerated": "accelerate",
     "finetune": "accelerate",

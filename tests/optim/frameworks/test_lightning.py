@@ -30,6 +30,8 @@ from tests.optim.frameworks.harness import (
 )
 from tests.optim.models import assert_equal
 
+pytestmark = pytest.mark.slow
+
 lightning = pytest.importorskip("lightning", reason="lightning is not installed")
 strategies = pytest.importorskip("lightning.pytorch.strategies")
 callbacks = pytest.importorskip("lightning.pytorch.callbacks")

@@ -38,6 +38,8 @@ from tests.optim.frameworks.harness import (
 )
 from tests.optim.models import assert_equal
 
+pytestmark = pytest.mark.slow
+
 try:
     from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer, ParamGroupConfig
 except ImportError as error:

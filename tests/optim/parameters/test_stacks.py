@@ -24,6 +24,7 @@ from lowrank_train.optim.costs.sent import Communication, communicated_bytes
 from lowrank_train.optim.shards.layout import local
 from tests.distributed import run_distributed
 from tests.optim.models import all_whole, assert_equal, beside_layers, build, gradient, laid_out_as, tolerance
+from tests.tiers import only_first_quick
 
 pytestmark = pytest.mark.filterwarnings("ignore:the gradient of .* is zero")
 STEPS = 7
@@ -190,7 +191,7 @@ def whole_states(name: str, dtype: torch.dtype, arguments: dict[str, Any]) -> di
     return all_whole({**stacks, **of_state})
 
 
-@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("dim", only_first_quick([0, 1, 2]))
 def test_sharded_along_any_dimension_equals_one_process(dim: int) -> None:
     """Along the first, of 4 matrices on 3 ranks one has none; of 5 rows or columns a rank has 1."""
     expected = {name: whole_states(name, torch.float64, {}) for name in STACKS}

@@ -40,6 +40,7 @@ from tests.optim.models import (
     trained_matrix,
     weights,
 )
+from tests.tiers import only_first_quick
 
 STEPS = 8
 BLENDED = {"exp_avg", "exp_avg_sq", "momentum", "error_feedback"}  # state that has rows, and so is sharded
@@ -114,8 +115,8 @@ def trained(name: str, arrange: Callable[[nn.Module], None] | None = None, steps
     return {**weights(model), **states(model, optimizer)}
 
 
-def all_trained(placement: str) -> dict[str, dict[str, Tensor]]:
-    return {name: trained(name, lambda model, name=name: shard(model, name, placement)) for name in optim.names()}
+def all_trained(placement: str, names: list[str]) -> dict[str, dict[str, Tensor]]:
+    return {name: trained(name, lambda model, name=name: shard(model, name, placement)) for name in names}
 
 
 @cache
@@ -125,13 +126,19 @@ def trained_alone(name: str) -> dict[str, Tensor]:
     return trained(name)
 
 
-LAYOUTS = [*(("preferred", world_size) for world_size in (1, 2, 3, 4)), ("rows", 3), ("hsdp", 4)]
+NAMES = optim.names()
+LAYOUTS = [
+    *(("preferred", 2, NAMES), ("rows", 3, NAMES), ("hsdp", 4, NAMES)),
+    *(("preferred", world_size, NAMES[i::3]) for i, world_size in enumerate((1, 3, 4))),
+]
+"""Placement, ranks, optimizers: each of them in every placement, and on one of the other numbers of ranks."""
 
 
-@pytest.mark.parametrize(("placement", "world_size"), LAYOUTS)
-def test_sharded_equals_one_process(placement: str, world_size: int) -> None:
-    for results in run_distributed(all_trained, world_size, placement):
-        for name in optim.names():
+@pytest.mark.parametrize(("placement", "world_size", "names"), only_first_quick(LAYOUTS))
+def test_sharded_equals_one_process(placement: str, world_size: int, names: list[str]) -> None:
+    for results in run_distributed(all_trained, world_size, placement, names):
+        assert list(results) == names
+        for name in names:
             assert_equal(results[name], trained_alone(name), tolerance(name))
 
 
@@ -221,14 +228,17 @@ def train_network(name: str, *, placement: str | None) -> tuple[list[float], dic
     return losses, weights(model)
 
 
-def train_all_networks(placement: str) -> dict[str, Any]:
-    return {name: train_network(name, placement=placement) for name in optim.names()}
+def train_all_networks(placement: str, names: list[str]) -> dict[str, Any]:
+    return {name: train_network(name, placement=placement) for name in names}
 
 
-@pytest.mark.parametrize(("placement", "world_size"), [("preferred", 2), ("rows", 3), ("hsdp", 4)])
-def test_training_through_fsdp_equals_one_process(placement: str, world_size: int) -> None:
-    by_rank = run_distributed(train_all_networks, world_size, placement)
-    for name in optim.names():
+@pytest.mark.parametrize(
+    ("placement", "world_size", "names"),
+    only_first_quick([("preferred", 2, NAMES), ("rows", 3, NAMES[::2]), ("hsdp", 4, NAMES[1::2])]),
+)
+def test_training_through_fsdp_equals_one_process(placement: str, world_size: int, names: list[str]) -> None:
+    by_rank = run_distributed(train_all_networks, world_size, placement, names)
+    for name in names:
         losses, final = train_network(name, placement=None)
         assert len(set(losses)) == STEPS, name
         for results in by_rank:
@@ -270,6 +280,7 @@ def test_dct_adamw_communicates_one_all_reduce_per_refresh_and_nothing_else(plac
             assert calls == expected, step
 
 
+@pytest.mark.slow
 def test_a_single_rank_never_communicates() -> None:
     def worker() -> None:
         for placement in ("preferred", "rows"):
@@ -371,11 +382,13 @@ def counted_and_promised(
 
 @pytest.mark.parametrize(
     ("placement", "world_size", "dtype", "cases"),
-    [
-        ("preferred", 2, torch.float64, CASES | PARTS),
-        ("preferred", 4, torch.bfloat16, {**CASES, "svd": PARTS["basis svd"]}),
-        ("hsdp", 4, torch.float32, {name: CASES[name] for name in HSDP_CASES}),
-    ],
+    only_first_quick(
+        [
+            ("preferred", 2, torch.float64, CASES | PARTS),
+            ("preferred", 4, torch.bfloat16, {**CASES, "svd": PARTS["basis svd"]}),
+            ("hsdp", 4, torch.float32, {name: CASES[name] for name in HSDP_CASES}),
+        ]
+    ),
 )
 def test_collectives_carry_the_bytes_that_are_promised(
     placement: str, world_size: int, dtype: torch.dtype, cases: dict[str, Case]
@@ -540,7 +553,7 @@ def built_before_and_after_sharding(placement: str, through_state_dict: bool) ->
     return results
 
 
-@pytest.mark.parametrize(("placement", "through_state_dict"), [("preferred", False), ("rows", True)])
+@pytest.mark.parametrize(("placement", "through_state_dict"), only_first_quick([("preferred", False), ("rows", True)]))
 def test_built_before_sharding_equals_built_after(placement: str, through_state_dict: bool) -> None:
     for results in run_distributed(built_before_and_after_sharding, 2, placement, through_state_dict):
         for before, after in results.values():
@@ -597,6 +610,7 @@ def resumed_into_swapped_parameters() -> dict[str, Any]:
     return results
 
 
+@pytest.mark.slow
 def test_an_unsharded_checkpoint_resumes_in_a_sharded_optimizer() -> None:
     for results in run_distributed(resumed_into_swapped_parameters, 3):
         for name, result in results.items():
@@ -878,6 +892,7 @@ def bfloat16_steps(placement: str | None) -> dict[str, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("placement", ["preferred", "rows"])
+@pytest.mark.slow
 def test_bfloat16_keeps_its_dtypes_when_sharded(placement: str) -> None:
     expected = bfloat16_steps(None)
     for results in run_distributed(bfloat16_steps, 2, placement):

@@ -486,6 +486,7 @@ def test_codes_are_not_loaded_where_there_are_none() -> None:
         plain.load_state_dict(saved)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_ranks_keeps_its_codes_on_any_number(tmp_path: Any) -> None:
     def save() -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
         results, files = {}, {}
