@@ -3,39 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib
-
+from lowrank_train.bench.grid import Grid, Row, Run
+from lowrank_train.bench.report import Panel, Report, markdown, origin, output_folder, publish
+from lowrank_train.bench.trainings import Trainer, keep_record
 from lowrank_train.common.errors import UserError
-from lowrank_train.common.progress import show_progress
-from lowrank_train.common.ranks import start
+from lowrank_train.common.ranks import Ranks, start
 from lowrank_train.common.record import perplexity, provenance
-from lowrank_train.common.small_files import write_text
-from lowrank_train.compress.command import CompressConfig, compressed
+from lowrank_train.compress.command import CompressConfig, compressed, weights_hash
 from lowrank_train.compress.ranks import rank_reduction
 from lowrank_train.config.loading import load_schema
 from lowrank_train.config.settings import key_help, setting
 from lowrank_train.layers.choice import BLOCK_MATRICES
 from lowrank_train.models.folders import load_model, model_folder
-from lowrank_train.optim.costs.table import aligned
-from lowrank_train.spectra.pruning import TextConfig
+from lowrank_train.spectra.pruning import TextConfig, evaluation_blocks
 
-matplotlib.use("Agg")
-from matplotlib import pyplot
-
-__all__ = ["CompressionConfig", "help_text", "load_settings", "measure_compression"]
+__all__ = ["CompressionConfig", "help_text", "load", "measure", "report"]
 
 _OF_A_ROW = ("method", "score", "classification", "whiten", "multiple", "floor", "ceiling", "owl_strength")
 
-
 _LOGARITHMIC = 3.0
 """Times the perplexity before: a plot that reaches higher has a logarithmic axis."""
+
+
+@dataclass
+class Cell(CompressConfig):
+    """One compressed model of the table."""
+
+    model: str | None = setting(None, "folder of the model", path=True)
+    subject: str = setting("", "digest of the model and the text")
+    run_dir: str | None = setting(None, "folder of the record", path=True)
 
 
 @dataclass
@@ -62,7 +64,7 @@ def help_text() -> str:
     return "\n".join([usage, "", *key_help(CompressionConfig)])
 
 
-def load_settings(arguments: Sequence[str]) -> CompressionConfig:
+def load(arguments: Sequence[str]) -> CompressionConfig:
     """Read YAML files and overrides. Raises UserError for anything that does not fit."""
     settings = load_schema(CompressionConfig, arguments)
     if settings.model is None:
@@ -79,97 +81,105 @@ def load_settings(arguments: Sequence[str]) -> CompressionConfig:
     return settings
 
 
-def measure_compression(settings: CompressionConfig) -> str:
-    """Compress in every way to every target; writes compression.json and compression.png, returns the table.
+def measure(settings: CompressionConfig) -> str:
+    """Compress in every way to every target; write compression.json, .md and .png into ``settings.output``.
+
+    Returns:
+        The table, in Markdown. A target that a way cannot reach is a cell without a figure.
 
     Raises:
-        UserError: as ``launch/compress.py``; a target that one way cannot reach is a cell without a figure.
+        UserError: as ``launch/compress.py``; a cell in the folder was made with other settings, or of another model or
+            text.
     """
+    folder = output_folder(settings.output, "output")
     targets = [("rank_reduction", value) for value in settings.rank_reductions]
     targets += [("size", value) for value in settings.sizes]  # type: ignore[misc]
-    cells: list[dict[str, Any]] = []
-    before = math.nan
-    out = Path(settings.output)
     with start(settings.device) as ranks:
-        jobs = [(label, key, value) for label in settings.ways for key, value in targets]
-        for label, key, value in show_progress(jobs, "compressing", "models"):
-            config = _config(settings, label, key, value)
-            model = load_model(Path(str(settings.model))).to(ranks.device)
-            try:
-                result = compressed(model, Path(str(settings.model)), config, ranks)
-            except ValueError as error:
-                cells.append({"way": label, key: value, "perplexity": None, "why": str(error)})
-                continue
-            assert result.loss_before is not None
-            assert result.loss_after is not None
-            before = perplexity(result.loss_before)
-            after = perplexity(result.loss_after)
-            cells.append(
-                {
-                    "way": label,
-                    key: value,
-                    "perplexity": after if math.isfinite(after) else None,
-                    "reached_rank_reduction": rank_reduction(result.plan),
-                    "parameter_bytes": result.bytes_after,
-                    "parameter_share": result.bytes_after / result.bytes_before,
-                    "ranks": {matrix.name: matrix.rank for matrix in result.plan},
-                }
-            )
+        subject = ranks.first(lambda: _digest(settings))
+        grid = Grid(
+            rows=[Row({"way": way, key: value}) for way in settings.ways for key, value in targets],
+            config=lambda way, **target: _config(settings, subject, way, target),
+            trainer=Trainer(lambda cell: _compress(cell, ranks), needs=["perplexity", "perplexity_before", "why"]),
+        )
+        results = grid.train()
         made = provenance(ranks.device)
-    table = _table(settings, targets, cells, before)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        figures = {"what": "perplexity of compressed models, not fine-tuned", "perplexity_before": before}
-        figures |= {"settings": asdict(settings), "provenance": made, "cells": cells}
-        write_text(out / "compression.json", json.dumps(figures, indent=2, allow_nan=False) + "\n")
-        if settings.rank_reductions:
-            _plot(settings, cells, before, out / "compression.png")
-    except OSError as error:
-        raise UserError(f"cannot write to output={out}: {error}; set output to another folder") from None
-    return table
-
-
-def _config(settings: CompressionConfig, label: str, key: str, value: float | str) -> CompressConfig:
-    common = {
-        f.name: getattr(settings, f.name) for f in dataclasses.fields(CompressConfig) if hasattr(settings, f.name)
+    reached = [record for result in results if (record := result.outcome.record) and record["why"] is None]
+    if not reached:
+        raise UserError(f"no target can be reached; the first: {results[0].run()['why']}")
+    figures = {
+        "what": "perplexity of compressed models, not fine-tuned",
+        "perplexity_before": reached[0]["perplexity_before"],
+        "settings": asdict(settings),
+        "provenance": made,
+        "cells": [result.run(_kept) for result in results],
     }
-    own = {**settings.ways[label], key: value}
-    return CompressConfig(**{**common, **own})
+    return publish(folder, "compression", figures, report(figures))
 
 
-def _table(
-    settings: CompressionConfig, targets: Sequence[tuple[str, Any]], cells: Sequence[dict[str, Any]], before: float
-) -> str:
-    head = [f"perplexity (before: {before:.4g})"]
-    head += [f"-{100 * value:g} % ranks" if key == "rank_reduction" else f"size {value}" for key, value in targets]
-    rows = [[label, *(_cell(cells, label, key, value) for key, value in targets)] for label in settings.ways]
-    return aligned([head, *rows])
+def report(figures: Mapping[str, Any]) -> Report:
+    """Return what compression.md shows, from the figures of compression.json."""
+    before, settings, cells = figures["perplexity_before"], figures["settings"], figures["cells"]
+    ways = list(dict.fromkeys(cell["way"] for cell in cells))
+    found = {(cell["way"], cell.get("rank_reduction", cell.get("size"))): cell for cell in cells}
+    targets = [*settings["rank_reductions"], *settings["sizes"]]
+    head = [f"perplexity (before: {before:.4g})", *(f"-{100 * x:g} % ranks" for x in settings["rank_reductions"])]
+    head += [f"size {size}" for size in settings["sizes"]]
+    table = markdown(head, [[way, *(_shown(found[way, target]) for target in targets)] for way in ways])
+    lines = {}
+    for way in ways:
+        points = [(0, before)] + [
+            (100 * cell["reached_rank_reduction"], cell["perplexity"])
+            for cell in cells
+            if cell["way"] == way and "rank_reduction" in cell and cell["perplexity"]
+        ]
+        lines[way] = [x for x, _ in points], [y for _, y in points]
+    is_wide = max(y for _, ys in lines.values() for y in ys) > _LOGARITHMIC * before
+    panel = Panel("not fine-tuned", "ranks removed, %", "perplexity", lines, log_y=is_wide)
+    reasons = dict.fromkeys(f"-: {cell['why']}" for cell in cells if cell.get("why"))
+    notes = [*reasons, origin(figures["provenance"])]
+    return Report("Compression", table, notes, [panel] * bool(settings["rank_reductions"]))
 
 
-def _cell(cells: Sequence[dict[str, Any]], label: str, key: str, value: Any) -> str:
-    cell = next(cell for cell in cells if cell["way"] == label and cell.get(key) == value)
+def _shown(cell: Run) -> str:
     return "-" if cell["perplexity"] is None else f"{cell['perplexity']:.4g}"
 
 
-def _plot(settings: CompressionConfig, cells: Sequence[dict[str, Any]], before: float, path: Path) -> None:
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    colors = pyplot.get_cmap("tab20")
-    for index, label in enumerate(settings.ways):
-        mine = [cell for cell in cells if cell["way"] == label and "rank_reduction" in cell and cell["perplexity"]]
-        axes.plot(
-            [0, *(100 * cell["reached_rank_reduction"] for cell in mine)],
-            [before, *(cell["perplexity"] for cell in mine)],
-            marker="o",
-            markersize=4,
-            linewidth=1.2,
-            color=colors(index % 20),
-            label=label,
-        )
-    axes.set(xlabel="ranks removed, %", ylabel="perplexity")
-    highest = max((cell["perplexity"] or 0 for cell in cells if "rank_reduction" in cell), default=0)
-    if highest > _LOGARITHMIC * before:
-        axes.set_yscale("log")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+def _config(settings: CompressionConfig, subject: str, way: str, target: Mapping[str, Any]) -> Cell:
+    shared = {f.name for f in dataclasses.fields(CompressConfig)} & {f.name for f in dataclasses.fields(settings)}
+    (goal,) = target.values()
+    own = {**settings.ways[way], **target, "run_dir": str(Path(settings.output, f"{way.replace('/', '_')}, {goal}"))}
+    return Cell(
+        **{**{name: getattr(settings, name) for name in shared}, **own, "model": settings.model, "subject": subject}
+    )
+
+
+def _digest(settings: CompressionConfig) -> str:
+    """Of the model and the text: they may change under the same name."""
+    folder, tokens = Path(str(settings.model)), settings.data.tokens + settings.calibration_tokens
+    blocks, _ = evaluation_blocks(dataclasses.replace(settings.data, tokens=tokens), folder)
+    return hashlib.blake2b(weights_hash(folder).encode() + blocks.numpy().tobytes(), digest_size=8).hexdigest()
+
+
+def _compress(cell: Cell, ranks: Ranks) -> None:
+    folder = Path(str(cell.model))
+    figures: dict[str, Any] = {"perplexity": None, "perplexity_before": None, "why": None}
+    try:
+        result = compressed(load_model(folder).to(ranks.device), folder, cell, ranks)
+    except ValueError as error:
+        figures["why"] = str(error)
+    else:
+        assert result.loss_before is not None
+        assert result.loss_after is not None
+        figures |= {
+            "perplexity": perplexity(result.loss_after),
+            "perplexity_before": perplexity(result.loss_before),
+            "reached_rank_reduction": rank_reduction(result.plan),
+            "parameter_bytes": result.bytes_after,
+            "parameter_share": result.bytes_after / result.bytes_before,
+            "ranks": {matrix.name: matrix.rank for matrix in result.plan},
+        }
+    ranks.first(lambda: keep_record(cell, figures))
+
+
+def _kept(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in record.items() if k not in ("status", "perplexity_before") and (k, v) != ("why", None)}

@@ -8,13 +8,10 @@ best of them by mean test accuracy over the seeds.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import itertools
-import json
-import math
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,21 +19,35 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowrank_train import optim
-from lowrank_train.bench.optimizer_step import output_folder, positive
+from lowrank_train.bench.grid import Grid, Group, Row, failures, groups, sweep_arguments, sweep_panel, table
+from lowrank_train.bench.report import Report, origin, output_folder, publish, rate
+from lowrank_train.bench.trainings import Trainer, keep_record
 from lowrank_train.common.errors import UserError
-from lowrank_train.common.progress import show_progress
 from lowrank_train.common.record import provenance
-from lowrank_train.common.small_files import write_text
+from lowrank_train.config.settings import setting
 from lowrank_train.layers.lora import add_adapters
 from lowrank_train.layers.spectral import to_spectral
 from lowrank_train.optim.core.coverage import unwarned
 
-__all__ = ["METHODS", "measure_digits", "train_digits"]
+__all__ = ["METHODS", "DigitsConfig", "images_and_classes", "measure", "report", "train_digits"]
 
 WIDTH, RANK, CLASSES, BATCH = 128, 4, 10, 64
 HIDDEN_LAYERS = r"^[024]$"
 
+FIGURES = ("accuracy", "loss", "trained")
+
 Data = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass
+class DigitsConfig:
+    """One training."""
+
+    method: str = setting("full", "one of METHODS")
+    lr: float = setting(1e-3, "learning rate, constant")
+    seed: int = setting(0, "of initial weights and of the order of the images")
+    epochs: int = setting(100, "passes over the images; also the number of iterations of ReLoRA* and SST")
+    run_dir: str | None = setting(None, "folder of the record", path=True)
 
 
 def _full(model: nn.Module, lr: float, steps_per_epoch: int) -> optim.MatrixOptimizer:
@@ -69,29 +80,27 @@ METHODS: dict[str, Callable[[nn.Module, float, int], optim.MatrixOptimizer]] = {
 """Convert a model in place and give its optimizer, from (model, learning rate, steps per epoch)."""
 
 
-def train_digits(name: str, data: Data, *, lr: float, epochs: int, seed: int) -> tuple[float, float, int]:
+def train_digits(config: DigitsConfig, data: Data) -> dict[str, float]:
     """Train one method.
 
     Args:
-        name: one of ``METHODS``.
+        config: of the training.
         data: images (n, 64) and classes (n,) to train on, and those to test on.
-        lr: learning rate, constant.
-        epochs: passes over the training images; also the number of iterations of ReLoRA* and SST.
-        seed: of initial weights and of the order of the images.
 
     Returns:
-        Accuracy in per cent and mean cross-entropy on the test images, and the number of trainable parameters.
+        ``accuracy`` in per cent and ``loss``, the mean cross-entropy, on the test images; ``trained``, the number of
+        trainable parameters.
     """
     images, classes, test_images, test_classes = data
-    torch.manual_seed(seed)
+    torch.manual_seed(config.seed)
     widths = [images.shape[1], WIDTH, WIDTH, WIDTH]
     layers: list[nn.Module] = []
     for before, after in itertools.pairwise(widths):
         layers += [nn.Linear(before, after), nn.ReLU()]
     model = nn.Sequential(*layers, nn.Linear(WIDTH, CLASSES))
-    optimizer = METHODS[name](model, lr, len(images) // BATCH)
-    order = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
+    optimizer = METHODS[config.method](model, config.lr, len(images) // BATCH)
+    order = torch.Generator().manual_seed(config.seed)
+    for _ in range(config.epochs):
         for batch in torch.randperm(len(images), generator=order).split(BATCH)[: len(images) // BATCH]:
             functional.cross_entropy(model(images[batch]), classes[batch]).backward()
             optimizer.step()
@@ -100,55 +109,51 @@ def train_digits(name: str, data: Data, *, lr: float, epochs: int, seed: int) ->
         scores = model(test_images)
     accuracy = 100 * float((scores.argmax(1) == test_classes).float().mean())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return accuracy, float(functional.cross_entropy(scores, test_classes)), trained
+    return {"accuracy": accuracy, "loss": float(functional.cross_entropy(scores, test_classes)), "trained": trained}
 
 
-def measure_digits(arguments: Sequence[str]) -> str:
-    """Train every method at every rate and seed ``arguments`` ask for; write digits.json and digits.md into ``--out``.
+def measure(arguments: Sequence[str]) -> str:
+    """Train every method at every rate and seed ``arguments`` ask for; write digits.json, .md and .png into ``--out``.
 
     Returns:
         The table, in Markdown.
 
     Raises:
-        UserError: numbers out of range, an unwritable folder; scikit-learn, which brings the images, is missing.
+        UserError: numbers out of range, an unwritable folder; scikit-learn, which brings the images, is missing; a
+            training in the folder was made with other settings.
     """
-    parser = argparse.ArgumentParser(prog="launch/benchmark.py digits", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=100, help="default: 100")
-    parser.add_argument("--lr", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="default: 1e-3 3e-3 1e-2")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--out", default="runs/digits", help="folder of digits.json and digits.md")
-    given = parser.parse_args(arguments)
-    positive("--epochs", given.epochs)
-    if not all(0 < lr < math.inf for lr in given.lr):
-        raise UserError(f"--lr {' '.join(map(str, given.lr))}; expected numbers > 0")
-    folder = output_folder(given.out)
-    data = _images()
-    jobs = [(name, lr, seed) for name in METHODS for lr in given.lr for seed in given.seeds]
-    runs = []
-    for name, lr, seed in show_progress(jobs, "training", "runs", active=True):
-        accuracy, loss, trained = train_digits(name, data, lr=lr, epochs=given.epochs, seed=seed)
-        runs.append({"method": name, "lr": lr, "seed": seed, "accuracy": accuracy, "loss": loss, "trained": trained})
+    given = sweep_arguments(arguments, "digits", __doc__, {"epochs": (100, "default: 100")}, [1e-3, 3e-3, 1e-2])
+    folder, data = output_folder(given.out), images_and_classes()
+
+    def config(method: str, lr: float, seed: int) -> DigitsConfig:
+        return DigitsConfig(method, lr, seed, given.epochs, str(folder / f"{method}-lr={rate(lr)}-seed={seed}"))
+
+    grid = Grid(
+        rows=[Row({"method": method}, given.lr, given.seeds) for method in METHODS],
+        config=config,
+        trainer=Trainer(lambda config: keep_record(config, train_digits(config, data)), needs=FIGURES),
+    )
+    runs = [result.run() for result in grid.train()]
     figures = {"what": __doc__, "provenance": provenance(torch.device("cpu")), **vars(given), "runs": runs}
-    write_text(folder / "digits.json", json.dumps(figures, indent=2) + "\n")
-    table = _table(runs, given.lr)
-    write_text(folder / "digits.md", f"# Digits\n\n{table}\n")
-    return table
+    return publish(folder, "digits", figures, report(figures))
 
 
-def _table(runs: list[dict[str, Any]], rates: Sequence[float]) -> str:
-    lines = ["| method | test accuracy, % | of each seed | test loss | lr | trainable parameters |"]
-    lines += ["| --- | ---: | --- | ---: | ---: | ---: |"]
-    for name in METHODS:
-        by_rate = {lr: [run for run in runs if run["method"] == name and run["lr"] == lr] for lr in rates}
-        best = max(rates, key=lambda lr: statistics.mean(run["accuracy"] for run in by_rate[lr]))
-        own = by_rate[best]
-        accuracies = ", ".join(f"{run['accuracy']:.1f}" for run in own)
-        mean, loss = (statistics.mean(run[key] for run in own) for key in ("accuracy", "loss"))
-        lines.append(f"| {name} | {mean:.2f} | {accuracies} | {loss:.3f} | {best:g} | {own[0]['trained']:,} |")
-    return "\n".join(lines)
+def report(figures: Mapping[str, Any]) -> Report:
+    """Return what digits.md shows, from the figures of digits.json."""
+    rows = groups(figures["runs"], "method", score=lambda run: run["accuracy"])
+    head = ["method", "test accuracy, %", "of each seed", "test loss", "lr", "trainable parameters"]
+
+    def cells(row: Group) -> list[str]:
+        accuracies = ", ".join(f"{accuracy:.1f}" for accuracy in row.values("accuracy"))
+        figures = [f"{row.mean('accuracy'):.2f}", accuracies, f"{row.mean('loss'):.3f}"]
+        return [*figures, f"{row.rate:g}", f"{row.values('trained')[0]:,}"]
+
+    notes = [*failures(figures["runs"]), origin(figures["provenance"])]
+    panel = sweep_panel("test accuracy, %", {row.label: (row.rates, row.scores) for row in rows})
+    return Report("Digits", table(head, rows, cells), notes, [panel])
 
 
-def _images() -> Data:
+def images_and_classes() -> Data:
     """A fixed fifth is for testing."""
     try:
         datasets = importlib.import_module("sklearn.datasets")

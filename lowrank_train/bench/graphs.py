@@ -6,20 +6,18 @@ training that is in the output folder already is taken from there, so that a ben
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from lowrank_train.bench.finished_record import finished_record
-from lowrank_train.bench.optimizer_step import output_folder
+from lowrank_train.bench.grid import Grid, Group, Row, Run, failures, groups
+from lowrank_train.bench.report import Panel, Report, markdown, origin, output_folder, publish, spread
+from lowrank_train.bench.trainings import Trainer, required
 from lowrank_train.common.errors import UserError
 from lowrank_train.common.record import provenance
-from lowrank_train.common.small_files import write_text
 from lowrank_train.config.loading import load_schema
 from lowrank_train.config.settings import key_help, setting
 from lowrank_train.hyperbolic.graphs.config import GraphConfig, load_graph_config
@@ -29,7 +27,7 @@ from lowrank_train.hyperbolic.graphs.report import SCORE_NAMES
 from lowrank_train.hyperbolic.graphs.splits import PROTOCOLS
 from lowrank_train.hyperbolic.graphs.train import train_graph
 
-__all__ = ["PUBLISHED", "GraphBenchmark", "help_text", "load_benchmark", "measure_graphs"]
+__all__ = ["PUBLISHED", "GraphBenchmark", "help_text", "load", "measure", "report"]
 
 PUBLISHED: dict[str, dict[str, float]] = {
     "airport_lp": {"full": 95.77, "lora": 94.75, "sst": 95.59},
@@ -65,15 +63,7 @@ class GraphBenchmark:
     )
 
 
-class _Run(NamedTuple):
-    protocol: str
-    recipe: str
-    row: str
-    seed: int
-    config: GraphConfig
-
-
-def load_benchmark(arguments: Sequence[str]) -> GraphBenchmark:
+def load(arguments: Sequence[str]) -> GraphBenchmark:
     """Settings from YAML files and ``key=value`` overrides.
 
     Raises:
@@ -97,35 +87,71 @@ def help_text() -> str:
     return "\n".join([usage, "", *key_help(GraphBenchmark)])
 
 
-def measure_graphs(settings: GraphBenchmark) -> str:
-    """Train everything; write hyperbolic.json and hyperbolic.md into ``settings.output``.
+def measure(settings: GraphBenchmark) -> str:
+    """Train everything; write hyperbolic.json, .md and .png into ``settings.output``.
 
     Returns:
         The tables, in Markdown.
 
     Raises:
-        UserError: as ``train_graph``; a training in the folder was made with other settings.
+        UserError: as ``train_graph``; a training in the folder was made with other settings, or was stopped.
     """
-    folder = output_folder(settings.output)
-    runs = [
-        _Run(protocol, recipe, row, seed, _for_all_protocols(_config(settings, protocol, recipe, row, seed), settings))
-        for protocol, seeds in settings.seeds.items()  # all are read before the first is trained
-        for recipe in settings.recipes
-        for row in settings.rows
-        for seed in seeds
-    ]
-    records = [(run, finished_record(run.config, GraphRecord, train=train_graph)) for run in runs]
+    folder = output_folder(settings.output, "output")
+    grid = Grid(
+        rows=[
+            Row({"protocol": protocol, "recipe": recipe, "row": row}, seeds=seeds)
+            for protocol, seeds in settings.seeds.items()
+            for recipe in settings.recipes
+            for row in settings.rows
+        ],
+        config=lambda **keys: _config(settings, **keys),
+        trainer=Trainer(train_graph, needs=required(GraphRecord)),
+    )
+    results = grid.train()
     figures = {
         "what": __doc__,
         "provenance": provenance(torch.device("cpu")),
         "settings": asdict(settings),
         "published": PUBLISHED,
-        "runs": [_kept(run, record) for run, record in records],
+        "runs": [result.run(_kept) for result in results],
     }
-    write_text(folder / "hyperbolic.json", json.dumps(figures, indent=1) + "\n")
-    tables = _tables(settings, records)
-    write_text(folder / "hyperbolic.md", f"# Graphs\n\n{tables}\n")
-    return tables
+    return publish(folder, "hyperbolic", figures, report(figures))
+
+
+def report(figures: Mapping[str, Any]) -> Report:
+    """Return what hyperbolic.md shows, from the figures of hyperbolic.json: a table for each protocol."""
+    recipes, published, parts, panels = list(figures["settings"]["recipes"]), figures["published"], [], []
+    for protocol in figures["settings"]["seeds"]:
+        runs = [run for run in figures["runs"] if run["protocol"] == protocol]
+        cells = {cell.names: cell for cell in groups(runs, "row", "recipe", score=_score)}
+        rows = list(dict.fromkeys(row for row, _ in cells))
+        lines = [[row, *(_cell(cells[row, recipe]) for recipe in recipes)] for row in rows]
+        parts += [f"**{protocol} protocol**", markdown(["method", *(_head(runs, recipe) for recipe in recipes)], lines)]
+        known = [recipe for recipe in recipes if recipe in published and protocol == "inherited"]
+        lines = [[row, *(f"{published[recipe][row]:.2f}" for recipe in known)] for row in ("full", "lora", "sst")]
+        parts += [markdown(["published, rank 2", *known], lines)] * bool(known)
+        means = {row: [(r, cell.scores[0]) for r in recipes if (cell := cells[row, r]).best] for row in rows}
+        points = {row: ([recipe for recipe, _ in found], [mean for _, mean in found]) for row, found in means.items()}
+        panels.append(Panel(f"{protocol} protocol", "", "score on the test part, %", points, linewidth=0))
+    notes = [*failures(figures["runs"]), origin(figures["provenance"])]
+    return Report("Graphs", "\n\n".join(parts), notes, panels)
+
+
+def _score(run: Run) -> float:
+    """Per cent."""
+    return 100 * run["test"][run["headline"]]
+
+
+def _head(runs: Sequence[Run], recipe: str) -> str:
+    names = [SCORE_NAMES[run["headline"]] for run in runs if run["recipe"] == recipe and "headline" in run]
+    return ", ".join([recipe, *names[:1]])
+
+
+def _cell(cell: Group) -> str:
+    """Mean over the seeds, lowest and highest, and trainable parameters."""
+    if not cell.best:
+        return cell.status
+    return f"{spread([_score(run) for run in cell.best])}, {cell.values('trainable_parameters')[0]:,}"
 
 
 def _config(settings: GraphBenchmark, protocol: str, recipe: str, row: str, seed: int) -> GraphConfig:
@@ -133,15 +159,15 @@ def _config(settings: GraphBenchmark, protocol: str, recipe: str, row: str, seed
     words += [f"data.folder={settings.folder}", f"data.protocol={protocol}", f"seed={seed}", "checkpoint_every=0"]
     words.append(f"run_dir={Path(settings.output) / f'{recipe}-{row}-{protocol}-{seed}'}")
     try:
-        return load_graph_config(words)
+        config = load_graph_config(words)
     except UserError as error:
         raise UserError(f"recipe {recipe!r}, row {row!r}: {error}") from None
+    return _for_all_protocols(config, next(iter(settings.seeds)))
 
 
-def _for_all_protocols(config: GraphConfig, settings: GraphBenchmark) -> GraphConfig:
+def _for_all_protocols(config: GraphConfig, first: str) -> GraphConfig:
     """Where the graph has a split of its own, which all protocols use: the training of the first of them, for all."""
     data: Any = config.data
-    first = next(iter(settings.seeds))
     own_split = data.task == "node_classification" and load_graph(data.folder, data.graph).split is not None
     if own_split and data.protocol != first:
         config.run_dir = str(config.run_dir).replace(f"-{data.protocol}-", f"-{first}-")
@@ -149,63 +175,12 @@ def _for_all_protocols(config: GraphConfig, settings: GraphBenchmark) -> GraphCo
     return config
 
 
-def _kept(run: _Run, record: GraphRecord) -> dict[str, Any]:
-    """For the file: all but what its settings say already, and where things were."""
-    figures = asdict(record)
-    config = figures.pop("config")
-    made = figures.pop("provenance")
-    kept = {key: config[key] for key in ("margin", "clip", "epochs", "patience", "min_epochs")}
+def _kept(record: Mapping[str, Any]) -> dict[str, Any]:
+    """All but what the settings say already, and where things were."""
+    config = record["config"]
     return {
-        "recipe": run.recipe,
-        "row": run.row,
-        **figures,
-        "protocol": run.protocol,
-        "epochs_at_most": kept.pop("epochs"),
-        **kept,
-        "model": config["model"],
-        "commit": made["commit"],
+        **{key: value for key, value in record.items() if key not in ("config", "provenance")},
+        "epochs_at_most": config["epochs"],
+        **{key: config[key] for key in ("margin", "clip", "patience", "min_epochs", "model")},
+        "commit": record["provenance"]["commit"],
     }
-
-
-def _tables(settings: GraphBenchmark, records: list[tuple[_Run, GraphRecord]]) -> str:
-    parts = []
-    for protocol in settings.seeds:
-        own = [(run, record) for run, record in records if run.protocol == protocol]
-        parts += [f"**{protocol} protocol**", "", *_table(settings, own), ""]
-        if protocol == "inherited":
-            parts += [*_published_table(settings), ""]
-    return "\n".join(parts).rstrip()
-
-
-def _table(settings: GraphBenchmark, records: list[tuple[_Run, GraphRecord]]) -> list[str]:
-    heads = []
-    for recipe in settings.recipes:
-        headline = next(record.headline for run, record in records if run.recipe == recipe)
-        heads.append(f"{recipe}, {SCORE_NAMES[headline]}")
-    lines = ["| | " + " | ".join(heads) + " |", "| --- |" + " ---: |" * len(heads)]
-    for row in settings.rows:
-        cells = [
-            _cell([record for run, record in records if (run.recipe, run.row) == (recipe, row)])
-            for recipe in settings.recipes
-        ]
-        lines.append(f"| {row} | " + " | ".join(cells) + " |")
-    return lines
-
-
-def _cell(records: list[GraphRecord]) -> str:
-    """Mean over the seeds, lowest and highest, and trainable parameters."""
-    scores = [100 * record.test[record.headline] for record in records]
-    spread = f" ({min(scores):.2f} to {max(scores):.2f})" if len(scores) > 1 else ""
-    return f"{fmean(scores):.2f}{spread}, {records[0].trainable_parameters:,}"
-
-
-def _published_table(settings: GraphBenchmark) -> list[str]:
-    recipes = [recipe for recipe in settings.recipes if recipe in PUBLISHED]
-    if not recipes:
-        return []
-    lines = ["| published, rank 2 | " + " | ".join(recipes) + " |", "| --- |" + " ---: |" * len(recipes)]
-    lines += [
-        f"| {row} | " + " | ".join(f"{PUBLISHED[recipe][row]:.2f}" for recipe in recipes) + " |"
-        for row in ("full", "lora", "sst")
-    ]
-    return lines

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from lowrank_train import optim
+from lowrank_train.bench.grid import positive
+from lowrank_train.bench.report import Report, markdown, origin, output_folder, publish
 from lowrank_train.common.errors import UserError
+from lowrank_train.common.host_memory import available_bytes
 from lowrank_train.common.record import provenance
-from lowrank_train.common.small_files import write_text
 from lowrank_train.config.schema import ModelConfig
 from lowrank_train.models.build import SIZES, architecture, skeleton
 from lowrank_train.optim.costs.sent import FORMULAS, communicated_bytes, model_shapes
 from lowrank_train.optim.costs.table import aligned, size_text
 from lowrank_train.optim.costs.time import BASELINES, StepTime, rank_argument, time_steps
 
-__all__ = ["communication", "find_device", "measure_steps", "output_folder", "positive"]
+__all__ = ["communication", "find_device", "measure", "report"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -36,7 +36,7 @@ Groups = list[dict[str, Any]]
 # ---------------------------------------------------------------------------------------------------------------- time
 
 
-def measure_steps(arguments: Sequence[str]) -> str:
+def measure(arguments: Sequence[str]) -> str:
     """Time the steps ``arguments`` ask for and write step.json and step.md into ``--out``.
 
     Returns:
@@ -82,10 +82,7 @@ def measure_steps(arguments: Sequence[str]) -> str:
         **{key: getattr(given, key) for key in ("dtype", "rank", "interval", "rounds", "world_size")},
         "rows": sorted(rows, key=lambda row: row["amortised_ratio"]["fused"]),
     }
-    folder = output_folder(given.out)
-    write_text(folder / "step.json", json.dumps(figures, indent=2) + "\n")
-    write_text(folder / "step.md", "\n".join(["# One optimizer step", "", _table(figures), "", *_notes(figures), ""]))
-    return _table(figures)
+    return publish(output_folder(given.out), "step", figures, report(figures))
 
 
 def _row(
@@ -130,19 +127,12 @@ def _step_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _table(figures: dict[str, Any]) -> str:
-    head = [
-        "optimizer",
-        *(f"step x {key} AdamW" for key in BASELINES),
-        "refresh s",
-        *(f"amortised x {key}" for key in BASELINES),
-        "first step s",
-        "state B/parameter",
-        "sent per step",
-        "sent at a refresh",
-    ]
-    cells = [head, ["---", *["---:"] * (len(head) - 1)], *map(_cells, figures["rows"])]
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+def report(figures: Mapping[str, Any]) -> Report:
+    """Return what step.md shows, from the figures of step.json."""
+    head = ["optimizer", *(f"step x {key} AdamW" for key in BASELINES), "refresh s"]
+    head += [*(f"amortised x {key}" for key in BASELINES), "first step s", "state B/parameter", "sent per step"]
+    head += ["sent at a refresh"]
+    return Report("One optimizer step", markdown(head, map(_cells, figures["rows"])), _notes(figures))
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -158,8 +148,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _notes(figures: dict[str, Any]) -> list[str]:
-    made, load = figures["provenance"], figures["load_average"]
+def _notes(figures: Mapping[str, Any]) -> list[str]:
+    load = figures["load_average"]
     shapes = Counter(tuple(shape) for shape in figures["shapes"])
     matrices = ", ".join(f"{count} of {rows} x {columns}" for (rows, columns), count in shapes.items())
     adamw = ", ".join(f"{key} {1000 * _median_adamw(figures, key):.1f} ms" for key in BASELINES)
@@ -167,17 +157,12 @@ def _notes(figures: dict[str, Any]) -> list[str]:
     return [
         f"{matrices}; {figures['dtype']}, rank {figures['rank'] or 'a quarter'} (APOLLO-Mini: its own), "
         f"{figures['rounds']} rounds of interleaved steps, medians of paired ratios. torch's AdamW: {adamw}.",
-        "",
         f"Amortised: (step + refresh / {figures['interval']}) / AdamW. An optimizer without refresh time has none, or "
         "chooses directions in every step. The first step, which also allocates, is in no ratio.",
-        "",
         f"Sent: by one of {figures['world_size']} ranks, every payload taken as a ring all-reduce: at most that.",
-        "",
         f"The middle half of a row's ratios to fused AdamW is at most {100 * spread:.0f} % wide; load average "
         f"{load['before']} before, {load['after']} after: what else the machine did is in the figures.",
-        "",
-        f"Command: `{made['command']}`; commit {made['commit']}; {made['device']}, {made['cores']} cores, "
-        f"{made['threads']} threads; Python {made['python']}, torch {made['versions']['torch']}.",
+        origin(figures["provenance"]),
     ]
 
 
@@ -185,7 +170,7 @@ def _fused(row: dict[str, Any]) -> tuple[float, float]:
     return row["quartiles"]["fused"]
 
 
-def _median_adamw(figures: dict[str, Any], key: str) -> float:
+def _median_adamw(figures: Mapping[str, Any], key: str) -> float:
     seconds = sorted(row["adamw_seconds"][key] for row in figures["rows"])
     return seconds[len(seconds) // 2]
 
@@ -225,22 +210,12 @@ def _check_memory(
     """Weights, gradients, the state of all optimizers at once, and workspace of four times the largest matrix."""
     sizes = [rows * columns for rows, columns in shapes]
     needed = (2 + 2 * len(BASELINES)) * sum(sizes) * dtype.itemsize + sum(state.values()) + 4 * max(sizes) * 4
-    available = _available_bytes(device)
+    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
     if available is not None and needed > available:
         raise UserError(
             f"{sum(sizes):,} parameters with the state of {len(state)} optimizers need {needed / 2**30:.1f} GiB on "
             f"{device}, where {available / 2**30:.1f} GiB are free; give fewer --optimizers, --layers or --shapes"
         )
-
-
-def _available_bytes(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        return None
-    return None if found is None else 1024 * int(found[1])
 
 
 def find_device(name: str | None) -> torch.device:
@@ -254,26 +229,10 @@ def find_device(name: str | None) -> torch.device:
     return device
 
 
-def output_folder(path: str) -> Path:
-    """Made if absent; raises UserError if it cannot be."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to --out {path}: {error}") from None
-    return Path(path)
-
-
 def _show(message: str) -> None:
     """On one line of a terminal; nowhere else."""
     if sys.stderr.isatty():
         print(f"\r\033[K{message}", end="", file=sys.stderr, flush=True)
-
-
-def positive(key: str, value: int) -> int:
-    """The value; raises UserError if it is below 1."""
-    if value < 1:
-        raise UserError(f"{key} {value}; expected a whole number >= 1")
-    return value
 
 
 def _load() -> str:

@@ -10,24 +10,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import torch
-
-from lowrank_train import optim
-from lowrank_train.bench.quality_report import write_quality_report
-from lowrank_train.bench.sweep import Trial, compare, rate, summarize
-from lowrank_train.bench.trainings import Outcome, train_each
+from lowrank_train.bench.grid import Grid, Row
+from lowrank_train.bench.quality_report import KEPT, quality_figures, report
+from lowrank_train.bench.report import publish, rate
+from lowrank_train.bench.trainings import Trainer, check_same
 from lowrank_train.common.errors import UserError
 from lowrank_train.config import methods
 from lowrank_train.config.loading import load_schema
 from lowrank_train.config.schema import Config, complete
 from lowrank_train.config.settings import key_help, setting
 from lowrank_train.memory.check import check_size
-from lowrank_train.models.build import architecture, skeleton
 from lowrank_train.plan import Plan
+from lowrank_train.train.loop import train
 
-__all__ = ["BASELINE", "QualityConfig", "help_text", "load_quality", "measure_quality", "plan"]
+__all__ = ["QualityConfig", "help_text", "load", "measure", "plan", "report"]
 
-BASELINE = "adamw"
+NEEDED = (*KEPT, "steps", "tokens", "initial_perplexity", "data.sha1", "provenance.commit")
+NO_MORE_USE = ("checkpoints", "huggingface", "report.md")
+"""What a finished run leaves that takes space, and the report that points to it."""
 
 _SET_BY_THE_BENCHMARK = {
     "run_dir": "output",
@@ -65,7 +65,7 @@ class QualityConfig:
     jobs: int = setting(1, "trainings at one time, each on one thread", at_least=1, at_most=1000)
 
 
-def load_quality(arguments: Sequence[str]) -> QualityConfig:
+def load(arguments: Sequence[str]) -> QualityConfig:
     """Read the benchmark's YAML files and ``key=value`` overrides. Raises UserError for anything that does not fit."""
     quality = load_schema(QualityConfig, arguments)
     quality.optimizers = {label: row for label, row in quality.optimizers.items() if row is not None}
@@ -80,7 +80,7 @@ def help_text() -> str:
     )
 
 
-def measure_quality(quality: QualityConfig) -> str:
+def measure(quality: QualityConfig) -> str:
     """Train what is not trained yet and write quality.json, quality.md and quality.png into ``quality.output``.
 
     Returns:
@@ -90,37 +90,31 @@ def measure_quality(quality: QualityConfig) -> str:
         UserError: a setting that does not fit (before any training), another benchmark in the same folder, or no
             training that finished.
     """
-    trials = plan(quality)
-    outcomes = train_each([trial.config for trial in trials], quality.jobs)
-    if not any(outcome.record for outcome in outcomes):
-        raise UserError(f"no training finished; the first: {outcomes[0].message}")
-    _check_same_text(trials, outcomes)
-    groups = optim.param_groups(skeleton(architecture(quality.base.model), torch.float32))
-    matrices = sum(param.numel() for group in groups if group["role"] == "matrix" for _, param in group["params"])
-    rows = []
-    for label in quality.optimizers:
-        mine = [(trial, outcome) for trial, outcome in zip(trials, outcomes, strict=True) if trial.label == label]
-        config = mine[0][0].config
-        state = Plan.of(config).state_bytes(matrices_only=True)  # what is measured, to the byte
-        rows.append(summarize(mine, state, matrices))
-    return write_quality_report(compare(rows, BASELINE), trials, outcomes, Path(quality.output))
+    grid = plan(quality)
+    results = grid.train()
+    if not any(result.outcome.record for result in results):
+        raise UserError(f"no training finished; the first: {results[0].outcome.message}")
+    check_same((result.outcome for result in results), "text", lambda record: record["data"]["sha1"])
+    figures = quality_figures(results)
+    return publish(Path(quality.output), "quality", figures, report(figures))
 
 
-def plan(quality: QualityConfig) -> list[Trial]:
-    """All trainings, checked. Raises UserError, naming the label, for what can be known wrong before any of them."""
-    trials = []
-    for label, row in quality.optimizers.items():
-        for index, lr in enumerate(row["lr"]):
-            for seed in quality.seeds:
-                try:
-                    config = _run_config(quality, label, float(lr), seed)
-                    if index == 0:
-                        check_size(config, world_size=1)
-                        Plan.of(config)
-                except UserError as error:
-                    raise UserError(f"optimizers.{label}: {error}") from None
-                trials.append(Trial(label, float(lr), seed, config))
-    return trials
+def plan(quality: QualityConfig) -> Grid[Config]:
+    """Return all trainings, checked.
+
+    Raises UserError, naming the label, for what can be known wrong before any of them.
+    """
+    rows = [Row({"label": label}, row["lr"], quality.seeds) for label, row in quality.optimizers.items()]
+    trainer = Trainer(train, NEEDED, quality.jobs, NO_MORE_USE)
+    grid = Grid(rows, lambda label, lr, seed: _run_config(quality, label, float(lr), seed), trainer)
+    checked = {trial.keys["label"]: trial for trial in reversed(grid.trials())}
+    for label, trial in reversed(checked.items()):
+        try:
+            check_size(trial.config, world_size=1)
+            Plan.of(trial.config)
+        except UserError as error:
+            raise UserError(f"optimizers.{label}: {error}") from None
+    return grid
 
 
 def _run_config(quality: QualityConfig, label: str, lr: float, seed: int) -> Config:
@@ -135,7 +129,10 @@ def _run_config(quality: QualityConfig, label: str, lr: float, seed: int) -> Con
         optimizer["other_lr"] = quality.other_lr
     config.data.folder = config.data.folder or str(output / "data")
     run_dir = str(output / label / f"lr={rate(lr)}-seed={seed}")
-    return complete(replace(config, optimizer=optimizer, seed=seed, run_dir=run_dir))
+    try:
+        return complete(replace(config, optimizer=optimizer, seed=seed, run_dir=run_dir))
+    except UserError as error:
+        raise UserError(f"optimizers.{label}: {error}") from None
 
 
 def _check(quality: QualityConfig) -> None:
@@ -174,20 +171,6 @@ def _check_row(label: str, row: Any) -> None:
         raise UserError(f"{where}.lr={lrs}; expected a list of numbers > 0, e.g. [5e-4,1e-3,2e-3]")
     if len({rate(lr) for lr in lrs}) < len(lrs):
         raise UserError(f"{where}.lr={lrs}; expected each rate once")
-
-
-def _check_same_text(trials: Sequence[Trial], outcomes: Sequence[Outcome]) -> None:
-    """Of runs from several sessions: the text may have changed under the same name."""
-    first: tuple[Trial, str] | None = None
-    for trial, outcome in zip(trials, outcomes, strict=True):
-        if outcome.record is None:
-            continue
-        first = first or (trial, outcome.record["data"]["sha1"])
-        if outcome.record["data"]["sha1"] != first[1]:
-            raise UserError(
-                f"{trial.config.run_dir} was trained on another text than {first[0].config.run_dir} (their hashes "
-                "differ); delete one of them and run again"
-            )
 
 
 def _value(config: Config, key: str) -> Any:

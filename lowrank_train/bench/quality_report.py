@@ -1,123 +1,56 @@
-"""What the quality benchmark leaves: quality.json with every figure, quality.md with the table, quality.png."""
+"""What the quality benchmark found: one row for each optimizer at its best learning rate, a table, notes and plots."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-import matplotlib
 import numpy as np
+import torch
 
-from lowrank_train.bench.sweep import Row, Trial, rate
-from lowrank_train.bench.trainings import Outcome
+from lowrank_train import optim
+from lowrank_train.bench.grid import Group, Result, Run, failures, groups, sweep_panel
+from lowrank_train.bench.report import Panel, Report, markdown, origin, rate, spread
+from lowrank_train.common.record import perplexity
 from lowrank_train.common.signals import typed_command
-from lowrank_train.common.small_files import write_text
+from lowrank_train.config.schema import Config
+from lowrank_train.models.build import architecture, skeleton
+from lowrank_train.plan import Plan
 from lowrank_train.train.metrics import read_metrics
 
-matplotlib.use("Agg")
-from matplotlib import pyplot
-from matplotlib.ticker import AutoLocator, NullFormatter
+__all__ = ["BASELINE", "KEPT", "quality_figures", "report", "with_baseline"]
 
-__all__ = ["table", "write_quality_report"]
+BASELINE = "adamw"
 
-
-def write_quality_report(
-    rows: Sequence[Row], trials: Sequence[Trial], outcomes: Sequence[Outcome], folder: Path
-) -> str:
-    """Write the three files; returns the table.
-
-    Args:
-        rows: one per optimizer, in the order of the table.
-        trials: all trainings.
-        outcomes: how they ended, in the same order; at least one finished.
-        folder: where the files go.
-    """
-    figures = _figures(rows, trials, outcomes)
-    write_text(folder / "quality.json", json.dumps(_finite(figures), indent=2) + "\n")
-    lines = ["# Quality at equal tokens", "", table(rows), "", *_notes(rows, figures), "", "![curves](quality.png)", ""]
-    write_text(folder / "quality.md", "\n".join(lines))
-    _plot(rows, trials, folder / "quality.png")
-    return table(rows)
+KEPT = (
+    "perplexity",
+    "validation_loss",
+    "train_loss",
+    "skipped_steps",
+    "seconds",
+    "optimizer_seconds",
+    "tokens_per_second",
+    "peak_memory_gib",
+    "optimizer_state_bytes",
+)
+"""Figures of a training that quality.json has."""
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Markdown; the rows of the baseline bold, ``*`` where the best rate is at the edge of those tried."""
-    head = [
-        "optimizer",
-        "perplexity",
-        "vs AdamW",
-        "best lr",
-        "lrs tried",
-        "state MiB",
-        "of matrices MiB",
-        "B / matrix parameter",
-        "tokens/s",
-        "optimizer's share of time",
+def quality_figures(results: Sequence[Result[Config]]) -> dict[str, Any]:
+    """Return what quality.json holds; at least one training has finished."""
+    records = [record for result in results if (record := result.outcome.record) is not None]
+    one, runs = records[0], [_run(result) for result in results]
+    model = skeleton(architecture(results[0].config.model), torch.float32)
+    matrices = [group["params"] for group in optim.param_groups(model) if group["role"] == "matrix"]
+    parameters = sum(param.numel() for params in matrices for _, param in params)
+    config_of = {result.keys["label"]: result.config for result in results}
+    rows = [
+        _row(group, config_of[group.label], parameters)
+        for group in groups(runs, "label", score=lambda run: -run["validation_loss"])
     ]
-    return "\n".join(_markdown(cells) for cells in [head, ["---"] * len(head), *map(_cells, rows)])
-
-
-def _cells(row: Row) -> list[str]:
-    percent, share, speed = row.versus_baseline_percent, row.optimizer_share, row.tokens_per_second
-    cells = [
-        row.label,
-        row.status if row.perplexity is None else _number(row.perplexity) + _spread(row),
-        "" if percent is None else f"{percent:+.1f} %",
-        "" if row.best_lr is None else rate(row.best_lr) + ("*" if row.is_on_edge else ""),
-        ", ".join(rate(lr) + (" (none)" if loss is None else "") for lr, loss in zip(row.lrs, row.losses, strict=True)),
-        "" if row.state_bytes is None else f"{row.state_bytes / 2**20:.2f}",
-        f"{row.matrix_state_bytes / 2**20:.2f}",
-        f"{row.matrix_state_bytes / row.matrix_parameters:.2f}",
-        "" if speed is None else f"{speed:,.0f}",
-        "" if share is None else f"{100 * share:.1f} %",
-    ]
-    is_baseline = row.versus_baseline_percent == 0
-    return [f"**{cell}**" if cell and is_baseline else cell for cell in cells]
-
-
-def _notes(rows: Sequence[Row], figures: dict[str, Any]) -> list[str]:
-    data, made, other_lr = figures["data"], figures["provenance"], figures["other_lr"]
-    seeds = len(figures["seeds"])
-    lines = [
-        f"{figures['model']}, {figures['parameters']:,} parameters ({rows[0].matrix_parameters:,} in matrices); "
-        f"{figures['steps']:,} steps, {figures['tokens']:,} tokens of {data['data.path']} (sha1 {data['sha1'][:12]}). "
-        f"Perplexity after the last step on {figures['validation_tokens']:,} held-out tokens (before: "
-        f"{_number(figures['untrained_perplexity'])}), the same that chose the best rate of each row. Seeds: "
-        f"{', '.join(map(str, figures['seeds']))}.",
-        "",
-        "All rows start from the same weights and see the same tokens in the same order. Learning rate of all but the "
-        f"matrices (embeddings, head, norms): {'as lr' if other_lr is None else rate(other_lr)}.",
-        "",
-    ]
-    if seeds == 1:
-        lines += ["One seed: differences of a few per cent mean nothing.", ""]
-    if any(row.is_on_edge for row in rows):
-        lines += ["`*` the best rate is the lowest or highest tried: that row may still improve.", ""]
-    if any(None in row.losses for row in rows):
-        lines += ["(none): no result at that rate, because a training diverged or failed:", ""]
-        lines += [f"- {run['run_dir']}: {run['message']}" for run in figures["runs"] if run["status"] != "finished"]
-        lines += [""]
-    if len(figures["commits"]) > 1:
-        lines += [f"**These trainings are of several commits**: {', '.join(map(str, figures['commits']))}.", ""]
-    lines += ["Settings, the learning rate aside:", ""]
-    lines += [f"- {row.label}: {', '.join(f'{k} {v}' for k, v in row.optimizer.items())}" for row in rows]
-    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
-    return [
-        *lines,
-        "",
-        f"Command: `{figures['command']}`; commit {', '.join(map(str, figures['commits']))}; {made['device']}, "
-        f"{made['threads']} thread(s) per training; Python {made['python']}, {versions}. Speeds are medians over a "
-        "row's trainings; what else the machine did is in them.",
-    ]
-
-
-def _figures(rows: Sequence[Row], trials: Sequence[Trial], outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    records = [outcome.record for outcome in outcomes if outcome.record is not None]
-    one = records[0]
     return {
         "what": "the same model on the same tokens with each optimizer, learning rates swept equally",
         "command": typed_command(),
@@ -125,77 +58,147 @@ def _figures(rows: Sequence[Row], trials: Sequence[Trial], outcomes: Sequence[Ou
         "provenance": {key: value for key, value in one["provenance"].items() if key not in ("command", "commit")},
         "model": one["model"],
         "parameters": one["parameters"],
-        "matrix_parameters": rows[0].matrix_parameters,
+        "matrix_parameters": parameters,
         "steps": one["steps"],
         "tokens": one["tokens"],
-        "seeds": sorted({trial.seed for trial in trials}),
+        "seeds": sorted({result.keys["seed"] for result in results}),
         "other_lr": one["optimizer"].get("other_lr"),
         "data": {key: value for key, value in one["data"].items() if key != "seed"},
         "validation_tokens": one["validation_tokens"],
         "untrained_perplexity": one["initial_perplexity"],
         "config": {key: value for key, value in one["config"].items() if key not in ("optimizer", "seed", "run_dir")},
-        "rows": [
-            {**asdict(row), "best_lr": row.best_lr, "is_on_edge": row.is_on_edge, "perplexity": row.perplexity}
-            for row in rows
-        ],
-        "runs": [_run(trial, outcome) for trial, outcome in zip(trials, outcomes, strict=True)],
+        "rows": with_baseline(rows),
+        "runs": runs,
     }
 
 
-def _run(trial: Trial, outcome: Outcome) -> dict[str, Any]:
-    kept = (
-        "perplexity",
-        "validation_loss",
-        "train_loss",
-        "skipped_steps",
-        "seconds",
-        "optimizer_seconds",
-        "tokens_per_second",
-        "peak_memory_gib",
-        "optimizer_state_bytes",
-    )
+def _run(result: Result[Config]) -> dict[str, Any]:
+    record = result.outcome.record or {}
+    about = {"run_dir": result.config.run_dir, "status": result.outcome.status, "message": result.outcome.message}
+    return {**result.keys, **about, **{key: record[key] for key in KEPT if record}}
+
+
+def _row(group: Group, config: Config, matrix_parameters: int) -> dict[str, Any]:
+    """One optimizer: figures at its best learning rate; speed over all its finished trainings."""
+    finished = [run for run in group.runs if run["status"] == "finished"]
+    losses = [None if score is None else -score for score in group.scores]
+    index = group.index
+    loss = None if index is None else losses[index]
+    at_best = [perplexity(run["validation_loss"]) for run in group.best]
+
+    def middle(key: str, over: str | None = None) -> float | None:
+        return median(run[key] / (run[over] if over else 1) for run in finished) if finished else None
+
     return {
-        "label": trial.label,
-        "lr": trial.lr,
-        "seed": trial.seed,
-        "run_dir": trial.config.run_dir,
-        "status": outcome.status,
-        "message": outcome.message,
-        **{key: outcome.record[key] for key in kept if outcome.record is not None},
+        "label": group.label,
+        "optimizer": {key: value for key, value in config.optimizer.items() if key != "lr"},
+        "lrs": group.rates,
+        "losses": losses,
+        "status": group.status,
+        "best": index,
+        "seeds": len({run["seed"] for run in group.runs}),
+        "lowest_perplexity": min(at_best, default=None),
+        "highest_perplexity": max(at_best, default=None),
+        "versus_baseline_percent": None,
+        "state_bytes": finished[0]["optimizer_state_bytes"] if finished else None,
+        "matrix_state_bytes": Plan.of(config).state_bytes(matrices_only=True),
+        "matrix_parameters": matrix_parameters,
+        "tokens_per_second": middle("tokens_per_second"),
+        "seconds": middle("seconds"),
+        "optimizer_share": middle("optimizer_seconds", over="seconds"),
+        "best_lr": group.rate,
+        "is_on_edge": group.index in (0, len(group.rates) - 1),
+        "perplexity": None if loss is None else perplexity(loss),
     }
 
 
-def _plot(rows: Sequence[Row], trials: Sequence[Trial], path: Path) -> None:
-    figure, (curves, sweep) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    colors = pyplot.get_cmap("tab20").colors
-    highest = 0.0
-    for number, row in enumerate(rows):
-        style = {"color": colors[2 * number % 20 + (number >= 10)], "label": row.label}
-        trial = next((t for t in trials if t.label == row.label and t.lr == row.best_lr), None)
-        if trial is not None:
-            steps, losses = _training_curve(Path(str(trial.config.run_dir)))
-            if losses:
-                curves.plot(steps, losses, linewidth=1, **style)
-                highest = max(highest, losses[len(losses) // 10])
-        tried = [(lr, math.exp(loss)) for lr, loss in zip(row.lrs, row.losses, strict=True) if loss is not None]
-        if tried:
-            sweep.plot(*zip(*tried, strict=True), marker="o", markersize=4, **style)
-        missing = [lr for lr, loss in zip(row.lrs, row.losses, strict=True) if loss is None]
-        sweep.plot(missing, [0.98] * len(missing), "x", color=style["color"], transform=sweep.get_xaxis_transform())
-    curves.set(xlabel="step", ylabel="training loss, nats per token (running mean)", title="at the best learning rate")
-    if highest:
-        curves.set_ylim(top=highest)  # the first tenth of a run is alike for all
-    sweep.set(xlabel="learning rate", ylabel="validation perplexity", title="learning rates tried (x: no result)")
-    sweep.set_xscale("log")
-    sweep.set_yscale("log")
-    sweep.yaxis.set_major_locator(AutoLocator())  # a logarithmic axis labels powers of ten, of which there is none here
-    sweep.yaxis.set_major_formatter("{x:g}")
-    sweep.yaxis.set_minor_formatter(NullFormatter())
-    for axes in (curves, sweep):
-        axes.grid(alpha=0.3, which="both")
-    figure.legend(*sweep.get_legend_handles_labels(), loc="outside right upper")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+def with_baseline(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows, best first, each compared with the first row of the baseline, if there is one."""
+    reference = next((row["perplexity"] for row in rows if row["optimizer"]["name"] == BASELINE), None)
+    compared = [{**row, "versus_baseline_percent": _percent(row["perplexity"], reference)} for row in rows]
+    return sorted(compared, key=lambda row: math.inf if row["perplexity"] is None else row["perplexity"])
+
+
+def _percent(value: float | None, reference: float | None) -> float | None:
+    return None if value is None or reference is None else 100 * (value / reference - 1)
+
+
+def report(figures: Mapping[str, Any]) -> Report:
+    """Return what quality.md shows, from the figures of quality.json."""
+    rows = figures["rows"]
+    head = ["optimizer", "perplexity", "vs AdamW", "best lr", "lrs tried", "state MiB", "of matrices MiB"]
+    head += ["B / matrix parameter", "tokens/s", "optimizer's share of time"]
+    tried = {row["label"]: (row["lrs"], [None if x is None else perplexity(x) for x in row["losses"]]) for row in rows}
+    panels = [_curves(rows, figures.get("runs", [])), sweep_panel("validation perplexity", tried, log_y=True)]
+    return Report("Quality at equal tokens", markdown(head, map(_cells, rows)), _notes(figures), panels)
+
+
+def _cells(row: Run) -> list[str]:
+    """The baseline's are bold."""
+    cells = [
+        row["label"],
+        row["status"] if row["perplexity"] is None else _perplexity(row),
+        _shown("{:+.1f} %", row["versus_baseline_percent"]),
+        "" if row["best_lr"] is None else rate(row["best_lr"]) + "*" * row["is_on_edge"],
+        ", ".join(map(_tried, row["lrs"], row["losses"])),
+        _shown("{:.2f}", row["state_bytes"], 2**-20),
+        _shown("{:.2f}", row["matrix_state_bytes"], 2**-20),
+        f"{row['matrix_state_bytes'] / row['matrix_parameters']:.2f}",
+        _shown("{:,.0f}", row["tokens_per_second"]),
+        _shown("{:.1f} %", row["optimizer_share"], 100),
+    ]
+    return [f"**{cell}**" if cell and row["versus_baseline_percent"] == 0 else cell for cell in cells]
+
+
+def _shown(form: str, value: float | None, times: float = 1) -> str:
+    return "" if value is None else form.format(times * value)
+
+
+def _tried(lr: float, loss: float | None) -> str:
+    return rate(lr) + (" (none)" if loss is None else "")
+
+
+def _perplexity(row: Run) -> str:
+    ends = [row["lowest_perplexity"], row["highest_perplexity"]]
+    return spread(ends if row["seeds"] > 1 else ends[:1], ".4g", middle=row["perplexity"])
+
+
+def _notes(figures: Mapping[str, Any]) -> list[str]:
+    rows, data, other_lr, runs = figures["rows"], figures["data"], figures["other_lr"], figures.get("runs", [])
+    commits, untrained = ", ".join(map(str, figures["commits"])), figures["untrained_perplexity"]
+    made = {**figures["provenance"], "command": figures["command"], "commit": commits}
+    return [
+        f"{figures['model']}, {figures['parameters']:,} parameters ({figures['matrix_parameters']:,} in matrices); "
+        f"{figures['steps']:,} steps, {figures['tokens']:,} tokens of {data['data.path']} (sha1 {data['sha1'][:12]}). "
+        f"Perplexity after the last step on {figures['validation_tokens']:,} held-out tokens (before: "
+        f"{'unknown' if untrained is None else f'{untrained:.4g}'}), the same that chose the best rate of each row. "
+        f"Seeds: {', '.join(map(str, figures['seeds']))}.",
+        "All rows start from the same weights and see the same tokens in the same order. Learning rate of all but the "
+        f"matrices (embeddings, head, norms): {'as lr' if other_lr is None else rate(other_lr)}.",
+        *["One seed: differences of a few per cent mean nothing."] * (len(figures["seeds"]) == 1),
+        *["`*` the best rate is the lowest or highest tried: that row may still improve."]
+        * any(row["is_on_edge"] for row in rows),
+        *failures(runs),
+        *[f"**These trainings are of several commits**: {commits}."] * (len(figures["commits"]) > 1),
+        "\n".join(
+            ["Settings, the learning rate aside:", ""]
+            + [f"- {row['label']}: {', '.join(f'{k} {v}' for k, v in row['optimizer'].items())}" for row in rows]
+        ),
+        f"{origin(made)} Speeds are medians over a row's trainings; what else the machine did is in them.",
+    ]
+
+
+def _curves(rows: Sequence[Run], runs: Sequence[Run]) -> Panel:
+    """Training losses of the first seed at the best rate."""
+    lines, top = {}, None
+    for row in rows:
+        best = [run for run in runs if (run["label"], run["lr"]) == (row["label"], row["best_lr"])]
+        steps, losses = _training_curve(Path(str(best[0]["run_dir"]))) if best else ([], [])
+        if losses:
+            lines[row["label"]] = steps, losses
+            top = max(top or 0, losses[len(losses) // 10])  # the first tenth of a run is alike for all
+    title, y = "at the best learning rate", "training loss, nats per token (running mean)"
+    return Panel(title, "step", y, lines, markers="", linewidth=1, top=top)
 
 
 def _training_curve(folder: Path) -> tuple[list[int], list[float]]:
@@ -206,26 +209,3 @@ def _training_curve(folder: Path) -> tuple[list[int], list[float]]:
     window = max(1, len(points) // 50)
     means = np.convolve([loss for _, loss in points], np.ones(window) / window, mode="valid")
     return [step for step, _ in points[window - 1 :]], means.tolist()
-
-
-def _spread(row: Row) -> str:
-    if row.seeds == 1 or row.lowest_perplexity is None or row.highest_perplexity is None:
-        return ""
-    return f" ({_number(row.lowest_perplexity)} to {_number(row.highest_perplexity)})"
-
-
-def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.4g}"
-
-
-def _markdown(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows neither infinity nor NaN."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

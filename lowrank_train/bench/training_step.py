@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,18 +15,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_train import optim
-from lowrank_train.bench.optimizer_step import find_device, output_folder, positive
+from lowrank_train.bench.grid import positive
+from lowrank_train.bench.optimizer_step import find_device
+from lowrank_train.bench.report import Report, markdown, origin, output_folder, publish
 from lowrank_train.common.errors import UserError
 from lowrank_train.common.progress import show_progress
 from lowrank_train.common.record import provenance
-from lowrank_train.common.small_files import write_text
 from lowrank_train.config import methods
 from lowrank_train.config.schema import ModelConfig
 from lowrank_train.layers.spectral import SpectralLinear
 from lowrank_train.models.build import SIZES, architecture, skeleton
 from lowrank_train.models.loss import token_loss
 
-__all__ = ["measure_training"]
+__all__ = ["measure", "report"]
 
 BASELINE = "adamw"
 
@@ -48,7 +48,7 @@ class _Trained:
         return statistics.median(self.seconds)
 
 
-def measure_training(arguments: Sequence[str]) -> str:
+def measure(arguments: Sequence[str]) -> str:
     """Time whole training steps of ``arguments`` and write training.json and training.md into ``--out``.
 
     Returns:
@@ -88,10 +88,7 @@ def measure_training(arguments: Sequence[str]) -> str:
         "rows": rows,
         "rounds_of_svd": [_round(each, device) for each in trained if isinstance(each.optimizer, optim.SST)],
     }
-    write_text(folder / "training.json", json.dumps(figures, indent=2) + "\n")
-    table = _table(figures)
-    write_text(folder / "training.md", f"# Whole training steps\n\n{table}\n")
-    return table
+    return publish(folder, "training", figures, report(figures))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -187,32 +184,27 @@ def _round(each: _Trained, device: torch.device) -> dict[str, float]:
     }
 
 
-def _table(figures: dict[str, Any]) -> str:
-    lines = ["| method | s / step | x adamw | middle half | trainable parameters | optimizer state MiB |"]
-    lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
+def report(figures: Mapping[str, Any]) -> Report:
+    """Return what training.md shows, from the figures of training.json."""
+    head = ["method", "s / step", "x adamw", "middle half", "trainable parameters", "optimizer state MiB"]
+    rows = []
     for row in figures["rows"]:
-        low, high = row["quartiles"]
-        lines.append(
-            f"| {row['name']} | {row['seconds']:.3f} | {row['ratio']:.3f} | {low:.3f} - {high:.3f} | "
-            f"{row['trainable_parameters']:,} | {row['state_bytes'] / 2**20:.1f} |"
-        )
-    made = figures["provenance"]
-    layers = f"{figures['layers']} layers of " if figures["layers"] else ""
-    lines += [
-        "",
-        f"{layers}{figures['model']}, {figures['tokens']:,} tokens a step in sequences of {figures['seq_len']}, ",
-    ]
-    lines[-1] += f"vocabulary {figures['vocab_size']:,}, rank {figures['rank']}, {figures['precision']}; "
-    lines[-1] += f"{figures['rounds']} rounds, medians of paired ratios."
-    for found in figures["rounds_of_svd"]:
-        lines += [
-            "",
-            f"A re-SVD of all layers: {found['seconds']:.2f} s, {100 * found['share_of_training']:.3f} % of a round of "
-            f"{found['steps_per_round']:,} steps.",
+        times = [
+            f"{row['seconds']:.3f}",
+            f"{row['ratio']:.3f}",
+            " - ".join(f"{ratio:.3f}" for ratio in row["quartiles"]),
         ]
-    lines += [
-        "",
-        f"Command: `{made['command']}`; commit {made['commit']}; {made['device']}, {made['cores']} cores, "
-        f"{made['threads']} threads; Python {made['python']}, torch {made['versions']['torch']}; random tokens.",
+        rows.append([row["name"], *times, f"{row['trainable_parameters']:,}", f"{row['state_bytes'] / 2**20:.1f}"])
+    layers = f"{figures['layers']} layers of " if figures["layers"] else ""
+    notes = [
+        f"{layers}{figures['model']}, {figures['tokens']:,} tokens a step in sequences of {figures['seq_len']}, "
+        f"vocabulary {figures['vocab_size']:,}, rank {figures['rank']}, {figures['precision']}; {figures['rounds']} "
+        "rounds on random tokens, medians of paired ratios.",
+        *(
+            f"A re-SVD of all layers: {found['seconds']:.2f} s, {100 * found['share_of_training']:.3f} % of a round of "
+            f"{found['steps_per_round']:,} steps."
+            for found in figures["rounds_of_svd"]
+        ),
+        origin(figures["provenance"]),
     ]
-    return "\n".join(lines)
+    return Report("Whole training steps", markdown(head, rows), notes)

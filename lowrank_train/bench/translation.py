@@ -9,20 +9,18 @@ work.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from lowrank_train.bench.finished_record import finished_record
-from lowrank_train.bench.optimizer_step import output_folder
+from lowrank_train.bench.grid import Grid, Group, Row, Run, failures, groups, sweep_panel, table
+from lowrank_train.bench.report import Report, origin, output_folder, publish, spread
+from lowrank_train.bench.trainings import Trainer, check_same, required
 from lowrank_train.common.errors import UserError
 from lowrank_train.common.record import provenance
-from lowrank_train.common.small_files import write_text
 from lowrank_train.config.loading import load_schema
 from lowrank_train.config.settings import key_help, setting
 from lowrank_train.hyperbolic.translation.config import TranslationConfig, load_translation_config
@@ -30,7 +28,7 @@ from lowrank_train.hyperbolic.translation.network import SPACES
 from lowrank_train.hyperbolic.translation.record import TranslationRecord
 from lowrank_train.hyperbolic.translation.train import train_translation
 
-__all__ = ["TranslationBenchmark", "help_text", "load_benchmark", "measure_translation"]
+__all__ = ["TranslationBenchmark", "help_text", "load", "measure", "report"]
 
 
 @dataclass
@@ -47,15 +45,7 @@ class TranslationBenchmark:
     output: str = setting("runs/translation", "folder of all trainings, of multi30k.json and multi30k.md", path=True)
 
 
-class _Run(NamedTuple):
-    geometry: str
-    row: str
-    rate: float
-    seed: int
-    config: TranslationConfig
-
-
-def load_benchmark(arguments: Sequence[str]) -> TranslationBenchmark:
+def load(arguments: Sequence[str]) -> TranslationBenchmark:
     """Settings from YAML files and ``key=value`` overrides.
 
     Raises:
@@ -81,91 +71,78 @@ def help_text() -> str:
     return "\n".join([usage, "", *key_help(TranslationBenchmark)])
 
 
-def measure_translation(settings: TranslationBenchmark) -> str:
-    """Train everything; write multi30k.json and multi30k.md into ``settings.output``.
+def measure(settings: TranslationBenchmark) -> str:
+    """Train everything; write multi30k.json, .md and .png into ``settings.output``.
 
     Returns:
         The table, in Markdown.
 
     Raises:
-        UserError: as ``train_translation``; a training in the folder was made with other settings.
+        UserError: as ``train_translation``; a training in the folder was made with other settings, or was stopped.
     """
-    folder = output_folder(settings.output)
+    folder = output_folder(settings.output, "output")
     first, *others = settings.seeds
-    tried = [
-        _run(settings, geometry, row, rate, first)  # all are read before the first is trained
-        for geometry in settings.geometries
-        for row in settings.rows
-        for rate in settings.rates[row]
-    ]
-    records = [(run, _record(run)) for run in tried]
-    for geometry in settings.geometries:
-        for row in settings.rows:
-            own = [(run, record) for run, record in records if (run.geometry, run.row) == (geometry, row)]
-            best, _ = max(own, key=lambda pair: pair[1].bleu["validation"])
-            again = [_run(settings, geometry, row, best.rate, seed) for seed in others]
-            records += [(run, _record(run)) for run in again]
+    grid = Grid(
+        rows=[
+            Row({"geometry": geometry, "row": row}, settings.rates[row], [first], others)
+            for geometry in settings.geometries
+            for row in settings.rows
+        ],
+        config=lambda **keys: _config(settings, **keys),
+        trainer=Trainer(train_translation, needs=required(TranslationRecord)),
+        score=_score,
+        rate_key="rate",
+    )
+    results = grid.train()
+    check_same((result.outcome for result in results), "text", lambda record: record["data"]["sha1"])
     figures = {
         "what": __doc__,
         "provenance": provenance(torch.device("cpu")),
         "settings": {key: value for key, value in asdict(settings).items() if key not in ("folder", "output")},
-        "data": records[0][1].data,
-        "runs": [_kept(run, record) for run, record in records],
+        "data": next((result.outcome.record["data"] for result in results if result.outcome.record), None),
+        "runs": [result.run(_kept) for result in results],
     }
-    write_text(folder / "multi30k.json", json.dumps(figures, indent=1) + "\n")
-    table = _table(settings, records)
-    write_text(folder / "multi30k.md", f"# Translation\n\n{table}\n")
-    return table
+    return publish(folder, "multi30k", figures, report(figures))
 
 
-def _record(run: _Run) -> TranslationRecord:
-    return finished_record(run.config, TranslationRecord, train=train_translation)
+def report(figures: Mapping[str, Any]) -> Report:
+    """Return what multi30k.md shows, from the figures of multi30k.json."""
+    rows = groups(figures["runs"], "geometry", "row", score=_score, rate_key="rate")
+    head = ["space", "method", "test BLEU", "validation BLEU", "validation loss", "lr", "trainable parameters"]
+    head += ["of them in layers", "farthest off the manifold"]
+
+    def cells(row: Group) -> list[str]:
+        scores = [spread(row.values("bleu", part)) for part in ("test", "validation")]
+        sizes = [f"{row.values(key)[0]:,}" for key in ("trainable_parameters", "trainable_in_layers")]
+        error = max(max(errors.values()) for errors in row.values("manifold_error"))
+        return [*scores, f"{row.mean('validation_loss'):.3f}", f"{row.rate:g}", *sizes, f"{error:.1e}"]
+
+    notes = [*failures(figures["runs"]), origin(figures["provenance"])]
+    panel = sweep_panel("validation BLEU", {row.label: (row.rates, row.scores) for row in rows})
+    return Report("Translation", table(head, rows, cells), notes, [panel])
 
 
-def _run(settings: TranslationBenchmark, geometry: str, row: str, rate: float, seed: int) -> _Run:
+def _score(run: Run) -> float:
+    return run["bleu"]["validation"]
+
+
+def _config(settings: TranslationBenchmark, geometry: str, row: str, rate: float, seed: int) -> TranslationConfig:
     words = [settings.recipe, *settings.overrides, *settings.rows[row], f"optimizer.lr={rate}"]
     words += [f"model.geometry={geometry}", f"data.folder={settings.folder}", f"seed={seed}", "checkpoint_every=0"]
     words.append(f"data.tokenizer_folder={Path(settings.output) / 'tokenizer'}")
     words.append(f"run_dir={Path(settings.output) / f'{geometry}-{row}-{rate:g}-{seed}'}")
     try:
-        return _Run(geometry, row, rate, seed, load_translation_config(words))
+        return load_translation_config(words)
     except UserError as error:
         raise UserError(f"row {row!r}: {error}") from None
 
 
-def _kept(run: _Run, record: TranslationRecord) -> dict[str, Any]:
-    """For the file: without where things were."""
-    figures = asdict(record)
-    config, made = figures.pop("config"), figures.pop("provenance")
-    figures.pop("data")
+def _kept(record: Mapping[str, Any]) -> dict[str, Any]:
+    """All but what other keys say already, and where things were."""
+    config = {**record["config"]}
     config["data"] = {k: v for k, v in config["data"].items() if k not in ("folder", "tokenizer_folder")}
-    rest = {key: value for key, value in config.items() if key not in ("run_dir", "optimizer", "seed", "resume")}
-    return {"row": run.row, "rate": run.rate, **figures, "settings": rest, "commit": made["commit"]}
-
-
-def _table(settings: TranslationBenchmark, records: list[tuple[_Run, TranslationRecord]]) -> str:
-    lines = [
-        "| space | method | test BLEU | validation BLEU | validation loss | lr | trainable parameters "
-        "| of them in layers | farthest off the manifold |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for geometry in settings.geometries:
-        for row in settings.rows:
-            own = [(run, record) for run, record in records if (run.geometry, run.row) == (geometry, row)]
-            by_first = [(run, record) for run, record in own if run.seed == settings.seeds[0]]
-            rate = max(by_first, key=lambda pair: pair[1].bleu["validation"])[0].rate
-            best = [record for run, record in own if run.rate == rate]
-            losses = [record.validation_loss for record in best if record.validation_loss is not None]
-            error = max(max(record.manifold_error.values()) for record in best)
-            lines.append(
-                f"| {geometry} | {row} | {_spread([r.bleu['test'] for r in best])} "
-                f"| {_spread([r.bleu['validation'] for r in best])} | {fmean(losses):.3f} | {rate:g} "
-                f"| {best[0].trainable_parameters:,} | {best[0].trainable_in_layers:,} | {error:.1e} |"
-            )
-    return "\n".join(lines)
-
-
-def _spread(scores: list[float]) -> str:
-    """Mean over the seeds, lowest and highest."""
-    spread = f" ({min(scores):.2f} to {max(scores):.2f})" if len(scores) > 1 else ""
-    return f"{fmean(scores):.2f}{spread}"
+    return {
+        **{key: value for key, value in record.items() if key not in ("config", "provenance", "data")},
+        "settings": {k: v for k, v in config.items() if k not in ("run_dir", "optimizer", "seed", "resume")},
+        "commit": record["provenance"]["commit"],
+    }

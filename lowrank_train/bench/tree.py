@@ -9,12 +9,10 @@ mean score over the seeds. A run that became not a number scores 0.
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import geoopt
@@ -23,15 +21,29 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowrank_train import optim
-from lowrank_train.bench.optimizer_step import output_folder, positive
-from lowrank_train.common.errors import UserError
-from lowrank_train.common.progress import show_progress
+from lowrank_train.bench.grid import Grid, Group, Row, failures, groups, sweep_arguments, sweep_panel, table
+from lowrank_train.bench.report import Report, origin, output_folder, publish, rate
+from lowrank_train.bench.trainings import Trainer, keep_record
 from lowrank_train.common.record import provenance
-from lowrank_train.common.small_files import write_text
+from lowrank_train.config.settings import setting
 
-__all__ = ["METHODS", "embed_tree", "mean_average_precision", "measure_tree", "tree_edges"]
+__all__ = ["METHODS", "TreeConfig", "embed_tree", "mean_average_precision", "measure", "report", "tree_edges"]
 
 DIMENSIONS, CHILDREN, NEGATIVES, REFRESH_INTERVAL = 16, 3, 10, 50
+
+FIGURES = ("score", "loss", "off", "state_bytes", "step_ms")
+
+
+@dataclass
+class TreeConfig:
+    """One training."""
+
+    method: str = setting("riemannian_adamw", "one of METHODS")
+    lr: float = setting(0.1, "learning rate, constant")
+    seed: int = setting(0, "of initial points and of the drawn nodes")
+    depth: int = setting(5, "generations of the tree below its root")
+    steps: int = setting(600, "updates")
+    run_dir: str | None = setting(None, "folder of the record", path=True)
 
 
 def _ours(rank: int | None) -> Callable[[Tensor, float], tuple[Tensor, torch.optim.Optimizer]]:
@@ -91,27 +103,21 @@ def mean_average_precision(points: Tensor, edges: Tensor) -> float:
     return 100 * float(((precision * hits).sum(1) / hits.sum(1)).mean())
 
 
-def embed_tree(name: str, depth: int, *, lr: float, steps: int, seed: int) -> dict[str, float]:
+def embed_tree(config: TreeConfig) -> dict[str, float]:
     """Train one method.
-
-    Args:
-        name: one of ``METHODS``.
-        depth: of the tree, in generations.
-        lr: learning rate, constant.
-        steps: updates.
-        seed: of initial points and of the drawn nodes.
 
     Returns:
         ``score`` in per cent; ``loss``, of the last step; ``off``, largest |<x, x> + 1| / x_0^2 of a
         stored point; ``state_bytes``; ``step_ms``, median time of an update. Of a run that became not a number,
         ``score`` is 0.
     """
-    edges, generator = tree_edges(depth), torch.Generator().manual_seed(seed)
+    edges, generator = tree_edges(config.depth), torch.Generator().manual_seed(config.seed)
     nodes = int(edges.max()) + 1
     space = 0.01 * torch.randn(nodes, DIMENSIONS, generator=generator)
-    param, optimizer = METHODS[name](torch.cat([(1 + space.square().sum(1, keepdim=True)).sqrt(), space], 1), lr)
+    points = torch.cat([(1 + space.square().sum(1, keepdim=True)).sqrt(), space], 1)
+    param, optimizer = METHODS[config.method](points, config.lr)
     times = []
-    for _ in range(steps):
+    for _ in range(config.steps):
         drawn = torch.randint(nodes, (len(edges), NEGATIVES), generator=generator)
         points = param.as_subclass(Tensor)
         candidates = points[torch.cat([edges[:, 1:], drawn], dim=1)]
@@ -135,51 +141,45 @@ def embed_tree(name: str, depth: int, *, lr: float, steps: int, seed: int) -> di
     }
 
 
-def measure_tree(arguments: Sequence[str]) -> str:
-    """Train every method at every rate and seed ``arguments`` ask for; write tree.json and tree.md into ``--out``.
+def measure(arguments: Sequence[str]) -> str:
+    """Train every method at every rate and seed ``arguments`` ask for; write tree.json, .md and .png into ``--out``.
 
     Returns:
         The table, in Markdown.
 
     Raises:
-        UserError: numbers out of range, an unwritable folder.
+        UserError: numbers out of range, an unwritable folder; a training in it was made with other settings.
     """
-    parser = argparse.ArgumentParser(prog="launch/benchmark.py tree", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--depth", type=int, default=5, help="generations of the tree; default: 5, 364 nodes")
-    parser.add_argument("--steps", type=int, default=600, help="default: 600")
-    parser.add_argument("--lr", type=float, nargs="+", default=[3e-2, 1e-1, 3e-1], help="default: 0.03 0.1 0.3")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--out", default="runs/tree", help="folder of tree.json and tree.md")
-    given = parser.parse_args(arguments)
-    positive("--depth", given.depth)
-    positive("--steps", given.steps)
-    if not all(0 < lr < math.inf for lr in given.lr):
-        raise UserError(f"--lr {' '.join(map(str, given.lr))}; expected numbers > 0")
+    counts = {"depth": (5, "generations of the tree; default: 5, 364 nodes"), "steps": (600, "default: 600")}
+    given = sweep_arguments(arguments, "tree", __doc__, counts, [3e-2, 1e-1, 3e-1])
     folder = output_folder(given.out)
-    jobs = [(name, lr, seed) for name in METHODS for lr in given.lr for seed in given.seeds]
-    runs: list[dict[str, Any]] = []
-    for name, lr, seed in show_progress(jobs, "training", "runs", active=True):
-        found = embed_tree(name, given.depth, lr=lr, steps=given.steps, seed=seed)
-        runs.append({"method": name, "lr": lr, "seed": seed, **found})
+
+    def config(method: str, lr: float, seed: int) -> TreeConfig:
+        run_dir = folder / f"{method}-lr={rate(lr)}-seed={seed}"
+        return TreeConfig(method, lr, seed, given.depth, given.steps, str(run_dir))
+
+    grid = Grid(
+        rows=[Row({"method": method}, given.lr, given.seeds) for method in METHODS],
+        config=config,
+        trainer=Trainer(lambda config: keep_record(config, embed_tree(config)), needs=FIGURES),
+    )
+    runs = [result.run() for result in grid.train()]
     about = {"provenance": provenance(torch.device("cpu")), "geoopt": geoopt.__version__}
-    finite = [{key: None if value != value else value for key, value in run.items()} for run in runs]
-    figures = {"what": __doc__, **about, **vars(given), "runs": finite}  # JSON has no nan
-    write_text(folder / "tree.json", json.dumps(figures, indent=2) + "\n")
-    table = _table(runs, given.lr)
-    write_text(folder / "tree.md", f"# A tree in hyperbolic space\n\n{table}\n")
-    return table
+    figures = {"what": __doc__, **about, **vars(given), "runs": runs}
+    return publish(folder, "tree", figures, report(figures))
 
 
-def _table(runs: list[dict[str, Any]], rates: Sequence[float]) -> str:
-    lines = ["| method | precision, % | of each seed | loss | lr | state, bytes | step, ms | off the manifold |"]
-    lines += ["| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |"]
-    for name in METHODS:
-        by_rate = {lr: [run for run in runs if run["method"] == name and run["lr"] == lr] for lr in rates}
-        best = max(rates, key=lambda lr: statistics.mean(run["score"] for run in by_rate[lr]))
-        own = by_rate[best]
-        scores = ", ".join(f"{run['score']:.1f}" for run in own)
-        mean, loss, step = (statistics.mean(run[key] for run in own) for key in ("score", "loss", "step_ms"))
-        off = max(run["off"] for run in own)
-        state = f"{own[0]['state_bytes']:,}"
-        lines.append(f"| {name} | {mean:.2f} | {scores} | {loss:.3f} | {best:g} | {state} | {step:.2f} | {off:.1e} |")
-    return "\n".join(lines)
+def report(figures: Mapping[str, Any]) -> Report:
+    """Return what tree.md shows, from the figures of tree.json."""
+    rows = groups(figures["runs"], "method", score=lambda run: run["score"])
+    head = ["method", "precision, %", "of each seed", "loss", "lr", "state, bytes", "step, ms", "off the manifold"]
+
+    def cells(row: Group) -> list[str]:
+        scores = ", ".join(f"{score:.1f}" for score in row.values("score"))
+        learned = [f"{row.mean('score'):.2f}", scores, f"{row.mean('loss'):.3f}", f"{row.rate:g}"]
+        cost = [f"{row.values('state_bytes')[0]:,}", f"{row.mean('step_ms'):.2f}"]
+        return [*learned, *cost, f"{max(row.values('off')):.1e}"]
+
+    notes = [*failures(figures["runs"]), f"geoopt {figures['geoopt']}. {origin(figures['provenance'])}"]
+    panel = sweep_panel("mean average precision, %", {row.label: (row.rates, row.scores) for row in rows})
+    return Report("A tree in hyperbolic space", table(head, rows, cells), notes, [panel])

@@ -35,7 +35,7 @@ from lowrank_train.optim.spectral.ranks import SCORES
 from lowrank_train.spectra.pruning import TextConfig, evaluation_blocks, text_loss
 from lowrank_train.spectra.spectrum import spectrum_of
 
-__all__ = ["CompressConfig", "compress_folder", "compressed", "help_text", "load_settings"]
+__all__ = ["CompressConfig", "compress_folder", "compressed", "help_text", "load_settings", "weights_hash"]
 
 
 @dataclass
@@ -292,7 +292,7 @@ def _owl_offsets(
 def _spectra(linears: Mapping[str, nn.Linear], folder: Path, config: CompressConfig, ranks: Ranks) -> dict[str, Tensor]:
     """Of all layers, from the cache or dealt to the ranks."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "lowrank_train", "spectra")
-    file = Path(config.cache or home, f"{ranks.first(lambda: _hash(folder))}.safetensors")
+    file = Path(config.cache or home, f"{ranks.first(lambda: weights_hash(folder))}.safetensors")
     cached = ranks.first(lambda: _read_cache(file, linears))
     if cached is not None:
         return cached
@@ -310,8 +310,8 @@ def _spectra(linears: Mapping[str, nn.Linear], folder: Path, config: CompressCon
     return found
 
 
-def _hash(folder: Path) -> str:
-    """Of the weights and the configuration."""
+def weights_hash(folder: Path) -> str:
+    """Return a digest of the weights and the configuration of a model folder."""
     hasher = hashlib.blake2b(digest_size=16)
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]):
         hasher.update(file.name.encode())

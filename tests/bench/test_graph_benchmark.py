@@ -13,7 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from lowrank_train.bench import graphs as graph_benchmark
-from lowrank_train.bench.graphs import PUBLISHED, load_benchmark, measure_graphs
+from lowrank_train.bench.graphs import PUBLISHED
 from lowrank_train.common.errors import UserError
 from tests.distributed import run_distributed
 from tests.hyperbolic.helpers import at_call, tree_arrays, tree_folder
@@ -48,7 +48,7 @@ def _measure(words: list[str], training: bool, before: Callable[[], None] | None
     if not training:
         graph_benchmark.train_graph = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment, return-value]
     try:
-        return measure_graphs(load_benchmark(words))
+        return graph_benchmark.measure(graph_benchmark.load(words))
     except UserError as error:
         return f"error: {error}"
 
@@ -62,14 +62,14 @@ def test_the_table_has_every_training_once(folder: Path, tmp_path: Path) -> None
     assert len(keys) == len(runs) == 2 * 2 * 2 * 2
     assert "**clean protocol**" in table
     assert "**inherited protocol**" in table
-    assert "| | tree_lp, average precision | cora_nc, F1 (micro) |" in table
+    assert "| method | tree_lp, average precision | cora_nc, F1 (micro) |" in table
     own = [run for run in runs if (run["protocol"], run["recipe"], run["row"]) == ("clean", "tree_lp", "sst")]
     scores = sorted(100 * run["test"]["ap"] for run in own)
     cell = f"{sum(scores) / 2:.2f} ({scores[0]:.2f} to {scores[1]:.2f}), {own[0]['trainable_parameters']}"
     assert cell in table
     assert f"| sst | {PUBLISHED['cora_nc']['sst']:.2f} |" in table
     assert "run_dir" not in json.dumps(runs)  # no paths
-    assert (tmp_path / "out" / "hyperbolic.md").read_text().endswith(table + "\n")
+    assert (tmp_path / "out" / "hyperbolic.md").read_text().startswith(f"# Graphs\n\n{table}\n")
 
     assert measure(words, training=False) == table  # taken from the folder
     message = measure([*words, "overrides=[epochs=3]"], training=False)
@@ -120,7 +120,7 @@ def test_what_the_user_must_mend_is_said(folder: Path, tmp_path: Path, change: l
 
 
 def test_the_recipe_of_the_record_is_complete() -> None:
-    settings = load_benchmark([str(ROOT / "configs" / "benchmark" / "hyperbolic.yaml")])
+    settings = graph_benchmark.load([str(ROOT / "configs" / "benchmark" / "hyperbolic.yaml")])
     assert set(settings.recipes) == set(PUBLISHED)
     assert set(settings.rows) >= {"full", "sst", "lora", "relora", "euclidean"}
     assert set(settings.seeds) == {"clean", "inherited"}

@@ -13,11 +13,12 @@ import pytest
 
 from lowrank_train import optim
 from lowrank_train.bench import quality_report, trainings
-from lowrank_train.bench.quality import help_text, load_quality, measure_quality, plan
-from lowrank_train.bench.sweep import Row, Trial, compare, rate, summarize
+from lowrank_train.bench.grid import Result
+from lowrank_train.bench.quality import help_text, load, measure, plan
+from lowrank_train.bench.quality_report import quality_figures, with_baseline
+from lowrank_train.bench.report import rate
 from lowrank_train.bench.trainings import Outcome
 from lowrank_train.common.errors import UserError
-from lowrank_train.config.schema import Config
 from lowrank_train.plan import Plan
 from lowrank_train.train.metrics import read_metrics
 from lowrank_train.train.run_folder import RunFolder
@@ -45,13 +46,13 @@ def words(text: Path, output: Path, *more: str) -> list[str]:
 
 def measured(text: Path, output: Path, *more: str) -> tuple[str, dict[str, Any]]:
     """The table and quality.json."""
-    table = measure_quality(load_quality(words(text, output, *more)))
+    table = measure(load(words(text, output, *more)))
     return table, json.loads((output / "quality.json").read_text())
 
 
 def error(*arguments: str) -> str:
     with pytest.raises(UserError) as caught:
-        plan(load_quality(arguments))
+        plan(load(arguments))
     return str(caught.value)
 
 
@@ -101,7 +102,7 @@ def test_the_state_is_that_of_the_runs_and_of_the_matrices(
     benchmark: tuple[Path, str, dict[str, Any]], text: Path
 ) -> None:
     output, table, figures = benchmark
-    model = Plan.of(plan(load_quality(words(text, output)))[0].config).model
+    model = Plan.of(plan(load(words(text, output))).trials()[0].config).model
     matrices = [group for group in optim.param_groups(model) if group["role"] == "matrix"]
     for row in figures["rows"][:2]:
         label, name = row["label"], row["optimizer"]["name"]
@@ -272,8 +273,8 @@ def test_mistakes_are_named_before_any_training(word: str, expected: str) -> Non
 
 
 def test_the_recipe_is_valid_and_sweeps_alike() -> None:
-    trials = plan(load_quality([RECIPE]))
-    assert {trial.label for trial in trials} >= {"adamw", "dct_adamw"}
+    trials = plan(load([RECIPE])).trials()
+    assert {trial.keys["label"] for trial in trials} >= {"adamw", "dct_adamw"}
     assert all(trial.config.optimizer["weight_decay"] == 0 for trial in trials)
     assert all(trial.config.optimizer["other_lr"] == 3e-3 for trial in trials)
     assert trials[0].config.schedule.warmup_steps == trials[0].config.steps // 10
@@ -296,57 +297,40 @@ def test_the_command_says_what_it_knows_and_exits_with_2(capsys: pytest.CaptureF
 # ------------------------------------------------------------------------------------------------ what a sweep comes to
 
 
-def outcome(loss: float | None) -> Outcome:
-    record = {
-        "validation_loss": loss,
-        "optimizer_state_bytes": 10,
-        "tokens_per_second": 5.0,
-        "seconds": 2.0,
-        "optimizer_seconds": 0.5,
-    }
-    return Outcome("finished", record) if loss is not None else Outcome("diverged")
+def rows_of(text: Path, output: Path, losses: dict[tuple[float, int], float | None]) -> list[dict[str, Any]]:
+    """The rows for validation losses by rate and seed of one optimizer."""
+    more = ["optimizers.dct=null", "seeds=[0,1]", f"optimizers.adamw.lr={sorted({lr for lr, _ in losses})}"]
+    figures = dict.fromkeys(quality_report.KEPT, 2.0) | {"optimizer_state_bytes": 10, "optimizer_seconds": 0.5}
+    about = dict.fromkeys(("model", "parameters", "steps", "tokens", "validation_tokens", "initial_perplexity"), 1)
+    about |= {"provenance": {"commit": "0"}, "optimizer": {}, "data": {}, "config": {}}
+    results = []
+    for trial in plan(load(words(text, output, *more))).trials():
+        loss = losses[trial.keys["lr"], trial.keys["seed"]]
+        record = None if loss is None else {**about, **figures, "validation_loss": loss}
+        results.append(Result(trial.keys, trial.config, Outcome("finished" if record else "diverged", record)))
+    rows: list[dict[str, Any]] = quality_figures(results)["rows"]
+    return rows
 
 
-def row(results: dict[float, list[float | None]], name: str = "adamw") -> Row:
-    """From the validation losses of each rate, one per seed."""
-    runs = [
-        (Trial(name, lr, seed, Config(optimizer={"name": name, "lr": lr})), outcome(loss))
-        for lr, seeds in results.items()
-        for seed, loss in enumerate(seeds)
-    ]
-    return summarize(runs, 8, 1)
-
-
-def test_the_best_rate_is_the_lowest_mean_over_seeds() -> None:
-    made = row({1e-3: [3.0, 3.4], 2e-3: [2.0, 4.6], 4e-3: [4.0, 4.0]})
-    assert (made.best_lr, made.is_on_edge, made.losses[1]) == (1e-3, True, pytest.approx(3.3))
-    assert made.perplexity == pytest.approx(2.718281828**3.2)
-    assert made.lowest_perplexity == pytest.approx(2.718281828**3.0)
-    assert made.optimizer_share == 0.25
-
-
-@pytest.mark.parametrize(
-    ("results", "best", "edge"),
-    [
-        ({1e-3: [3.0], 2e-3: [2.0], 4e-3: [4.0]}, 2e-3, False),
-        ({4e-3: [4.0], 1e-3: [1.0], 2e-3: [2.0]}, 1e-3, True),
-        ({1e-3: [3.0], 2e-3: [2.0], 4e-3: [None]}, 2e-3, False),  # divergence is a bound too
-        ({1e-3: [3.0], 2e-3: [2.0], 4e-3: [float("nan")]}, 2e-3, False),
-        ({1e-3: [3.0, 3.0], 2e-3: [2.0, None], 4e-3: [4.0, 4.0]}, 1e-3, True),  # every seed must finish
-        ({1e-3: [3.0]}, 1e-3, True),
-    ],
-)
-def test_a_best_rate_at_the_edge_is_told(results: dict[float, list[float | None]], best: float, edge: bool) -> None:
-    made = row(results)
-    assert (made.best_lr, made.is_on_edge) == (best, edge)
+def test_a_row_has_the_figures_of_its_best_rate(text: Path, tmp_path: Path) -> None:
+    losses = {(1e-3, 0): 3.0, (1e-3, 1): 3.4, (2e-3, 0): 2.0, (2e-3, 1): None, (4e-3, 0): 4.0, (4e-3, 1): 4.0}
+    (row,) = rows_of(text, tmp_path, losses)
+    assert (row["best_lr"], row["best"], row["is_on_edge"], row["status"]) == (1e-3, 0, True, "finished")
+    assert row["losses"] == [pytest.approx(3.2), None, 4.0]
+    assert row["perplexity"] == pytest.approx(2.718281828**3.2)
+    assert row["lowest_perplexity"] == pytest.approx(2.718281828**3.0)
+    assert row["highest_perplexity"] == pytest.approx(2.718281828**3.4)
+    assert row["optimizer_share"] == 0.25
 
 
 def test_rows_are_compared_with_the_baseline_wherever_it_stands() -> None:
-    rows = compare([row({1e-3: [None]}, "wild"), row({1e-3: [3.0]}), row({1e-3: [2.0]}, "other")], "adamw")
-    assert [r.label for r in rows] == ["other", "adamw", "wild"]
-    assert rows[0].versus_baseline_percent == pytest.approx(100 * (2.718281828**-1 - 1))
-    assert [r.versus_baseline_percent for r in rows[1:]] == [0, None]
-    assert compare([row({1e-3: [2.0]}, "other")], "adamw")[0].versus_baseline_percent is None
+    def row(name: str, perplexity: float | None) -> dict[str, Any]:
+        return {"label": name, "optimizer": {"name": name}, "perplexity": perplexity}
+
+    rows = with_baseline([row("wild", None), row("adamw", 20.0), row("other", 10.0)])
+    assert [r["label"] for r in rows] == ["other", "adamw", "wild"]
+    assert [r["versus_baseline_percent"] for r in rows] == [-50, 0, None]
+    assert with_baseline([row("other", 10.0)])[0]["versus_baseline_percent"] is None
 
 
 @pytest.mark.parametrize(
@@ -354,15 +338,3 @@ def test_rows_are_compared_with_the_baseline_wherever_it_stands() -> None:
 )
 def test_rates_are_written_shortly(lr: float, text: str) -> None:
     assert rate(lr) == text
-
-
-def test_a_finished_training_without_its_curve_is_still_in_the_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "metrics.jsonl").write_text("")
-    monkeypatch.setattr(quality_report, "read_metrics", lambda folder: [])
-    assert quality_report._training_curve(tmp_path) == ([], [])
-    row = Row("adamw", {"name": "adamw"}, [1e-3], [4.0], "finished", 0, 1, 54.6, 54.6, 0.0, 1, 1, 1, 1.0, 1.0, 0.1)
-    trial = Trial("adamw", 1e-3, 0, Config(run_dir=str(tmp_path)))
-    quality_report._plot([row], [trial], tmp_path / "quality.png")
-    assert (tmp_path / "quality.png").stat().st_size > 0

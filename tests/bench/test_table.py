@@ -12,7 +12,7 @@ import torch
 
 from lowrank_train import optim
 from lowrank_train.bench import optimizer_step as step_benchmark
-from lowrank_train.bench.optimizer_step import communication, measure_steps
+from lowrank_train.bench.optimizer_step import communication
 from lowrank_train.common.errors import UserError
 from lowrank_train.optim.__main__ import main
 from lowrank_train.optim.costs.table import aligned, compare, size_text, timing_sizes
@@ -129,7 +129,7 @@ def test_commands_and_their_errors(launch: Callable[[list[str]], int], capsys: p
 def test_step_benchmark_writes_a_table_and_a_record(tmp_path: Path) -> None:
     names = ["adamw", "dct_adamw", "ldadam", "apollo_mini"]
     arguments = ["--shapes", "24x16,16x24,24x16", "--rank", "4", "--rounds", "2", "--interval", "40", "--device", "cpu"]
-    table = measure_steps([*arguments, "--optimizers", *names, "--out", str(tmp_path / "new" / "folder")])
+    table = step_benchmark.measure([*arguments, "--optimizers", *names, "--out", str(tmp_path / "new" / "folder")])
     record = json.loads((tmp_path / "new" / "folder" / "step.json").read_text())
     report = (tmp_path / "new" / "folder" / "step.md").read_text()
     assert table in report
@@ -181,7 +181,7 @@ def test_bad_requests_are_refused_before_anything_is_measured(
     arguments: list[str], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError) as caught:
-        measure_steps(["--device", "cpu", *arguments, "--out", str(tmp_path / "out")])
+        step_benchmark.measure(["--device", "cpu", *arguments, "--out", str(tmp_path / "out")])
     assert message in str(caught.value)
     assert not (tmp_path / "out").exists()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank_train.bench.tree import METHODS, embed_tree, mean_average_precision, measure_tree, tree_edges
+from lowrank_train.bench.tree import METHODS, TreeConfig, embed_tree, mean_average_precision, measure, tree_edges
 from lowrank_train.common.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -31,18 +31,18 @@ def test_precision_of_points_by_hand() -> None:
 
 
 def test_whole_moments_embed_a_small_tree_nearly_without_error() -> None:
-    found = embed_tree("riemannian_adamw", 3, lr=0.1, steps=250, seed=0)
+    found = embed_tree(TreeConfig("riemannian_adamw", 0.1, seed=0, depth=3, steps=250))
     assert found["score"] > 95
     assert found["state_bytes"] == 4 * (40 * 16 + 40 + 1)
 
 
 def test_the_table_and_the_record(tmp_path: Path) -> None:
     out = ["--depth", "2", "--steps", "5", "--seeds", "0", "1", "--lr", "0.1", "--out", str(tmp_path)]
-    table = measure_tree(out)
+    table = measure(out)
     figures = json.loads((tmp_path / "tree.json").read_text())
     assert [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:]] == list(METHODS)
     assert len(figures["runs"]) == 2 * len(METHODS)
     assert table in (tmp_path / "tree.md").read_text()
     for wrong, message in ((["--depth", "0"], "--depth 0"), (["--lr", "0"], r"--lr 0\.0; expected numbers > 0")):
         with pytest.raises(UserError, match=message):
-            measure_tree([*wrong, "--out", str(tmp_path)])
+            measure([*wrong, "--out", str(tmp_path)])

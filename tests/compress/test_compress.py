@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from lowrank_train.bench import compression as compression_benchmark
-from lowrank_train.bench.compression import measure_compression
 from lowrank_train.common.errors import UserError
 from lowrank_train.common.units import parse_bytes, show_bytes
 from lowrank_train.compress import command as compress_run
@@ -622,8 +621,8 @@ def test_no_matrix_qualifies_where_all_are_nearly_whole(command: Command, folder
 
 def compare(folders: Path, tmp_path: Path, *words: str) -> tuple[str, dict[str, Any]]:
     given = [word for word in settings(folders) if not word.startswith("cache=")]
-    table = measure_compression(
-        compression_benchmark.load_settings([f"model={folders / 'llama'}", f"output={tmp_path}", *given, *words])
+    table = compression_benchmark.measure(
+        compression_benchmark.load([f"model={folders / 'llama'}", f"output={tmp_path}", *given, *words])
     )
     return table, json.loads((tmp_path / "compression.json").read_text())
 
@@ -641,8 +640,24 @@ def test_the_benchmark_has_the_figures_of_the_command(
     assert cell["perplexity"] == alone["perplexity_after"]
     assert figures["perplexity_before"] == alone["perplexity_before"]
     assert cell["ranks"] == {row["name"]: row["rank"] for row in alone["matrices"]}
-    assert [row.split()[-1] for row in table.splitlines()[1:]] == ["-", "-"]  # a size below the embeddings
+    assert [row.split()[-2] for row in table.splitlines()[2:]] == ["-", "-"]  # a size below the embeddings
     assert "is below what is not compressed" in figures["cells"][2]["why"]
+    assert figures["cells"][2]["why"] in (tmp_path / "compression.md").read_text()
+
+
+def test_another_model_or_text_under_the_same_name_is_not_mixed_in(folders: Path, tmp_path: Path) -> None:
+    shutil.copytree(folders / "llama", tmp_path / "model")
+    shutil.copy(folders / "text.jsonl", tmp_path / "text.jsonl")
+    words = ["ways.a.method=uniform", "rank_reductions=[0.5]", f"model={tmp_path / 'model'}"]
+    words += [f"data.path={tmp_path / 'text.jsonl'}"]
+    table, _ = compare(folders, tmp_path / "out", *words)
+    (tmp_path / "out" / "compression.json").unlink()
+    assert compare(folders, tmp_path / "out", *words)[0] == table
+    write_jsonl(tmp_path / "text.jsonl", documents(100, seed=1))
+    with pytest.raises(UserError, match=r"a training with other settings: subject was .*; give another output"):
+        compare(folders, tmp_path / "out", *words)
+    with pytest.raises(UserError, match="no target can be reached; the first: size=1% is below what is not compressed"):
+        compare(folders, tmp_path / "none", "ways.a.method=uniform", "rank_reductions=[]", "sizes=[1%]")
 
 
 @pytest.mark.parametrize(
@@ -661,7 +676,7 @@ def test_bad_input_of_the_benchmark(folders: Path, tmp_path: Path, words: list[s
 
 def test_the_benchmark_needs_a_model() -> None:
     with pytest.raises(UserError, match="no model given; expected model=FOLDER"):
-        compression_benchmark.load_settings([])
+        compression_benchmark.load([])
 
 
 # ------------------------------------------------------------------------------------------- a word where one is needed

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 
+from lowrank_train.bench import digits, tree
 from lowrank_train.bench.compression import CompressionConfig
-from lowrank_train.bench.digits import measure_digits
 from lowrank_train.bench.graphs import GraphBenchmark
 from lowrank_train.bench.quality import QualityConfig
 from lowrank_train.bench.translation import TranslationBenchmark
-from lowrank_train.bench.tree import measure_tree
 from lowrank_train.common.errors import UserError
 from lowrank_train.compress.command import CompressConfig
 from lowrank_train.config.loading import load_schema
@@ -182,7 +181,7 @@ def test_a_curvature_that_no_float_can_compute_with(word: str) -> None:
             load([word])
 
 
-@pytest.mark.parametrize("measure", [measure_digits, measure_tree])
+@pytest.mark.parametrize("measure", [digits.measure, tree.measure])
 @pytest.mark.parametrize("rate", ["inf", "nan", "0"])
 def test_rates_of_benchmarks_without_a_schema(measure: Callable[[list[str]], str], rate: str) -> None:
     with pytest.raises(UserError, match="expected numbers > 0"):

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lowrank_train.bench.finished_record import finished_record
-from lowrank_train.bench.trainings import _earlier
+from lowrank_train.bench.quality import NEEDED
+from lowrank_train.bench.trainings import Trainer, required
 from lowrank_train.common.errors import UserError
 from lowrank_train.common.ranks import start
 from lowrank_train.compress.command import _plan_of_file, _read_cache
@@ -42,7 +42,13 @@ from lowrank_train.train.run_folder import changed_settings, check_same_settings
 from tests.runs import arguments, documents
 
 LINEARS = {"model.layers.0.a": nn.Linear(4, 6), "model.layers.0.b": nn.Linear(6, 4)}
-RECORD = {"status": "finished", "validation_loss": 1.0, "perplexity": 2.7, "provenance": {}, "data": {"sha1": "0"}}
+RECORD = {
+    "status": "finished",
+    "validation_loss": 1.0,
+    "perplexity": 2.7,
+    "provenance": {"commit": "0"},
+    "data": {"sha1": "0"},
+}
 
 
 def damaged(whole: bytes) -> list[bytes | None]:
@@ -90,7 +96,7 @@ def graph_record(folder: Path) -> None:
     def trained(config: GraphConfig) -> Any:
         raise UserError(f"trained again in {config.run_dir}")
 
-    finished_record(load_schema(GraphConfig, [f"run_dir={folder}"]), GraphRecord, train=trained)
+    Trainer(trained, required(GraphRecord)).train_each([load_schema(GraphConfig, [f"run_dir={folder}"])])
 
 
 def write_graph(folder: Path) -> None:
@@ -132,8 +138,8 @@ READERS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = 
         lambda folder: check_same_settings(folder, load_config([f"run_dir={folder}"]), "delete it"),
     ),
     "record.json": (
-        lambda folder: (folder / "record.json").write_text(json.dumps(RECORD)),
-        lambda folder: _earlier(load_config([f"run_dir={folder}"])),
+        lambda folder: (folder / "record.json").write_text(json.dumps({**dict.fromkeys(NEEDED, 1), **RECORD})),
+        lambda folder: Trainer(print, NEEDED).earlier(load_config([f"run_dir={folder}"])),
     ),
     "record.json of a table": (
         lambda folder: (folder / "record.json").write_text(json.dumps(RECORD)),

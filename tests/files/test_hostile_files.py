@@ -226,10 +226,10 @@ LOADERS = {
     "memory_budget": load_budget,
     "graph": load_graph_config,
     "translation": load_translation_config,
-    "quality": quality.load_quality,
-    "compression benchmark": compression_benchmark.load_settings,
-    "graph benchmark": graph_benchmark.load_benchmark,
-    "translation benchmark": translation_benchmark.load_benchmark,
+    "quality": quality.load,
+    "compression benchmark": compression_benchmark.load,
+    "graph benchmark": graph_benchmark.load,
+    "translation benchmark": translation_benchmark.load,
 }
 
 

@@ -367,7 +367,7 @@ def _measure(arguments: list[str], training: bool) -> str:
     if not training:
         translation_benchmark.train_translation = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment, return-value]
     try:
-        return translation_benchmark.measure_translation(translation_benchmark.load_benchmark(arguments))
+        return translation_benchmark.measure(translation_benchmark.load(arguments))
     except UserError as error:
         return f"error: {error}"
 
@@ -415,7 +415,7 @@ def test_the_table_shows_the_rate_that_validation_chose(folder: Path, tmp_path: 
 def test_a_benchmark_that_is_not_fair_or_empty_is_refused(change: str, message: str) -> None:
     rows = ["rows={full: [], sst: [optimizer.name=sst]}", "rates={full: [0.1], sst: [0.1]}"]
     with pytest.raises(UserError, match=re.escape(message)):
-        translation_benchmark.load_benchmark([*rows, change])
+        translation_benchmark.load([*rows, change])
 
 
 def test_the_recipe_is_readable_with_every_method() -> None:
@@ -426,4 +426,4 @@ def test_the_recipe_is_readable_with_every_method() -> None:
         assert (config.optimizer.get("warmup_steps") == 10) == (method in ("sst", "relora"))
     given = load_translation_config([recipe, "optimizer.name=sst", "optimizer.rank=4", "optimizer.lr=0.3"])
     assert given.optimizer["lr"] == 0.3
-    translation_benchmark.load_benchmark([str(ROOT / "configs" / "benchmark" / "translation.yaml")])
+    translation_benchmark.load([str(ROOT / "configs" / "benchmark" / "translation.yaml")])

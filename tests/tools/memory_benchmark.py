@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from lowrank_train.bench.optimizer_step import output_folder
+from lowrank_train.bench.report import output_folder
 from lowrank_train.common.command import run_command
 from lowrank_train.common.errors import UserError
 from lowrank_train.common.progress import show_progress

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoModelForCausalLM
 
-from lowrank_train.bench.quality import load_quality, plan
+from lowrank_train.bench.quality import load, plan
 from lowrank_train.common.errors import UserError
 from lowrank_train.common.ranks import start
 from lowrank_train.compress.ranks import compress, plan_ranks
@@ -367,7 +367,7 @@ def test_a_plain_model_has_nothing_of_low_rank(folders: Path, tmp_path: Path, wo
 )
 def test_a_row_of_the_benchmark_with_a_wrong_model_or_choice(change: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        plan(load_quality([f"optimizers={{a: {{name: adamw, lr: [1.0e-3], {change}}}}}"]))
+        plan(load([f"optimizers={{a: {{name: adamw, lr: [1.0e-3], {change}}}}}"]))
     assert str(caught.value).startswith(message)
 
 
