@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+REFERENCE_OF = ("dct_adamw",)
+
 Matrix = NDArray[np.float64]
 
 

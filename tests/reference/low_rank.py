@@ -44,6 +44,8 @@ import numpy as np
 
 from tests.reference.directions import Chooser, Directions, Matrix
 
+REFERENCE_OF = ("low_rank_adamw", "galore_adamw", "fira", "frugal", "apollo", "apollo_mini", "ldadam")
+
 COMPENSATED = ("error_feedback", "error_feedback_8bit", "ldadam")
 
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+REFERENCE_OF = ("muon",)
+
 Matrix = NDArray[np.float64]
 
 

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+REFERENCE_OF = ("relora",)
+
 Matrix = NDArray[np.float64]
 
 

@@ -14,6 +14,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+REFERENCE_OF = ("riemannian_adamw",)
+
 __all__ = ["Ball", "Geometry", "Lorentz", "Sphere", "adam", "low_rank_adam"]
 
 

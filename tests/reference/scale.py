@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+REFERENCE_OF = ("scale",)
+
 Matrix = NDArray[np.float64]
 
 

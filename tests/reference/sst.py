@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+REFERENCE_OF = ("sst",)
+
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
 

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from tests.reference.muon import newton_schulz
 
+REFERENCE_OF = ("trion",)
+
 Matrix = NDArray[np.float64]
 
 

@@ -17,6 +17,8 @@ import numpy as np
 from tests.reference.directions import Matrix
 from tests.reference.rank_allocation import allocate_ranks
 
+REFERENCE_OF = ("welore_adamw",)
+
 
 def singular_values(W: Matrix) -> Matrix:
     """(1), of a matrix (m, n) or a stack (E, m, n)."""

@@ -28,7 +28,6 @@ from tests.optim.models import (
     set_gradients,
     states,
     trainable,
-    trained_matrix,
     weights,
 )
 
@@ -243,45 +242,6 @@ def test_steps_are_counted_by_parameter(name: str) -> None:
     run_steps(model, optimizer, 0, 3)
     for state in optimizer.state.values():
         assert not state or (state["step"].item() == 3 and state["step"].dtype == torch.float32)
-
-
-@every_optimizer
-def test_a_closure_returns_the_loss(name: str) -> None:
-    model, optimizer = made(name)
-
-    def closure() -> Tensor:
-        assert torch.is_grad_enabled()
-        optimizer.zero_grad()
-        loss = torch.stack([param.square().sum() for param in trainable(model).values()]).sum()
-        loss.backward()
-        return loss
-
-    with torch.no_grad():
-        first = optimizer.step(closure)
-    assert isinstance(first, Tensor)
-    assert optimizer.step(closure) < first
-
-
-@every_optimizer
-def test_a_grad_scaler_unscales_skips_and_steps(name: str) -> None:
-    model, optimizer = made(name, torch.float32)
-    twin, other = made(name, torch.float32)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    before = weights(model)
-    for step in (-1, 0, 1):
-        set_gradients(model, step)
-        for param in trainable(model).values():
-            assert param.grad is not None
-            param.grad.mul_(scaler.get_scale())
-        scaler.scale(torch.ones(()))
-        if step < 0:
-            trained_matrix(model).grad.fill_(torch.inf)  # type: ignore[union-attr]
-        scaler.step(optimizer)
-        scaler.update()
-        if step < 0:
-            assert_equal(weights(model), before)
-    run_steps(twin, other, 0, 2)
-    assert_equal(everything(model, optimizer), everything(twin, other))
 
 
 # -------------------------------------------------------------------------------------------------------------- groups

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from lowrank_train import optim
 from lowrank_train.optim.costs.sent import weight_traffic
@@ -20,12 +19,9 @@ from tests.optim.models import (
     MixedModel,
     assert_equal,
     gradient,
-    run_steps,
     set_gradients,
-    states,
-    weights,
 )
-from tests.optim.sharded import AllReduces, Placement, promised_bytes, shard, trained
+from tests.optim.sharded import AllReduces, promised_bytes, shard, trained
 from tests.reference.trion import ReferenceTrion
 
 STEPS = 20
@@ -109,86 +105,13 @@ def test_what_is_left_behind_is_stepped_along_in_time() -> None:
     assert {0, 1, 2} == set(chosen)
 
 
-def test_what_is_no_matrix_gets_adamw() -> None:
-    model, twin = MixedModel(), MixedModel()
-    twin.load_state_dict(model.state_dict())
-    settings: dict[str, Any] = {"lr": 3e-3, "betas": (0.8, 0.97), "eps": 1e-6, "weight_decay": 0.3}
-    run_steps(model, build(model, **settings), 0, 5)
-    run_steps(twin, optim.AdamW(optim.param_groups(twin), **settings), 0, 5)
-    matrices = {f"matrix_{r}x{c}.weight" for r, c in MATRIX_SHAPES}
-    for name, value in weights(model).items():
-        assert torch.equal(value, weights(twin)[name]) == (name not in matrices), name
-
-
 def test_chunks_do_not_change_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = trained(build, 10)
     monkeypatch.setattr("lowrank_train.optim.methods.trion.CHUNK_NUMBERS", 30)
     assert_equal(trained(build, 10), expected, 1e-12)
 
 
-def test_tensor_lr_equals_float_lr() -> None:
-    by_float = trained(lambda model: build(model, lr=3e-3), 10)
-    by_tensor = trained(lambda model: build(model, lr=torch.tensor(3e-3, dtype=torch.float64)), 10)
-    assert_equal(by_tensor, by_float, 1e-14)
-
-
-def test_bfloat16_follows_float32_to_its_precision() -> None:
-    """With all columns: which of them are the strongest may hang on the last bit."""
-    results = []
-    for dtype in (torch.float32, torch.bfloat16):
-        weight = nn.Parameter(torch.zeros(24, 12, dtype=dtype))
-        optimizer = optimizer_of(weight, rank=12)
-        for step in range(8):
-            weight.grad = gradient("weight", weight.shape, step).bfloat16().to(dtype)
-            optimizer.step()
-        assert {key: value.dtype for key, value in optimizer.state[weight].items()} == {
-            "step": torch.float32,
-            "momentum": dtype,
-            "basis_index": torch.int32,
-        }
-        results.append(weight.detach().float())
-    exact, rounded = results
-    assert (exact - rounded).norm() < 8 * 2**-8 * exact.norm()
-
-
 # ------------------------------------------------------------------------------------------------------- hard gradients
-
-
-def test_a_zero_gradient_first_decays_and_nothing_else() -> None:
-    model = MixedModel()
-    optimizer = build(model, lr=1e-2, weight_decay=0.5)
-    before = weights(model)
-    for param in model.parameters():
-        param.grad = torch.zeros_like(param)
-    optimizer.step()
-    for name, value in weights(model).items():
-        decayed = before[name] * (1 if before[name].ndim < 2 else 1 - 1e-2 * 0.5)
-        assert torch.equal(value, decayed), name
-    assert all(not value.any() for name, value in states(model, optimizer).items() if not name.endswith(".step"))
-
-
-def test_a_missing_gradient_leaves_a_matrix_and_its_state_alone() -> None:
-    model = MixedModel()
-    optimizer = build(model)
-    run_steps(model, optimizer, 0, 2)
-    before = {**weights(model), **states(model, optimizer)}
-    set_gradients(model, 2)
-    model.matrix_17x6.weight.grad = None
-    optimizer.step()
-    after = {**weights(model), **states(model, optimizer)}
-    for name in ("matrix_17x6.weight", "matrix_17x6.weight.momentum", "matrix_17x6.weight.basis_index"):
-        assert torch.equal(after[name], before[name])
-    assert not torch.equal(after["matrix_6x17.weight"], before["matrix_6x17.weight"])
-
-
-def test_gradients_are_never_written() -> None:
-    for dtype in (torch.float64, torch.bfloat16):
-        model = MixedModel(dtype)
-        optimizer = build(model)
-        set_gradients(model, 0)
-        expected = {name: param.grad.clone() for name, param in model.named_parameters()}
-        optimizer.step()
-        assert all(torch.equal(param.grad, expected[name]) for name, param in model.named_parameters())
 
 
 # ---------------------------------------------------------------------------------------------------------------- state
@@ -221,38 +144,6 @@ def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: 
 
 
 # -------------------------------------------------------------------------------------------------------------- sharded
-
-
-@pytest.mark.parametrize("placement", ["preferred", "rows", "columns"])
-def test_sharded_equals_one_process(placement: Placement) -> None:
-    expected = trained(build, STEPS)
-    for result in run_distributed(lambda: trained(build, STEPS, lambda model: shard(model, Trion, placement)), 2):
-        assert_equal(result, expected, 1e-10)
-
-
-@pytest.mark.parametrize("placement", ["preferred", "rows"])
-def test_a_gradient_missing_on_one_rank_does_not_hang(placement: Placement) -> None:
-    def worker() -> tuple[list[bool], dict[str, Tensor]]:
-        model = MixedModel()
-        shard(model, Trion, placement)
-        optimizer = build(model)
-        run_steps(model, optimizer, 0, 2)
-        missing = model.matrix_24x12.weight  # sharded along its rows in both placements
-        before = missing.to_local().clone(), optimizer.state[missing]["momentum"].to_local().clone()
-        set_gradients(model, 2)
-        if dist.get_rank() == 1:
-            missing.grad = model.matrix_12x24.weight.grad = None
-        optimizer.step()
-        after = missing.to_local(), optimizer.state[missing]["momentum"].to_local()
-        same = [torch.equal(a, b) for a, b in zip(after, before, strict=True)]
-        run_steps(model, optimizer, 3, 5)
-        return same, {**weights(model), **states(model, optimizer)}
-
-    first, second = run_distributed(worker, 2)
-    assert first[0] == [False, False]
-    assert second[0] == [True, True]
-    assert_equal(first[1], second[1])
-    assert all(value.isfinite().all() for value in first[1].values())
 
 
 def test_two_all_reduces_of_what_traffic_promises() -> None:
