@@ -20,7 +20,6 @@ from lowrank_train.optim.core.backward import BackwardUpdates as BackwardUpdates
 from lowrank_train.optim.core.backward import attach_to_backward as attach_to_backward
 from lowrank_train.optim.core.groups import keep_manifolds as keep_manifolds
 from lowrank_train.optim.core.groups import param_groups as param_groups
-from lowrank_train.optim.core.optimizer import SHARED_SETTINGS as SHARED_SETTINGS
 from lowrank_train.optim.core.optimizer import MatrixOptimizer as MatrixOptimizer
 from lowrank_train.optim.costs.state import layout_bytes as layout_bytes
 from lowrank_train.optim.costs.state import predicted_state_bytes as predicted_state_bytes
@@ -28,6 +27,7 @@ from lowrank_train.optim.costs.state import state_bytes as state_bytes
 from lowrank_train.optim.frameworks.torchtitan import titan_config as titan_config
 from lowrank_train.optim.frameworks.trainer import hf_factory as hf_factory
 from lowrank_train.optim.methods import *  # noqa: F403
+from lowrank_train.optim.parameters.group_checks import SHARED_SETTINGS as SHARED_SETTINGS
 from lowrank_train.optim.shards.layout import preferred_shard_dim as preferred_shard_dim
 from lowrank_train.optim.spectral.weight_ranks import ranks_from_weights as ranks_from_weights
 from lowrank_train.optim.storage.int8_weight import keep_in_int8 as keep_in_int8

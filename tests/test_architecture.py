@@ -23,7 +23,7 @@ ROOMS: dict[str, str] = {
     "optim/orthogonalize": "optim/shards",
     "optim/linalg": "",
     "optim/low_rank/bases": "optim/shards optim/arguments optim/linalg",
-    "optim/manifolds": "optim/shards optim/storage optim/linalg",
+    "optim/manifolds": "optim/shards optim/arguments optim/storage optim/linalg",
     "optim/core": "optim/shards optim/arguments optim/storage optim/parameters optim/manifolds",
     "optim/low_rank": "optim/shards optim/arguments optim/storage optim/parameters optim/core optim/linalg"
     " optim/low_rank/bases",
@@ -34,7 +34,8 @@ ROOMS: dict[str, str] = {
     " optim/linalg optim/orthogonalize optim/low_rank optim/low_rank/bases optim/spectral optim/methods/low_rank",
     "optim/costs": "optim/shards optim/arguments optim/parameters optim/core optim/manifolds optim/methods",
     "optim/frameworks": "optim/core optim/methods",
-    "optim": "optim/shards optim/storage optim/core optim/methods optim/costs optim/frameworks optim/spectral",
+    "optim": "optim/shards optim/storage optim/parameters optim/core optim/methods optim/costs optim/frameworks"
+    " optim/spectral",
     "optim/__main__": "optim/costs",
     # lowrank_train. Every room may import ``optim``, the public names; what else of it is named.
     "common": "",
@@ -63,7 +64,7 @@ ROOMS: dict[str, str] = {
 }
 """Room -> the rooms it may import. What is not here is refused; rooms stand above all that they import."""
 
-MOST_MODULES, MOST_LINES, LONGEST_CHAIN = 12, 400, 33
+MOST_MODULES, MOST_LINES, LONGEST_CHAIN = 12, 400, 28
 
 STILL_TOO_LARGE: dict[str, int] = {}
 """Folders and files above the limit, with what they may have at most. Nothing is added here."""

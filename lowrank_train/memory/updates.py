@@ -18,12 +18,13 @@ from torch import Tensor
 from lowrank_train import optim
 from lowrank_train.optim.core.optimizer import MatrixOptimizer
 from lowrank_train.optim.core.working_copies import AT_ONCE as COPIED_AT_ONCE
-from lowrank_train.optim.core.working_copies import COUNTER, is_copied
+from lowrank_train.optim.core.working_copies import is_copied
 from lowrank_train.optim.low_rank.bases import find_basis
-from lowrank_train.optim.low_rank.engine import LowRankOptimizer, resolved_rank
+from lowrank_train.optim.low_rank.engine import LowRankOptimizer
 from lowrank_train.optim.low_rank.residuals import find_residual
+from lowrank_train.optim.low_rank.settings import resolved_rank
 from lowrank_train.optim.orthogonalize import CHUNK_NUMBERS
-from lowrank_train.optim.parameters.slot import Slot
+from lowrank_train.optim.parameters.slot import COUNTER, Slot
 from lowrank_train.optim.shards.blocks import chunks, row_blocks
 from lowrank_train.optim.shards.layout import StateTensor, local_shape, matrix_shape
 from lowrank_train.optim.storage.int8_weight import Int8Weight

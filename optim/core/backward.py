@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lowrank_train.optim.arguments.hyperparameters import check_whole
 from lowrank_train.optim.arguments.surroundings import undisturbed
 from lowrank_train.optim.arguments.torch_arguments import is_number
 from lowrank_train.optim.core.optimizer import MatrixOptimizer
@@ -291,8 +292,7 @@ def _check(model: nn.Module, optimizer: MatrixOptimizer, accumulation_steps: Any
     bare_model(model)
     if is_replicated(model):
         raise ValueError(_REPLICATED)
-    if not isinstance(accumulation_steps, int) or isinstance(accumulation_steps, bool) or accumulation_steps < 1:
-        raise ValueError(f"accumulation_steps={accumulation_steps!r}; expected a whole number >= 1")
+    check_whole({"accumulation_steps": accumulation_steps}, "accumulation_steps", 1)
     if max_norm is not None and (not is_number(max_norm) or max_norm <= 0):
         raise ValueError(f"max_norm={max_norm!r}; expected a number > 0, or None")
     if clip not in ("global", "parameter"):

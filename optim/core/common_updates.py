@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lowrank_train.optim.core import adam as rules
 from lowrank_train.optim.core.update import Traffic, Update
-from lowrank_train.optim.core.working_copies import COUNTER, rounding_seed
+from lowrank_train.optim.core.working_copies import rounding_seed
 from lowrank_train.optim.manifolds import points
-from lowrank_train.optim.parameters.slot import Slot, dense_gradient, stored_gradient
+from lowrank_train.optim.parameters.slot import COUNTER, Slot, dense_gradient, stored_gradient
 from lowrank_train.optim.shards.blocks import row_blocks
 from lowrank_train.optim.shards.collectives import max_over_shards
 from lowrank_train.optim.shards.layout import StateTensor, first_column, local

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from lowrank_train.optim.arguments.caller import CoverageWarning, warn_at_the_caller
 from lowrank_train.optim.core.common_updates import ADAMW
-from lowrank_train.optim.core.stepping import UpdateOf
+from lowrank_train.optim.core.update import UpdateOf
 from lowrank_train.optim.parameters.slot import Slot
 from lowrank_train.optim.shards.layout import matrix_shape
 from lowrank_train.optim.storage.quantization import BITS, MOMENTS

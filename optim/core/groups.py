@@ -45,7 +45,7 @@ def param_groups(
     Args:
         model: before or after ``fully_shard``; in DistributedDataParallel or compiled, too.
         settings: of every group, where no rule says otherwise: ``stochastic_rounding=True``, ``offload_state=True``
-            (``optim.core.optimizer.SHARED_SETTINGS``), or any the optimizer has.
+            (``optim.SHARED_SETTINGS``), or any the optimizer has.
         rules: regular expression -> settings for the parameters whose name it matches (``re.search``; the first rule
             that matches wins), e.g. ``{"k_proj": {"rank": 32}, r"layers\\.0\\.": {"role": "vector"}}``.
 

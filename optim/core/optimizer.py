@@ -27,22 +27,19 @@ from lowrank_train.optim.core.state_dict import load
 from lowrank_train.optim.core.stepping import parts, step_slots
 from lowrank_train.optim.core.update import Update
 from lowrank_train.optim.manifolds import points
-from lowrank_train.optim.parameters.group_checks import LAYERS, check_group, check_not_flattened, named_parameters
+from lowrank_train.optim.parameters.group_checks import (
+    LAYERS,
+    SHARED_SETTINGS,
+    check_group,
+    check_not_flattened,
+    named_parameters,
+)
 from lowrank_train.optim.parameters.present import PresentParameters, check_gradients, is_updated, updated_too_early
 from lowrank_train.optim.parameters.slot import Slot
 from lowrank_train.optim.shards.layout import StateTensor, allocate, first_column, is_distributed, local
 from lowrank_train.optim.shards.placements import check_even, check_not_scattered, in_work_layout
 
-__all__ = ["SHARED_SETTINGS", "FusedUpdates", "MatrixOptimizer"]
-
-SHARED_SETTINGS: dict[str, Any] = {"state_dtype": None, "stochastic_rounding": False, "offload_state": False}
-"""Settings of a group that every optimizer has, with their defaults: how weights and state are kept between steps.
-
-``state_dtype``: of the moments: None (the parameter's), "float32", "bfloat16", "8bit" or "4bit"
-(``optim.storage.quantization``). ``stochastic_rounding``: bfloat16 weights, and moments, are rounded stochastically
-(``optim.storage.rounding``) and not to the nearest. ``offload_state``: state is kept in host memory, pinned where the
-parameter is on a GPU, and comes to the device for the step.
-"""
+__all__ = ["FusedUpdates", "MatrixOptimizer"]
 
 
 class FusedUpdates(Protocol):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_train.optim.core.stepping import UpdateOf
+from lowrank_train.optim.core.update import UpdateOf
 from lowrank_train.optim.parameters.slot import Slot
 from lowrank_train.optim.parameters.wrappers import plain_name
 from lowrank_train.optim.shards.layout import copy_into

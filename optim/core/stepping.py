@@ -6,19 +6,15 @@ host memory is copied (``optim.core.working_copies``). Then every update gets it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-from lowrank_train.optim.core.update import Update
+from lowrank_train.optim.core.update import Update, UpdateOf
 from lowrank_train.optim.core.working_copies import chunked, copied, gathered, is_copied, settled
 from lowrank_train.optim.parameters import stacks
 from lowrank_train.optim.parameters.slot import Slot
 
-__all__ = ["UpdateOf", "at_work", "matrices", "parts", "step_slots"]
-
-UpdateOf = Callable[[Mapping[str, Any]], Update]
-"""Parameter group -> its update."""
+__all__ = ["at_work", "matrices", "parts", "step_slots"]
 
 
 def step_slots(slots: list[Slot], update_of: UpdateOf) -> None:

@@ -10,21 +10,20 @@ An update is shared by all optimizers of its class and holds no data: what it re
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lowrank_train.optim.core.working_copies import COUNTER, Promotion, with_rounding_counter
 from lowrank_train.optim.parameters import stacks
-from lowrank_train.optim.parameters.slot import Slot
+from lowrank_train.optim.parameters.slot import COUNTER, Promotion, Slot
 from lowrank_train.optim.shards.layout import StateTensor
 from lowrank_train.optim.shards.placements import is_scattered
 from lowrank_train.optim.storage.quantization import BITS, as_stored
 
-__all__ = ["MatrixShape", "Traffic", "Update", "Workspace"]
+__all__ = ["MatrixShape", "Traffic", "Update", "UpdateOf", "Workspace"]
 
 Group = dict[str, Any]
 
@@ -165,7 +164,10 @@ class Update(ABC):
 
     def matrix_layout(self, name: str, param: Tensor, group: Group) -> dict[str, StateTensor]:
         """Return the state tensors of a parameter that is no stack, or of one matrix, as they are kept."""
-        return with_rounding_counter(as_stored(self.state(name, param, group), group["state_dtype"]), param, group)
+        layout = as_stored(self.state(name, param, group), group["state_dtype"])
+        if layout and group["stochastic_rounding"] and param.dtype == torch.bfloat16:
+            layout[COUNTER] = StateTensor((), torch.int32, "replicated")
+        return layout
 
     def promotes(self, slot: Slot) -> Promotion:
         """Return what a step converts to float32 or wider before the update takes it."""
@@ -186,3 +188,7 @@ class Update(ABC):
         """Return whether each matrix of a stack is updated by itself: where more than single numbers count."""
         needed = not self.is_element_wise or group["state_dtype"] in BITS  # whose blocks lie in rows of a matrix
         return needed and stacks.is_taken_apart(param.shape, group)
+
+
+UpdateOf = Callable[[Mapping[str, Any]], Update]
+"""Parameter group -> its update."""

@@ -15,12 +15,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lowrank_train.optim.parameters.slot import Slot
+from lowrank_train.optim.parameters.slot import COUNTER, Promotion, Slot
 from lowrank_train.optim.shards.blocks import chunks
 from lowrank_train.optim.shards.collectives import max_over_shards
 from lowrank_train.optim.shards.layout import StateTensor, first_column, laid_out_as, local, shard_count
@@ -30,31 +29,16 @@ from lowrank_train.optim.storage.rounding import seed_of, store
 
 __all__ = [
     "AT_ONCE",
-    "COUNTER",
-    "Promotion",
     "chunked",
     "copied",
     "gathered",
     "is_copied",
     "rounding_seed",
     "settled",
-    "with_rounding_counter",
 ]
-
-COUNTER = "times_rounded"
-"""State of what is rounded stochastically: () int32."""
 
 AT_ONCE = 2**26
 """Of the matrices that are copied together: 256 MiB of float32, or one matrix that is larger."""
-
-
-def with_rounding_counter(
-    layout: dict[str, StateTensor], param: Tensor, group: Mapping[str, Any]
-) -> dict[str, StateTensor]:
-    """Return a layout, with a counter where something is rounded stochastically."""
-    if layout and group["stochastic_rounding"] and param.dtype == torch.bfloat16:
-        layout[COUNTER] = StateTensor((), torch.int32, "replicated")
-    return layout
 
 
 def rounding_seed(slot: Slot, key: str) -> Tensor | None:
@@ -62,15 +46,6 @@ def rounding_seed(slot: Slot, key: str) -> Tensor | None:
     if COUNTER not in slot.state:
         return None
     return seed_of(f"{slot.name}/{key}", slot.state[COUNTER])
-
-
-class Promotion(NamedTuple):
-    """What a step converts to float32 or wider, for an update that does not read and store it by itself."""
-
-    rounded: bool
-    """What is rounded stochastically: the weight and its moments."""
-    moments: bool
-    """Moments of another type than the weight's."""
 
 
 def is_copied(slot: Slot, promotion: Promotion) -> bool:

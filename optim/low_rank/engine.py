@@ -38,11 +38,11 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.optim.optimizer import ParamsT
 
-from lowrank_train.optim.arguments.torch_arguments import is_number
 from lowrank_train.optim.core.optimizer import MatrixOptimizer
 from lowrank_train.optim.core.update import Traffic, Update
 from lowrank_train.optim.low_rank.bases import find_basis
 from lowrank_train.optim.low_rank.residuals import find_residual
+from lowrank_train.optim.low_rank.settings import check_settings, low_rank_state, resolved_rank
 from lowrank_train.optim.low_rank.step import ZERO, MatrixStep
 from lowrank_train.optim.parameters.slot import Slot
 from lowrank_train.optim.shards.blocks import chunks
@@ -50,9 +50,7 @@ from lowrank_train.optim.shards.collectives import decide_on_one_rank, sum_over_
 from lowrank_train.optim.shards.layout import StateTensor, matrix_shape, preferred_shard_dim
 from lowrank_train.optim.shards.tall import turned_numbers
 
-__all__ = ["LowRankOptimizer", "LowRankUpdate", "Parts", "low_rank_state", "resolved_rank"]
-
-MOMENTS = ("keep", "reset", "rotate")
+__all__ = ["LowRankOptimizer", "LowRankUpdate", "Parts"]
 
 _CHUNK_NUMBERS = 2**24
 """Coordinates, in all, of the matrices whose residual sums share one all-reduce: bounds what waits for it."""
@@ -84,7 +82,7 @@ class LowRankUpdate(Update):
     def state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
         """Return moments, ages and what basis and residual store; raises ValueError for settings that do not fit."""
         d, _ = sorted(matrix_shape(param.shape))
-        _check_settings(name, group)
+        check_settings(name, group)
         r = resolved_rank(name, tuple(param.shape), group["rank"])
         objection = find_basis(group["basis"]).objection(d, r)
         if objection is not None:
@@ -244,57 +242,3 @@ def _magnitude(values: Tensor) -> Tensor:
     """1, or 0 if all are zero, or nan if one is not finite."""
     total = values.abs().sum()
     return torch.where(total.isfinite(), total.sign(), torch.nan)
-
-
-def _check_settings(name: str, group: dict[str, Any]) -> None:
-    interval = group["refresh_interval"]
-    if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
-        raise ValueError(f"refresh_interval={interval!r} for {name!r}; expected a whole number of steps >= 1")
-    if group["moments"] not in MOMENTS:
-        raise ValueError(f"moments={group['moments']!r} for {name!r}; expected one of {', '.join(MOMENTS)}")
-    for key in ("scale", "residual_scale"):
-        if not (is_number(group[key]) and group[key] >= 0):
-            raise ValueError(f"{key}={group[key]!r} for {name!r}; expected a number >= 0")
-    if not is_number(group["rho"]) or not 0 <= group["rho"] < 1:
-        raise ValueError(f"rho={group['rho']!r} for {name!r}; expected a number in [0, 1)")
-    if not isinstance(group["seed"], int) or isinstance(group["seed"], bool) or group["seed"] < 0:
-        raise ValueError(f"seed={group['seed']!r} for {name!r}; expected a whole number >= 0")
-    basis, residual = find_basis(group["basis"]), find_residual(group["residual"])
-    if not basis.is_orthonormal:
-        for key, conflict in (("residual", residual.needs_orthonormal), ("moments", group["moments"] == "rotate")):
-            if conflict:
-                raise ValueError(
-                    f"{key}={group[key]!r} for {name!r} needs orthonormal directions, and those of "
-                    f"basis={group['basis']!r} are not; use basis='random', or another {key}"
-                )
-
-
-def low_rank_state(
-    shape: Sequence[int], dtype: torch.dtype, r: int, *, basis: str, residual: str
-) -> dict[str, StateTensor]:
-    """The state tensors of one matrix of this shape and type at rank r."""
-    d, m = sorted(matrix_shape(shape))
-    return {
-        "step": StateTensor((), torch.float32, "host"),
-        "skipped_refreshes": StateTensor((), torch.int32, "host"),
-        "exp_avg": StateTensor((m, r), dtype, "rows"),
-        "exp_avg_sq": StateTensor((m, r), dtype, "rows"),
-        "column_age": StateTensor((r,), torch.int32, "replicated"),
-        **find_basis(basis).state_tensors(d, r, dtype),
-        **find_residual(residual).state_tensors(m, d, dtype),
-    }
-
-
-def resolved_rank(name: str, shape: tuple[int, ...], rank: int | None) -> int:
-    """The rank of one matrix, None being a quarter of its smaller side; raises ValueError for one that does not fit."""
-    largest = min(matrix_shape(shape))
-    if rank is None:
-        return max(1, largest // 4)
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"rank={rank!r} for {name!r} of shape {shape}; expected a whole number from 1 to {largest}")
-    if rank > largest:
-        raise ValueError(
-            f"rank={rank} exceeds min(m, n)={largest} for {name!r} of shape {shape}; lower the rank, or give this "
-            "matrix its own with rules={...} in optim.param_groups"
-        )
-    return rank

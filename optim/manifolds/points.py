@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_train.optim.arguments.hyperparameters import check_flag, check_whole, is_whole
 from lowrank_train.optim.linalg import gram, leading_eigenvectors
 from lowrank_train.optim.manifolds.maps import Manifold, describe_manifold, find_manifold, same_manifold
 from lowrank_train.optim.shards.blocks import row_blocks
@@ -270,11 +271,9 @@ def _check(name: str, param: Tensor, group: Mapping[str, Any], manifold: Manifol
             f"weight_decay={group['weight_decay']!r} for {name!r}, whose rows are points: they have no zero to decay "
             "to; expected 0 (pull them to an origin in the loss)"
         )
-    if not isinstance(group["amsgrad"], bool):
-        raise ValueError(f"amsgrad={group['amsgrad']!r} for {name!r}; expected True or False")
-    interval, rank = group["point_refresh_interval"], group["point_rank"]
-    if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
-        raise ValueError(f"point_refresh_interval={interval!r} for {name!r}; expected a whole number of steps >= 1")
+    check_flag(group, "amsgrad", name)
+    check_whole(group, "point_refresh_interval", 1, name=name, unit=" of steps")
+    rank = group["point_rank"]
     if rank is None:
         return
     if not manifold.low_rank:
@@ -283,7 +282,7 @@ def _check(name: str, param: Tensor, group: Mapping[str, Any], manifold: Manifol
             "share no directions; expected None"
         )
     largest = manifold.coordinates(shape)[1]
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= largest:
+    if not is_whole(rank) or not 1 <= rank <= largest:
         raise ValueError(
             f"point_rank={rank!r} for {name!r} of shape {shape}; expected a whole number from 1 to {largest}"
         )

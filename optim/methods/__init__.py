@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lowrank_train.optim.arguments.suggestion import suggestion
 from lowrank_train.optim.arguments.torch_arguments import FLAGS
 from lowrank_train.optim.core.groups import param_groups
-from lowrank_train.optim.core.optimizer import SHARED_SETTINGS, MatrixOptimizer
+from lowrank_train.optim.core.optimizer import MatrixOptimizer
 from lowrank_train.optim.methods.adamw import AdamW as AdamW
 from lowrank_train.optim.methods.low_rank.apollo import APOLLO as APOLLO
 from lowrank_train.optim.methods.low_rank.apollo import APOLLOMini as APOLLOMini
@@ -33,6 +33,7 @@ from lowrank_train.optim.methods.scale import SCALE as SCALE
 from lowrank_train.optim.methods.sst import SST as SST
 from lowrank_train.optim.methods.trion import Trion as Trion
 from lowrank_train.optim.methods.welore_adamw import WeLoreAdamW as WeLoreAdamW
+from lowrank_train.optim.parameters.group_checks import SHARED_SETTINGS
 
 METHODS: dict[str, type[MatrixOptimizer]] = {
     cls.name: cls
@@ -94,7 +95,7 @@ def create(
         name: one of ``names()``.
         model: a module (its groups are made by ``param_groups``) or parameter groups.
         arguments: the class's own, ``lr`` among them; for all groups, those of
-            ``optim.core.optimizer.SHARED_SETTINGS``; and the flags of torch's optimizers (``foreach=False`` and so on;
+            ``optim.SHARED_SETTINGS``; and the flags of torch's optimizers (``foreach=False`` and so on;
             ``maximize=True`` works).
 
     Raises:

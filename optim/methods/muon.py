@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lowrank_train.optim.arguments.torch_arguments import is_number
+from lowrank_train.optim.arguments.hyperparameters import check_fraction
 from lowrank_train.optim.core.optimizer import MatrixOptimizer
 from lowrank_train.optim.core.published import Published, arguments
 from lowrank_train.optim.core.update import Traffic, Update
@@ -54,8 +54,7 @@ class MuonUpdate(Update):
 
     def state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
         """Return a step count and one average; raises ValueError for hyperparameters out of range."""
-        if not (is_number(group["momentum"]) and 0 <= group["momentum"] < 1):
-            raise ValueError(f"momentum={group['momentum']!r} for {name!r}; expected a number in [0, 1)")
+        check_fraction(group, "momentum", name)
         if group["adjust_lr"] not in _SCALES:
             raise ValueError(f"adjust_lr={group['adjust_lr']!r} for {name!r}; expected one of {', '.join(_SCALES)}")
         return {

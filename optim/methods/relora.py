@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from lowrank_train.optim.arguments.hyperparameters import check_whole
 from lowrank_train.optim.arguments.torch_arguments import is_number
 from lowrank_train.optim.core.common_updates import ADAMW
 from lowrank_train.optim.core.groups import param_groups
@@ -262,10 +263,8 @@ def _rate(slot: Slot) -> float | Tensor:
 
 
 def _check(values: dict[str, Any]) -> None:
-    for key, low in (("restart_every", 1), ("warmup_steps", 0), ("seed", 0)):
-        value = values[key]
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ValueError(f"{key}={value!r}; expected a whole number >= {low}")
+    for key, least in (("restart_every", 1), ("warmup_steps", 0), ("seed", 0)):
+        check_whole(values, key, least)
     alpha = values["alpha"]
     if alpha is not None and not (is_number(alpha) and 0 < alpha < math.inf):
         raise ValueError(f"alpha={alpha!r}; expected a number > 0, or None for the rank")

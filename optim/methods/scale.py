@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lowrank_train.optim.arguments.torch_arguments import is_number
+from lowrank_train.optim.arguments.hyperparameters import check_fraction
 from lowrank_train.optim.core.optimizer import MatrixOptimizer
 from lowrank_train.optim.core.published import Published, arguments
 from lowrank_train.optim.core.update import Traffic, Update
@@ -52,8 +52,7 @@ class SCALEUpdate(Update):
 
         Raises ValueError for a momentum out of range or a shape without outputs.
         """
-        if not (is_number(group["momentum"]) and 0 <= group["momentum"] < 1):
-            raise ValueError(f"momentum={group['momentum']!r} for {name!r}; expected a number in [0, 1)")
+        check_fraction(group, "momentum", name)
         if param.ndim < 2:
             raise ValueError(
                 f"{name!r} has role {group['role']!r} and shape {tuple(param.shape)}; expected two dimensions or more, "

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from lowrank_train.optim.arguments.hyperparameters import check_flag, check_whole
 from lowrank_train.optim.arguments.torch_arguments import is_number
 from lowrank_train.optim.core.adam import adam_direction
 from lowrank_train.optim.core.groups import param_groups
@@ -308,18 +309,12 @@ def _check_together(layer: SpectralFactors) -> None:
 
 
 def _check(name: str, group: dict[str, Any]) -> None:
-    for key, low in (("resample_every", 1), ("resvd_every", 0), ("warmup_steps", 0), ("seed", 0)):
-        value = group[key]
-        if value is None and key == "resvd_every":
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            allowed = ", or None" if key == "resvd_every" else ""
-            raise ValueError(f"{key}={value!r} for {name!r}; expected a whole number >= {low}{allowed}")
+    for key, least in (("resample_every", 1), ("resvd_every", 0), ("warmup_steps", 0), ("seed", 0)):
+        check_whole(group, key, least, name=name, optional=key == "resvd_every")
     scale = group["vector_scale"]
     if not is_number(scale) or not 0 < scale < math.inf:
         raise ValueError(f"vector_scale={scale!r} for {name!r}; expected a number > 0")
     if group["sampling"] not in SAMPLERS:
         raise ValueError(f"sampling={group['sampling']!r} for {name!r}; expected one of {', '.join(SAMPLERS)}")
     for key in ("keep_sigma_moments", "keep_vector_moments"):
-        if not isinstance(group[key], bool):
-            raise ValueError(f"{key}={group[key]!r} for {name!r}; expected True or False")
+        check_flag(group, key, name)

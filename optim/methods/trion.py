@@ -37,14 +37,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lowrank_train.optim.arguments.torch_arguments import is_number
+from lowrank_train.optim.arguments.hyperparameters import check_fraction
 from lowrank_train.optim.core.optimizer import MatrixOptimizer
 from lowrank_train.optim.core.published import Published, arguments
 from lowrank_train.optim.core.update import Traffic, Update
 from lowrank_train.optim.core.weight_update import WeightUpdate, decay_of
 from lowrank_train.optim.low_rank.bases import BASES, Directions, find_basis
 from lowrank_train.optim.low_rank.bases.columns import ColumnBasis
-from lowrank_train.optim.low_rank.engine import resolved_rank
+from lowrank_train.optim.low_rank.settings import resolved_rank
 from lowrank_train.optim.orthogonalize import CHUNK_NUMBERS, orthogonalized
 from lowrank_train.optim.parameters.slot import Slot, dense_gradient
 from lowrank_train.optim.shards.blocks import chunks, row_blocks
@@ -65,8 +65,7 @@ class TrionUpdate(Update):
     def state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
         """Return momentum and the last columns; raises ValueError for settings that do not fit."""
         shape = tuple(param.shape)
-        if not (is_number(group["momentum"]) and 0 <= group["momentum"] < 1):
-            raise ValueError(f"momentum={group['momentum']!r} for {name!r}; expected a number in [0, 1)")
+        check_fraction(group, "momentum", name)
         basis, d = _column_basis(group), min(matrix_shape(shape))
         r = resolved_rank(name, shape, group["rank"])
         objection = basis.objection(d, r)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lowrank_train.optim.arguments.torch_arguments import check_rate, is_number
 from lowrank_train.optim.parameters import stacks
 
-__all__ = ["LAYERS", "ROLES", "check_group", "check_not_flattened", "named_parameters"]
+__all__ = ["LAYERS", "ROLES", "SHARED_SETTINGS", "check_group", "check_not_flattened", "named_parameters"]
 
 ROLES = (
     "matrix",
@@ -34,6 +34,15 @@ LAYERS = {
     "points": "points",
 }
 """Role -> the kind of converted layers that have parameters of it."""
+
+SHARED_SETTINGS: dict[str, Any] = {"state_dtype": None, "stochastic_rounding": False, "offload_state": False}
+"""Settings of a group that every optimizer has, with their defaults: how weights and state are kept between steps.
+
+``state_dtype``: of the moments: None (the parameter's), "float32", "bfloat16", "8bit" or "4bit"
+(``optim.storage.quantization``). ``stochastic_rounding``: bfloat16 weights, and moments, are rounded stochastically
+(``optim.storage.rounding``) and not to the nearest. ``offload_state``: state is kept in host memory, pinned where the
+parameter is on a GPU, and comes to the device for the step.
+"""
 
 
 def named_parameters(group: dict[str, Any], first: int = 0) -> Iterator[tuple[str, Tensor]]:

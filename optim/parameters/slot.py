@@ -6,7 +6,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Slot", "dense_gradient", "stored_gradient"]
+__all__ = ["COUNTER", "Promotion", "Slot", "dense_gradient", "stored_gradient"]
+
+COUNTER = "times_rounded"
+"""State of what is rounded stochastically: () int32."""
 
 
 class Slot(NamedTuple):
@@ -25,6 +28,15 @@ class Slot(NamedTuple):
         if self.moved is not None:
             return self.moved
         return (self.param if self.stands_for is None else self.stands_for).grad
+
+
+class Promotion(NamedTuple):
+    """What a step converts to float32 or wider, for an update that does not read and store it by itself."""
+
+    rounded: bool
+    """What is rounded stochastically: the weight and its moments."""
+    moments: bool
+    """Moments of another type than the weight's."""
 
 
 def dense_gradient(slot: Slot) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -19,9 +20,9 @@ from lowrank_train.optim.shards.layout import (
     matrix_shape,
     row_range,
 )
-from lowrank_train.optim.shards.tall import _all_to_all
 
 __all__ = [
+    "all_to_all",
     "decide_on_one_rank",
     "max_over_ranks",
     "max_over_shards",
@@ -162,11 +163,20 @@ def on_whole_matrices(
                 d, m = sorted(matrix_shape(params[mine].shape))
                 arriving = [(height, d) for height in chunk_sizes(m, info.count)]
             spare = [blocks[dealt[0]][:0]] * (info.count - len(dealt))
-            received = _all_to_all([*(blocks[i] for i in dealt), *spare], arriving, group)
+            received = all_to_all([*(blocks[i] for i in dealt), *spare], arriving, group)
             outgoing = received
             if mine is not None:
                 outgoing = list(compute(torch.cat(received)).split([height for height, _ in arriving]))
             shapes = [(blocks[i].shape[0], blocks[i].shape[1]) for i in dealt] + [(0, 0)] * len(spare)
-            for i, rows in zip(dealt, _all_to_all(outgoing, shapes, group), strict=False):
+            for i, rows in zip(dealt, all_to_all(outgoing, shapes, group), strict=False):
                 results[i] = rows
     return results
+
+
+def all_to_all(outgoing: Sequence[Tensor], arriving: list[tuple[int, int]], group: dist.ProcessGroup) -> list[Tensor]:
+    """Send block i to rank i, and return the blocks received, of the given shapes, by sender."""
+    send = torch.cat([block.reshape(-1) for block in outgoing])
+    sizes = [math.prod(shape) for shape in arriving]
+    received = send.new_empty(sum(sizes))
+    dist.all_to_all_single(received, send, sizes, [block.numel() for block in outgoing], group=group)
+    return [flat.view(shape) for flat, shape in zip(received.split(sizes), arriving, strict=True)]

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lowrank_train.optim.shards.blocks import row_blocks, widened
+from lowrank_train.optim.shards.collectives import all_to_all
 from lowrank_train.optim.shards.layout import _shard_info, _ShardInfo, chunk_sizes, local, matrix_shape, projected_dim
 
 __all__ = ["accumulator", "add_tall", "tall", "tall_weight", "turned_numbers"]
@@ -37,7 +37,7 @@ def tall(param: Tensor, tensor: Tensor) -> Tensor:
         return block
     rows, columns = _turned_sizes(param, info)
     arriving = [(rows[info.index], width) for width in columns]
-    return torch.cat(_all_to_all(block.split(rows), arriving, info.group), dim=1)
+    return torch.cat(all_to_all(block.split(rows), arriving, info.group), dim=1)
 
 
 def tall_weight(param: Tensor) -> Tensor | None:
@@ -67,7 +67,7 @@ def add_tall(param: Tensor, update: Tensor, decay: float | Tensor | None = None)
     if info is not None and _is_turned(param, info):
         rows, columns = _turned_sizes(param, info)
         arriving = [(height, columns[info.index]) for height in rows]
-        update = torch.cat(_all_to_all(update.split(columns, dim=1), arriving, info.group), dim=0)
+        update = torch.cat(all_to_all(update.split(columns, dim=1), arriving, info.group), dim=0)
     weight = local(param)
     update = _tall_view(param, update).reshape(weight.shape)
     dtype = torch.promote_types(weight.dtype, update.dtype)
@@ -99,12 +99,3 @@ def _turned_sizes(param: Tensor, info: _ShardInfo) -> tuple[list[int], list[int]
     """Shares of the ranks in the unprojected (m) and in the projected dimension (d)."""
     d, m = sorted(matrix_shape(param.shape))
     return chunk_sizes(m, info.count), chunk_sizes(d, info.count)
-
-
-def _all_to_all(outgoing: Sequence[Tensor], arriving: list[tuple[int, int]], group: dist.ProcessGroup) -> list[Tensor]:
-    """Send block i to rank i; returns the blocks received, of the given shapes, by sender."""
-    send = torch.cat([block.reshape(-1) for block in outgoing])
-    sizes = [math.prod(shape) for shape in arriving]
-    received = send.new_empty(sum(sizes))
-    dist.all_to_all_single(received, send, sizes, [block.numel() for block in outgoing], group=group)
-    return [flat.view(shape) for flat, shape in zip(received.split(sizes), arriving, strict=True)]

@@ -27,6 +27,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lowrank_train.optim.arguments.hyperparameters import check_whole
+
 __all__ = ["SCORES", "allocate_ranks", "scores"]
 
 
@@ -146,9 +148,8 @@ def _ladder(k: int, multiple: int, floor: int, ceiling: int | None) -> list[int]
 
 
 def _check(scores: Sequence[Tensor], costs: Sequence[Tensor], multiple: int, floor: int, ceiling: int | None) -> None:
-    for key, value in {"multiple": multiple, "floor": floor, "ceiling": ceiling or 1}.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{key}={value!r}; expected a whole number >= 1")
+    for key in (limits := {"multiple": multiple, "floor": floor, "ceiling": ceiling or 1}):
+        check_whole(limits, key, 1)
     if ceiling is not None and ceiling < floor:
         raise ValueError(f"ceiling={ceiling} is below floor={floor}")
     for score, cost in zip(scores, costs, strict=True):

@@ -29,10 +29,10 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from lowrank_train.optim.arguments.surroundings import undisturbed
 from lowrank_train.optim.core.groups import param_groups
-from lowrank_train.optim.core.optimizer import SHARED_SETTINGS
 from lowrank_train.optim.linalg import gram
-from lowrank_train.optim.low_rank.engine import low_rank_state, resolved_rank
+from lowrank_train.optim.low_rank.settings import low_rank_state, resolved_rank
 from lowrank_train.optim.parameters import stacks
+from lowrank_train.optim.parameters.group_checks import SHARED_SETTINGS
 from lowrank_train.optim.parameters.slot import Slot
 from lowrank_train.optim.shards.collectives import decide_on_one_rank
 from lowrank_train.optim.shards.layout import local, matrix_shape
