@@ -1,7 +1,8 @@
 """The pages of docs/ that follow from the code and the records: ``python docs/generate.py`` (or ``make docs``).
 
-``docs/README.md``, the index with the decision table, and ``docs/reference/NAME.md`` for every optimizer. Figures are
-those of the committed records; nothing is measured here. ``tests/test_docs.py`` fails when a page is not current.
+They are ``docs/README.md``, the index with the decision table, ``docs/reference/NAME.md`` for every optimizer, and the
+short table in the README. All figures come from the committed records. ``tests/test_docs.py`` fails when a page is not
+current.
 """
 
 from __future__ import annotations
@@ -20,52 +21,101 @@ from lowrank_train.optim.methods import summary
 
 DOCS = Path(__file__).resolve().parent
 
-GUIDES = {
-    "swap.md": "our optimizers in your loop: plain, FSDP2, Trainer, Accelerate, Lightning, torchtitan",
-    "migration.md": "arguments of torch, bitsandbytes, GaLore, APOLLO, Fira, FRUGAL, Dion and ours",
-    "optimizers.md": "all optimizers in one table: state, communication; the parts of a low-rank method; 8-bit state",
-    "quality.md": "every optimizer on the same tokens: perplexity, memory, limits of the comparison",
-    "speed.md": "time of an optimizer step",
-    "quickstart.md": "how the settings of `make pretrain` were chosen",
-    "sst.md": "Sparse Spectral Training: weights trained as U diag(sigma) V^T",
-    "finetuning.md": "Fine-tuning: text, prompts and responses, chats; what the exported folder keeps",
-    "welore.md": "WeLore: compress a model, fine-tune what is low-rank",
+PAGES = {
+    "Guides: what to do": {
+        "training.md": "pretrain a model: text, settings, resuming, signals, what a run writes",
+        "swap.md": "our optimizers in your loop: plain, FSDP2, Trainer, Accelerate, Lightning, torchtitan",
+        "migration.md": "arguments of torch, bitsandbytes, GaLore, APOLLO, Fira, FRUGAL, Dion and ours",
+        "memory.md": "what fits a device, and how to make more fit",
+        "finetuning.md": "fine-tune on text, prompts and responses, or chats; what the exported folder keeps",
+        "peft.md": "fine-tune with adapters of peft",
+        "sst.md": "Sparse Spectral Training: weights trained as U diag(sigma) V^T",
+        "welore.md": "WeLore: compress a model, fine-tune what is low-rank",
+        "hyperbolic.md": "parameters on a manifold, graphs and translation in hyperbolic space",
+    },
+    "Experiments: what happened": {
+        "quality.md": "every optimizer on the same tokens: perplexity, memory, limits of the comparison",
+        "speed.md": "time of an optimizer step",
+        "quickstart.md": "how the settings of `make pretrain` were chosen",
+    },
+    "Reference": {
+        "optimizers.md": "all optimizers in one table; the parts of a low-rank method; 8-bit state",
+    },
+    "How it works": {
+        "how_it_works.md": "sharding, state, checkpoints and the prediction of memory, in short",
+        "tested.md": "which claims are tested, how closely, and where",
+    },
 }
-"""What is not listed here is listed by its first heading."""
+"""Heading -> page -> what it is about. A page that is not listed here fails the generation."""
+
+README_ROWS = ("low_rank_adamw", "apollo", "apollo_mini", "scale", "muon", "adamw")
+"""Optimizers of the short table. Of several rows of one optimizer it shows the best."""
+
+README_TABLE = re.compile(
+    r"(?<=<!-- table: written by `make docs` from docs/records -->\n).*?(?=<!-- end of table -->)", re.S
+)
 
 STEP_ROW = {"dct+normalized": "low_rank_adamw"}
 """Where a row of the quality record has another name in that of step times."""
 
 
 def pages() -> dict[Path, str]:
-    """All generated pages by path."""
+    """Return all generated pages by path."""
     reference = {DOCS / "reference" / f"{name}.md": page_of(name) for name in optim.names()}
-    return {DOCS / "README.md": index(), **reference}
+    return {DOCS.parent / "README.md": readme(), DOCS / "README.md": index(), **reference}
+
+
+def readme() -> str:
+    """Return the README with its short table written anew."""
+    rows: dict[str, dict[str, Any]] = {}
+    for row in sorted(record("quality")["rows"], key=lambda row: row["perplexity"]):
+        rows.setdefault(row["optimizer"]["name"], row)
+    table = [
+        "| optimizer | take it when | state, bytes per matrix parameter | perplexity, AdamW's = 0 % "
+        "| share of training time |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for name in README_ROWS:
+        row, cls = rows[name], optim.find(name)
+        table.append(
+            f"| [`{name}`](docs/reference/{name}.md) | {cls.published.when} "
+            f"| {row['matrix_state_bytes'] / row['matrix_parameters']:.2f} "
+            f"| {row['versus_baseline_percent']:+.1f} % | {row['optimizer_share']:.1%} |"
+        )
+    table += ["", *prose(
+        "One small model on a shared CPU, one seed: differences of a few per cent mean nothing. "
+        "[All optimizers, and how this was measured](docs/README.md#which-one)."
+    )]  # fmt: skip
+    text = (DOCS.parent / "README.md").read_text()
+    assert README_TABLE.search(text), "the README has lost the marks of its table"
+    return README_TABLE.sub("\n" + "\n".join(table).replace("\\", r"\\") + "\n\n", text)
 
 
 def index() -> str:
-    """The index: guides, decision table, optimizers."""
-    own = {"README.md", *GUIDES}
-    others = {path.name: heading(path) for path in sorted(DOCS.glob("*.md")) if path.name not in own}
-    guides = [f"- [{name}]({name}): {about}" for name, about in {**GUIDES, **others}.items()]
+    """Return the index: pages by kind, decision table, optimizers."""
+    listed = {name for group in PAGES.values() for name in group} | {"README.md"}
+    assert listed == {path.name for path in DOCS.glob("*.md")} | {"README.md"}, "PAGES lists other pages than docs/ has"
+    groups = []
+    for title, group in PAGES.items():
+        groups += [f"## {title}", "", *(f"- [{name}]({name}): {about}" for name, about in group.items()), ""]
     optimizers = [f"| [`{name}`](reference/{name}.md) | {summary(name)} |" for name in optim.names()]
     return "\n".join(
         [
             "# Documentation",
             "",
-            "(Generated by `docs/generate.py`; change that, or the docstrings and records it reads.)",
+            "(Generated by `docs/generate.py`. Change that file, or the docstrings and records that it reads.)",
             "",
-            *guides,
-            "",
+            *groups,
             "## Which one",
             "",
             *decision_table(),
             "",
             *prose(
-                "Layers of their own: `sst` trains spectral layers (least memory for weights, gradients and state "
-                "together, [sst.md](sst.md)), `relora` adapters; `welore_adamw` gives each matrix its own rank from "
-                "its weights, which has not been shown to help ([ranks](optimizers.md#a-rank-for-every-matrix)). "
-                '`state_dtype="8bit"` divides the float32 state of most of these by four once more.'
+                "`sst` and `relora` replace layers of the model. `sst` trains spectral layers, with the least memory "
+                "for weights, gradients and state together ([sst.md](sst.md)), and `relora` trains adapters. "
+                "`welore_adamw` chooses a rank for every matrix from its weights, which has not been shown to help "
+                "([ranks](optimizers.md#a-rank-for-every-matrix)). "
+                '`state_dtype="8bit"` divides the float32 state of most optimizers by four once more.'
             ),
             "",
             "## The optimizers one by one",
@@ -79,18 +129,18 @@ def index() -> str:
 
 
 def decision_table() -> list[str]:
-    """One row for each of the quality record, by perplexity, with step times of the other record."""
+    """Return a row for each row of the quality record, best perplexity first, with step times of the other record."""
     quality, steps = record("quality"), record("optimizer_step_cpu")
     times = {row["name"]: row for row in steps["rows"]}
     lines = [
         "| optimizer | take it when | perplexity (AdamW's: 0 %) | state, bytes per matrix parameter "
-        "| step, AdamW (foreach) = 1 | a rank sends per step |",
+        "| step, fused AdamW = 1 | a rank sends per step |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
     for row in sorted(quality["rows"], key=lambda row: row["perplexity"]):
         label = row["label"]
         step = times.get(STEP_ROW.get(label, label))
-        time = f"{step['amortised_ratio']['foreach']:.2f}" if step else ""
+        time = f"{step['amortised_ratio']['fused']:.1f}" if step else ""
         sent = size(step["sent_bytes"]["mean"]) if step else ""
         shown = f"[`{label}`](reference/{row['optimizer']['name']}.md)"
         state = row["matrix_state_bytes"] / row["matrix_parameters"]
@@ -114,7 +164,7 @@ def decision_table() -> list[str]:
 
 
 def page_of(name: str) -> str:
-    """One optimizer: what its docstrings and its signature say."""
+    """Return the page of an optimizer: what its docstrings and its signature say."""
     cls = optim.find(name)
     doc = inspect.cleandoc(cls.__doc__ or "")
     before, arguments, after = split_arguments(doc)
@@ -163,7 +213,7 @@ def page_of(name: str) -> str:
 
 
 def split_arguments(doc: str) -> tuple[str, dict[str, str], str]:
-    """What is before ``Args:``, the arguments with their descriptions on one line, what comes after."""
+    """Split a docstring into the text before ``Args:``, the arguments described, and the text after them."""
     before, _, rest = doc.partition("\nArgs:\n")
     lines = rest.splitlines()
     end = next((i for i, line in enumerate(lines) if line and not line.startswith(" ")), len(lines))
@@ -183,37 +233,32 @@ def split_arguments(doc: str) -> tuple[str, dict[str, str], str]:
 
 
 def markup(text: str) -> str:
-    """Docstring text as Markdown: ``code`` with one backquote; sections in bold."""
+    """Return docstring text as Markdown: ``code`` with one backquote, and sections in bold."""
     text = re.sub(r"``(.+?)``", r"`\1`", text)
     text = re.sub(r"^(Raises|State|We differ)([^:\n]*):$", r"**\1\2:**\n", text, flags=re.MULTILINE)
     return re.sub(r"^    (?=\S)", "", text, flags=re.MULTILINE).strip()
 
 
 def prose(text: str) -> list[str]:
-    """Wrapped as the other pages are."""
+    """Return the text in lines of at most 120 characters."""
     return textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def when(label: str, settings: dict[str, Any]) -> str:
-    """When to take a row of the quality record: as its class says, or how it differs from the class's parts."""
+    """Say when to take a row of the quality record: as its class says, or how it differs from its class."""
     cls = optim.find(settings["name"])
     parts = cls.parts._asdict() if issubclass(cls, LowRankOptimizer) else {}
     other = [f'`{key}="{settings[key]}"`' for key, part in parts.items() if settings.get(key, part) != part]
     return f"as `{cls.name}`, with {', '.join(other)}" if other else cls.published.when
 
 
-def heading(path: Path) -> str:
-    """First heading of a page."""
-    return path.read_text().splitlines()[0].removeprefix("# ")
-
-
 def record(name: str) -> dict[str, Any]:
-    """A committed record."""
+    """Read a committed record."""
     return json.loads((DOCS / "records" / f"{name}.json").read_text())
 
 
 def size(count: float) -> str:
-    """Bytes in decimal units."""
+    """Return a number of bytes in decimal units."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":
             return f"{count:.3g} {unit}"

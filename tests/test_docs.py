@@ -44,7 +44,7 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", text.lower()).strip().replace(" ", "-") for text in found}
 
 
-PAGES = sorted([*DOCS.glob("*.md"), *(DOCS / "reference").glob("*.md"), ROOT / "README.md"])
+PAGES = sorted([*DOCS.glob("*.md"), *(DOCS / "reference").glob("*.md"), *ROOT.glob("*.md")])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -58,6 +58,23 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert file.exists(), target
         if anchor:
             assert anchor in anchors(file), target
+
+
+FILES_NAMED = re.compile(r"`((?:optim|lowrank_train|launch|tests|configs|docs)/[\w./]*\w)/?`")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
+def test_files_named_in_prose_exist(page: Path) -> None:
+    named = FILES_NAMED.findall(page.read_text())
+    examples = {"launch/COMMAND.py"}
+    assert not [name for name in named if not (ROOT / name).exists() and "NAME" not in name and name not in examples]
+
+
+def test_the_code_of_the_readme_runs() -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
 
 
 def test_arguments_of_the_migration_table_exist() -> None:
