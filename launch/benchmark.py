@@ -11,12 +11,11 @@ try:
         compression,
         digits,
         graphs,
-        optimizer_step,
         quality,
-        training_step,
         translation,
         tree,
     )
+    from lowrank_train.bench.steps import cost, optimizer_step, training_step
     from lowrank_train.common.command import run_command
     from lowrank_train.common.errors import UserError
     from lowrank_train.optim.__main__ import main as list_optimizers
@@ -47,6 +46,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], str]]] = {
         "Time one step of each optimizer on the matrices of a model, interleaved with torch's AdamW.",
         optimizer_step.measure,
     ),
+    "step-cost": ("Count kernels and bytes of every optimizer's step, and predict its time on GPUs.", cost.measure),
     "training-step": ("Time whole training steps of methods against dense AdamW, interleaved.", training_step.measure),
     "compression": (
         "Compress one model in several ways to equal ranks or bytes, and compare perplexity.",

@@ -57,9 +57,10 @@ ROOMS: dict[str, str] = {
     "compress": "common files config data layers models spectra optim/spectral optim/costs",
     "bench": "common files config layers models plan memory train spectra compress hyperbolic hyperbolic/graphs"
     " hyperbolic/translation optim optim/core optim/costs",
+    "bench/steps": "common config layers models bench optim optim/costs",
     "commands": "common config train memory compress spectra hyperbolic hyperbolic/graphs hyperbolic/translation",
     "__main__": "common commands optim/arguments",
-    "launch": "common commands bench optim/__main__ optim/arguments",
+    "launch": "common commands bench bench/steps optim/__main__ optim/arguments",
     "lowrank_train": "layers",  # the face of the package, which imports what is asked for
 }
 """Room -> the rooms it may import. What is not here is refused; rooms stand above all that they import."""

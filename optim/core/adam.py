@@ -27,7 +27,7 @@ def adamw_(
     """
     # The fused kernel takes memory in its order, whatever the strides: with a slice, or two layouts, it makes nonsense.
     tensors = [*params, *grads, *exp_avgs, *exp_avg_sqs]
-    fused = all(t.device.type in ("cpu", "cuda") and t.is_contiguous() for t in tensors)
+    fused = all(t.device.type in ("cpu", "cuda", "meta") and t.is_contiguous() for t in tensors)
     _torch_adamw(
         params,
         grads,

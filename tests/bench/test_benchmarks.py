@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank_train.bench import digits, training_step
+from lowrank_train.bench import digits
 from lowrank_train.bench.digits import METHODS, DigitsConfig, train_digits
+from lowrank_train.bench.steps import training_step
 from lowrank_train.common.errors import UserError
 
 pytestmark = pytest.mark.slow

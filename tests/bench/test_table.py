@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from lowrank_train import optim
-from lowrank_train.bench import optimizer_step as step_benchmark
-from lowrank_train.bench.optimizer_step import communication
+from lowrank_train.bench.steps import optimizer_step as step_benchmark
+from lowrank_train.bench.steps.optimizer_step import communication
 from lowrank_train.common.errors import UserError
 from lowrank_train.optim.__main__ import main
 from lowrank_train.optim.costs.table import aligned, compare, size_text, timing_sizes

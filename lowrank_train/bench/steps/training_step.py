@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from lowrank_train import optim
 from lowrank_train.bench.grid import positive
-from lowrank_train.bench.optimizer_step import find_device
 from lowrank_train.bench.report import Report, markdown, origin, output_folder, publish
+from lowrank_train.bench.steps.optimizer_step import find_device
 from lowrank_train.common.errors import UserError
 from lowrank_train.common.progress import show_progress
 from lowrank_train.common.record import provenance
