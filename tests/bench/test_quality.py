@@ -197,6 +197,7 @@ def test_a_training_that_fails_is_tried_again(text: Path, tmp_path: Path) -> Non
     assert [run["status"] for run in measured(text, tmp_path, *more)[1]["runs"]] == ["finished", "finished"]
 
 
+@pytest.mark.slow
 def test_a_benchmark_that_is_killed_stops_its_trainings_and_goes_on_later(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

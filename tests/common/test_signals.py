@@ -16,6 +16,7 @@ import pytest
 
 from tests.hyperbolic import helpers as graphs
 from tests.runs import LAUNCHER, arguments, at_step, checkpoints, losses, send, train_on
+from tests.tiers import only_first_quick
 
 SCHEDULERS = [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
 """Beside SIGINT and SIGTERM, which test_resume.py sends."""
@@ -30,7 +31,7 @@ def _heard() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", SCHEDULERS)
+@pytest.mark.parametrize("number", only_first_quick(SCHEDULERS))
 def test_the_step_is_finished_and_a_checkpoint_written(text: Path, tmp_path: Path, number: signal.Signals) -> None:
     """Sent to one rank only, as a terminal or a scheduler may do."""
     world_size = 2 if number == signal.SIGUSR1 else 1
@@ -40,7 +41,7 @@ def test_the_step_is_finished_and_a_checkpoint_written(text: Path, tmp_path: Pat
     assert checkpoints(tmp_path) == ["step-5"]
 
 
-@pytest.mark.parametrize("number", SCHEDULERS)
+@pytest.mark.parametrize("number", only_first_quick(SCHEDULERS))
 def test_networks_in_hyperbolic_space_too(tmp_path: Path, number: signal.Signals) -> None:
     folder = graphs.tree_folder(tmp_path)
     record = graphs.train(graphs.words(folder, tmp_path / "run"), graphs.at_call(13, send(number)))

@@ -40,6 +40,7 @@ from lowrank_train.spectra.history import history
 from lowrank_train.train import finetune as finetuning
 from tests.hyperbolic import helpers as graphs
 from tests.runs import ROOT, Launched, arguments, failure, train_on
+from tests.tiers import only_first_quick
 
 pytestmark = pytest.mark.usefixtures("_agreeable_terminal")
 
@@ -126,7 +127,7 @@ def make(kind: str, checkpoint: Path, marker: Path) -> str:
     return said
 
 
-@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("kind", only_first_quick(HOSTILE))
 def test_a_hostile_checkpoint_executes_nothing(text: Path, copy: Path, tmp_path: Path, marker: Path, kind: str) -> None:
     for step in ("step-2", "step-4"):
         said = make(kind, copy / "checkpoints" / step, marker)

@@ -18,6 +18,7 @@ from lowrank_train.train.metrics import read_metrics
 from lowrank_train.train.run_folder import changed_settings
 from tests.distributed import DistributedFailure
 from tests.runs import Launched, arguments, exact_history, failure, send, train_on
+from tests.tiers import only_first_quick
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def cut_and_die(name: str) -> Callable[[], None]:
     return install
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "record.json", "report.md"])
+@pytest.mark.parametrize("name", only_first_quick(["config.yaml", "record.json", "report.md"]))
 def test_a_finished_run_killed_while_a_file_is_rewritten_is_exported_again(text: Path, copy: Path, name: str) -> None:
     before = (copy / name).read_text()
     shutil.rmtree(copy / "huggingface")

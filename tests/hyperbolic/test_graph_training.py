@@ -28,6 +28,7 @@ from lowrank_train.train.metrics import read_metrics
 from tests.distributed import DistributedFailure
 from tests.hyperbolic.helpers import at_call, failure, train, tree_folder, words
 from tests.runs import ROOT, Launched, assert_equal_tensors, checkpoint_tensors, checkpoints, send
+from tests.tiers import only_first_quick
 
 NODES = ["data.task=node_classification", "data.test_share=0.3"]
 METHODS = {
@@ -76,7 +77,7 @@ def test_links_are_learned(folder: Path, tmp_path: Path, protocol: str) -> None:
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", only_first_quick(METHODS, 2))
 def test_every_method_trains_and_leaves_a_plain_network(folder: Path, tmp_path: Path, method: str) -> None:
     run_dir = tmp_path / "run"
     record = train(words(folder, run_dir, *NODES, "precision=float64", *METHODS[method]))
@@ -182,7 +183,7 @@ def test_the_report_tells_what_was_done(folder: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ going on
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", only_first_quick(METHODS))
 def test_a_resumed_run_is_bit_identical(folder: Path, tmp_path: Path, method: str) -> None:
     """With dropout and random negatives: stopped by a signal at epoch 13, killed at 26, then to the end."""
     more = ["model.dropout=0.2", *METHODS[method]]

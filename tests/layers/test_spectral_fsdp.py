@@ -19,6 +19,7 @@ from lowrank_train.layers.plain import merge, merged_state_dict
 from lowrank_train.layers.spectral import to_spectral
 from lowrank_train.models import build as models
 from tests.distributed import run_distributed
+from tests.tiers import only_first_quick
 
 VOCABULARY = 61
 SIZE = {
@@ -95,14 +96,17 @@ def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance:
 
 @pytest.mark.parametrize(
     ("world_size", "frozen_dtype", "path"),
-    [
-        (2, None, "factored"),
-        (3, None, "materialised"),
-        (2, "float32", "materialised"),
-        (3, "float32", "factored"),
-        (2, "8bit", "materialised"),
-        (3, "8bit", "factored"),
-    ],
+    only_first_quick(
+        [
+            (2, None, "factored"),
+            (3, None, "materialised"),
+            (2, "float32", "materialised"),
+            (3, "float32", "factored"),
+            (2, "8bit", "materialised"),
+            (3, "8bit", "factored"),
+        ],
+        2,
+    ),
 )
 def test_sharded_gradients_are_those_of_one_process(world_size: int, frozen_dtype: str | None, path: Any) -> None:
     def work() -> None:

@@ -51,6 +51,7 @@ from tests.runs import (
     train_on,
     write_jsonl,
 )
+from tests.tiers import only_first_quick
 
 KINDS = pytest.mark.parametrize("kind", ["llama", "opt"])
 FLOOR = 6
@@ -169,6 +170,7 @@ def test_all_trains_all(folders: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("what", "kind"), [("all", "llama"), ("low_rank", "opt")])
+@pytest.mark.slow
 def test_every_method_takes_a_step_on_a_compressed_model(folders: Path, tmp_path: Path, what: str, kind: str) -> None:
     """And gives back a state of the same names, in which what is frozen has not moved."""
     before = load_model(folders / kind).state_dict()
@@ -232,7 +234,7 @@ def test_layers_on_top_of_factors_leave_the_outputs_as_they_were(folders: Path, 
 # -------------------------------------------------------------------------------------------------------- resume, ranks
 
 
-@pytest.mark.parametrize(("optimizer", "world_size"), [("adamw", 2), ("sst", 1)])
+@pytest.mark.parametrize(("optimizer", "world_size"), only_first_quick([("adamw", 2), ("sst", 1)]))
 def test_a_resumed_finetuning_is_bit_identical(folders: Path, tmp_path: Path, optimizer: str, world_size: int) -> None:
     more = [f"optimizer={OPTIMIZER[optimizer]}", "evaluation.every=2"]
     train_on(world_size, words(folders, tmp_path / "whole", *more))
@@ -245,7 +247,7 @@ def test_a_resumed_finetuning_is_bit_identical(folders: Path, tmp_path: Path, op
         assert_equal_tensors(*(checkpoint_tensors(end, section) for end in ends))
 
 
-@pytest.mark.parametrize(("kind", "optimizer"), [("llama", "adamw"), ("opt", "dct_adamw")])
+@pytest.mark.parametrize(("kind", "optimizer"), only_first_quick([("llama", "adamw"), ("opt", "dct_adamw")]))
 def test_two_ranks_train_as_one(folders: Path, tmp_path: Path, kind: str, optimizer: str) -> None:
     more = [f"optimizer={OPTIMIZER[optimizer]}"]
     for world_size in (1, 2):
@@ -258,6 +260,7 @@ def test_two_ranks_train_as_one(folders: Path, tmp_path: Path, kind: str, optimi
         torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-9 * float(value.abs().max()))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_ranks_or_another_choice_is_refused(folders: Path, tmp_path: Path) -> None:
     train_on(1, words(folders, tmp_path, "steps=1"))
     assert "holds nothing for 'optimizer." in failure(words(folders, tmp_path, "train=all"))
@@ -292,6 +295,7 @@ def test_the_export_is_compressed_and_has_the_loss_of_the_run(folders: Path, tmp
 # ------------------------------------------------------------------------------------------------------------- launcher
 
 
+@pytest.mark.slow
 def test_the_launcher_runs_the_recipe(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

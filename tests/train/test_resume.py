@@ -187,7 +187,8 @@ def wait_for_checkpoint(run: Launched, run_dir: Path, after: int = 0) -> None:
     raise AssertionError(f"no checkpoint came\n{run.output}")
 
 
-@pytest.mark.parametrize("background", only_first_quick(["true", "false"]))
+@pytest.mark.parametrize("background", ["true", "false"])
+@pytest.mark.slow
 def test_killed_at_random_moments_it_goes_on_as_if_nothing_had_been(
     text: Path, tmp_path: Path, whole: Path, background: str
 ) -> None:
@@ -289,6 +290,7 @@ def test_a_signal_ends_the_run_well_and_the_printed_command_resumes_it(text: Pat
     assert exact_history(tmp_path / "run") == exact_history(whole)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_during_the_first_step(text: Path, tmp_path: Path) -> None:
     """Both stop together, and what was done is kept."""
     words = arguments(text, tmp_path, "steps=9")
@@ -471,6 +473,7 @@ def test_a_damaged_checkpoint_is_set_aside(text: Path, source: Path, copy: Path,
     assert checkpoints(copy) == ["step-2", "step-4", "step-6", "step-8", "step-8.damaged"]  # nothing was lost
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_given_by_path(text: Path, copy: Path, tmp_path: Path) -> None:
     damage(copy / "checkpoints" / "step-8", "metadata deleted")
     message = failure(go_on(text, tmp_path / "run", f"resume={copy / 'checkpoints' / 'step-8'}"), world_size=2)

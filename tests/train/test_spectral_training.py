@@ -32,6 +32,7 @@ from tests.runs import (
     send,
     train_on,
 )
+from tests.tiers import only_first_quick
 
 STEPS = 12
 METHODS = {
@@ -46,7 +47,7 @@ def words(text: Path, run_dir: Path, method: str, *more: str, **case: str) -> li
     return arguments(text, run_dir, f"steps={STEPS}", f"optimizer={METHODS[method]}", *more, **case)
 
 
-@pytest.mark.parametrize(("method", "model"), [("sst", "llama"), ("sst", "opt"), ("relora", "llama")])
+@pytest.mark.parametrize(("method", "model"), only_first_quick([("sst", "llama"), ("sst", "opt"), ("relora", "llama")]))
 def test_two_ranks_equal_one(text: Path, tmp_path: Path, method: str, model: str) -> None:
     """Over two re-SVDs, or restarts."""
     for world_size in (1, 2):
@@ -56,7 +57,7 @@ def test_two_ranks_equal_one(text: Path, tmp_path: Path, method: str, model: str
     assert one[-1] < one[0] - 0.1
 
 
-@pytest.mark.parametrize(("method", "world_size"), [("sst, 8 bit", 2), ("relora", 1)])
+@pytest.mark.parametrize(("method", "world_size"), only_first_quick([("sst, 8 bit", 2), ("relora", 1)]))
 def test_a_resumed_run_is_bit_identical(text: Path, tmp_path: Path, method: str, world_size: int) -> None:
     """Stopped in the middle of an iteration; the next draw, re-SVD or restart comes after."""
     train_on(world_size, words(text, tmp_path / "whole", method))
@@ -69,6 +70,7 @@ def test_a_resumed_run_is_bit_identical(text: Path, tmp_path: Path, method: str,
         assert_equal_tensors(*(checkpoint_tensors(end, section) for end in ends))
 
 
+@pytest.mark.slow
 def test_spectral_training_goes_on_on_other_ranks(text: Path, tmp_path: Path) -> None:
     case = {"precision": "float64"}
     train_on(1, words(text, tmp_path / "whole", "sst", **case))

@@ -132,7 +132,7 @@ def test_gradient_checkpointing_recomputes(text: Path, tmp_path: Path) -> None:
     assert counts == [2, 4, 3, 4]  # one per layer, and once more in backward; of selective only the call
 
 
-@pytest.mark.parametrize(("model", "optimizer"), [("llama", "adamw"), ("opt", "dct_adamw")])
+@pytest.mark.parametrize(("model", "optimizer"), only_first_quick([("llama", "adamw"), ("opt", "dct_adamw")]))
 def test_bfloat16_stays_near_float32_and_keeps_float32_weights(runs: Runs, model: str, optimizer: str) -> None:
     low = runs.losses(2, precision="bfloat16", model=model, optimizer=optimizer)
     full = runs.losses(1, precision="float32", model=model, optimizer=optimizer)
@@ -419,7 +419,9 @@ def test_a_run_continues_from_the_exported_folder(runs: Runs, text: Path, tmp_pa
     assert record.initial_validation_loss == pytest.approx(before["validation_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in optim.names() if name not in (*OPTIMIZERS, "riemannian_adamw")])
+@pytest.mark.parametrize(
+    "name", only_first_quick([name for name in optim.names() if name not in (*OPTIMIZERS, "riemannian_adamw")], 3)
+)
 def test_every_registered_optimizer_trains_by_its_name(runs: Runs, name: str) -> None:
     layers = ", rank: 4" if optim.find(name).layers is not None else ""  # theirs; the others' ranks have a default
     (record,) = runs.make(1, f"optimizer={{name: {name}, lr: 1.0e-3{layers}}}", "steps=3")[1]

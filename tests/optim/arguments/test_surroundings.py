@@ -22,6 +22,7 @@ from tests.optim.models import (
     trainable,
     weights,
 )
+from tests.tiers import only_first_quick
 
 STEPS = REFRESH_INTERVAL + 2
 """Refreshes, a draw or a restart, and a step after each of them."""
@@ -63,7 +64,7 @@ def check_autocast(name: str, device: str) -> None:
         assert_equal(inside, trained(name, nullcontext, accumulation_steps, device))
 
 
-@every_optimizer
+@pytest.mark.parametrize("name", only_first_quick(optim.names(), 4))
 def test_a_step_inside_autocast_is_one_outside(name: str) -> None:
     check_autocast(name, "cpu")
 
@@ -95,6 +96,7 @@ def test_a_closure_still_runs_in_the_autocast_around_the_step(name: str) -> None
 
 
 @every_optimizer
+@pytest.mark.slow
 def test_a_compiled_step_is_an_eager_one_and_is_compiled_once(name: str) -> None:
     torch._dynamo.reset()
     graphs = []

@@ -18,6 +18,7 @@ from lowrank_train import optim
 from tests.distributed import run_distributed
 from tests.optim.models import assert_equal, build, gradient, prepare, states, weights
 from tests.optim.shards.test_sharded import Network
+from tests.tiers import only_first_quick
 
 STEPS = 16  # crosses two refreshes
 EVERY = optim.names()
@@ -163,7 +164,7 @@ def sharded_fused(max_norm: float | None) -> dict[str, Any]:
     return results
 
 
-@pytest.mark.parametrize("max_norm", [None, 1e-2])
+@pytest.mark.parametrize("max_norm", only_first_quick([1e-2, None]))
 def test_under_fsdp_equals_one_process(max_norm: float | None) -> None:
     for results in run_distributed(sharded_fused, 2, max_norm):
         for name, (final, _, norms) in results.items():

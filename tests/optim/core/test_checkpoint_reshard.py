@@ -232,5 +232,6 @@ def local_state_dicts() -> None:
         assert_equal(weights(twin), weights(model))
 
 
+@pytest.mark.slow
 def test_local_state_dicts_resume_on_the_same_ranks() -> None:
     run_distributed(local_state_dicts, 2)

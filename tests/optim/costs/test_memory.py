@@ -29,6 +29,7 @@ from tests.optim.models import (
     tiny_llama,
     tiny_opt,
 )
+from tests.tiers import only_first_quick
 
 RANK = 2
 
@@ -373,7 +374,7 @@ def predicted_is_counted(by_rank: list[dict[tuple[str, str], int]]) -> None:
             assert predicted == expected, (shard, name, label)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", only_first_quick([2, 3]))
 def test_each_rank_holds_what_is_predicted_for_it(world_size: int) -> None:
     by_rank = run_distributed(sharded_bytes, world_size)
     predicted_is_counted(by_rank)

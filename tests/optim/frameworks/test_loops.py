@@ -63,6 +63,7 @@ def replace_parameters(optimizer: torch.optim.Optimizer, old: dict[str, Tensor],
         group["params"] = [by_old[param] for param in group["params"]]
 
 
+@pytest.mark.slow
 def test_before_sharding_is_after_sharding(material: Path) -> None:
     """Bit for bit: weights and state; with the state deferred and not."""
 
@@ -136,6 +137,7 @@ def test_resume_of_a_plain_loop_is_exact(material: Path) -> None:
     assert_equal(in_two, at_once)
 
 
+@pytest.mark.slow
 def test_spectral_layers_resume_exactly_under_fsdp2(material: Path) -> None:
     """Through torch.distributed.checkpoint, within an iteration; the optimizer was built before sharding, deferred."""
 

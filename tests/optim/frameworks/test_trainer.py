@@ -37,6 +37,7 @@ from tests.optim.frameworks.harness import (
     sharded_share,
 )
 from tests.optim.models import assert_equal
+from tests.tiers import only_first_quick
 
 pytest.importorskip("accelerate", reason="accelerate is not installed, and the Trainer needs it")
 
@@ -109,7 +110,9 @@ def plain(folder: Path) -> tuple[list[float], dict[str, Tensor]]:
     return run_ranks(losses_and_weights, 1, folder)[0]
 
 
-@pytest.mark.parametrize(("ranks", "accumulations", "fsdp"), [(1, [1, 2], False), (2, [1], False), (2, [1, 2], True)])
+@pytest.mark.parametrize(
+    ("ranks", "accumulations", "fsdp"), only_first_quick([(1, [1, 2], False), (2, [1], False), (2, [1, 2], True)])
+)
 def test_losses_are_those_of_the_plain_loop(ranks: int, accumulations: list[int], fsdp: bool, material: Path) -> None:
     """And state waits until the model is sharded, and updates in backward are refused where it is replicated."""
     losses, weights = plain(material)
@@ -125,6 +128,7 @@ def test_losses_are_those_of_the_plain_loop(ranks: int, accumulations: list[int]
             assert result["decays"] == {"matrix": 0.1, "embedding": 0.1, "head": 0.1, "vector": 0.0}
 
 
+@pytest.mark.slow
 def test_the_comparison_would_see_decay_schedule_clipping_and_rank(material: Path) -> None:
     """What the tests of all frameworks rest on: the losses depend on each setting by more than they may differ."""
     losses, _ = plain(material)
@@ -155,11 +159,13 @@ def resumed(ranks: int, fsdp: bool, state_dict_type: str | None) -> tuple[dict[s
     ("ranks", "fsdp", "kind"),
     [(1, False, None), (2, False, None), (2, True, "FULL_STATE_DICT"), (2, True, "SHARDED_STATE_DICT")],
 )
+@pytest.mark.slow
 def test_resume_is_exact(ranks: int, fsdp: bool, kind: str | None, material: Path) -> None:
     for at_once, in_two in run_ranks(resumed, ranks, material, ranks, fsdp, kind):
         assert_equal(in_two, at_once)
 
 
+@pytest.mark.slow
 def test_spectral_layers_train_under_the_trainer(material: Path) -> None:
     """Converted before the Trainer sees the model; merged at the end."""
 

@@ -21,6 +21,7 @@ from tests.distributed import run_distributed
 from tests.optim.methods.test_sst import Decompositions, build, drawn_gradient, spectral_network, step_with, train
 from tests.optim.models import assert_equal, set_gradients, states, weights
 from tests.optim.shards.test_sharded import Collectives, one_dimensional_mesh, swap_parameters, two_by_two_mesh
+from tests.tiers import only_first_quick
 
 TOLERANCE = 1e-10
 T3 = 2
@@ -78,7 +79,7 @@ def alone(case: str) -> tuple[list[float], dict[str, Tensor], dict[str, float]]:
     return trained(case, None)
 
 
-@pytest.mark.parametrize(("placement", "world_size"), [("rows", 2), ("rows", 3), ("hsdp", 4)])
+@pytest.mark.parametrize(("placement", "world_size"), only_first_quick([("rows", 2), ("rows", 3), ("hsdp", 4)]))
 def test_sharded_equals_one_process(placement: str, world_size: int) -> None:
     """Of one active triplet, or one frozen, some ranks hold nothing."""
     for results in run_distributed(all_trained, world_size, placement):
@@ -238,7 +239,7 @@ def test_vectors_cut_in_parts_are_refused_before_they_are_changed() -> None:
 # --------------------------------------------------------------------------------------------------------- construction
 
 
-@pytest.mark.parametrize("through_state_dict", [False, True])
+@pytest.mark.parametrize("through_state_dict", only_first_quick([False, True]))
 def test_built_before_sharding_equals_built_after(through_state_dict: bool) -> None:
     def worker() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         model = new("8bit")
@@ -330,7 +331,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str,
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # what a plain process is told when it loads
-@pytest.mark.parametrize(("placement", "world_size"), [(None, 0), ("rows", 1), ("rows", 3)])
+@pytest.mark.parametrize(("placement", "world_size"), only_first_quick([(None, 0), ("rows", 1), ("rows", 3)]))
 def test_a_checkpoint_of_two_ranks_continues_elsewhere(
     checkpoint: tuple[str, dict[str, dict[str, Tensor]]], placement: str | None, world_size: int
 ) -> None:

@@ -138,6 +138,7 @@ def built_around_sharding(name: str) -> dict[str, dict[str, Tensor]]:
     return results
 
 
+@pytest.mark.slow
 def test_before_sharding_is_after_sharding() -> None:
     """Bit for bit, weights and state, in a plain loop: nobody but the optimizer looks the parameters up."""
     for by_name in run_distributed(lambda: {name: built_around_sharding(name) for name in optim.names()}, 2):

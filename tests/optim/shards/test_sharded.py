@@ -587,6 +587,7 @@ def moved_to_another_placement() -> dict[str, Any]:
     return results
 
 
+@pytest.mark.slow
 def test_state_moves_between_placements_and_to_an_unsharded_optimizer() -> None:
     for results in run_distributed(moved_to_another_placement, 2):
         for name, (moved, plain, source) in results.items():

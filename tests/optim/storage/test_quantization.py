@@ -23,6 +23,7 @@ from lowrank_train.optim.shards.layout import StateTensor
 from lowrank_train.optim.storage.quantization import BLOCK, as_stored, dequantize, quantize, read
 from tests.distributed import run_distributed
 from tests.optim.models import assert_equal, gradient, prepare, run_steps, states, weights
+from tests.tiers import only_first_quick
 
 
 class Code(NamedTuple):
@@ -274,7 +275,7 @@ def regression(state_dtype: str | None, name: str, dtype: torch.dtype) -> tuple[
     return losses, states(model, optimizer)
 
 
-@pytest.mark.parametrize("name", ["adamw", "dct_adamw", "low_rank_adamw"])
+@pytest.mark.parametrize("name", only_first_quick(["adamw", "dct_adamw", "low_rank_adamw"]))
 def test_training_in_fewer_bits_is_close_to_training_in_32(name: str) -> None:
     full, _ = regression(None, name, torch.float32)
     for state_dtype, code, tolerance in [("8bit", torch.int8, 0.03), ("4bit", torch.uint8, 0.25)]:
@@ -427,7 +428,7 @@ def test_the_model_of_these_tests_has_codes_of_every_kind() -> None:
     assert optimizer.state[model.tall.weight]["exp_avg_scale"].shape == (150, 2)
 
 
-@pytest.mark.parametrize("kind", ["rows", "columns"])
+@pytest.mark.parametrize("kind", only_first_quick(["rows", "columns"], 2))
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_codes_do_not_depend_on_the_number_of_ranks(kind: str, world_size: int) -> None:
     def worker() -> dict[str, dict[str, Tensor]]:
