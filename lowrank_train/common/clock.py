@@ -24,7 +24,10 @@ class DeviceClock:
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def take(self) -> float:
-        """Seconds of all blocks since the last call; one the device has not finished yet counts at a later call."""
+        """Return the seconds of all blocks since the last call.
+
+        A block that the device has not finished counts at a later call.
+        """
         while self._events and self._events[0][1].query():
             first, last = self._events.pop(0)
             self._seconds += first.elapsed_time(last) / 1000  # milliseconds

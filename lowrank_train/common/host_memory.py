@@ -20,7 +20,7 @@ _UNLIMITED = 2**60
 """Version 1 of cgroups writes a number beyond this where there is no limit."""
 
 _ALLOCATOR = re.compile(r"can't allocate memory|not enough memory|tried to allocate|failed to allocate|Cannot allocate")
-"""Of the messages of torch's CPU allocator and of ``mmap``."""
+"""What the messages of torch's CPU allocator and of ``mmap`` say."""
 
 
 def available_bytes() -> int | None:

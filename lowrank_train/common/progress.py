@@ -14,11 +14,11 @@ T = TypeVar("T")
 
 
 def bar_style() -> dict[str, Any]:
-    """Refresh rates for a terminal, or for a log file."""
+    """Return the refresh rates of a progress bar for a terminal, or for a log file."""
     live = sys.stderr.isatty()
     return {"dynamic_ncols": live, "mininterval": 0.2 if live else 10}
 
 
 def show_progress(items: Iterable[T], what: str, unit: str, *, active: bool = True) -> Iterator[T]:
-    """The items, with a bar that appears when they take more than a few seconds and goes when they are done."""
+    """Yield the items, with a bar that appears when they take more than a few seconds and goes when they are done."""
     yield from tqdm(items, desc=what, unit=f" {unit}", delay=3, leave=False, disable=not active, **bar_style())

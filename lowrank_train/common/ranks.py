@@ -56,7 +56,7 @@ class Ranks:
         return box[0]  # type: ignore[return-value]
 
     def on_first(self, work: Callable[[], T]) -> T | None:
-        """As ``first``, for what cannot leave the first rank: the others get None."""
+        """Do the same as ``first`` for a result that cannot leave the first rank: the others get None."""
         kept: list[T] = []
         self.first(lambda: kept.append(work()))
         return kept[0] if kept else None
@@ -80,7 +80,7 @@ class Ranks:
         work: Callable[[int], Mapping[str, Tensor]],
         like: Sequence[Mapping[str, Tensor]],  # global shape and dtype of what work(i) gives
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """``work(i)`` for i = 0 .. count - 1, each on one rank, side by side; all ranks get (i, result), in order.
+        """Run ``work(i)`` for i = 0 .. count - 1, each on one rank, side by side; all ranks get (i, result), in order.
 
         Raises UserError on all ranks if ``work`` does on one.
         """
@@ -108,7 +108,10 @@ class Ranks:
             tensor.detach().copy_(value)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank, so that all act together. No device sync: the answer travels by CPU."""
+        """Return whether the flag is set on any rank, so that all act together.
+
+        No device sync: the answer travels by CPU.
+        """
         answer = torch.tensor(int(flag))
         dist.all_reduce(answer, op=dist.ReduceOp.MAX)
         return bool(answer)

@@ -37,7 +37,7 @@ class RunRecord:
     tokens: int
     """Training tokens seen since the start of the run, over all sessions."""
     seconds: float
-    """Of training steps, over all sessions; loading, evaluation and checkpoints aside."""
+    """Seconds of training steps, over all sessions, without loading, evaluation and checkpoints."""
     optimizer_seconds: float
     """Those of them spent in ``optimizer.step()``."""
     tokens_per_second: float
@@ -49,7 +49,7 @@ class RunRecord:
     validation_tokens: int
     skipped_steps: int
     predicted_peak_gib: float | None
-    """Of a training step on the first rank, weights and state included; the process itself is not. None
+    """Peak of a training step on the first rank, with weights and state but without the process itself. None
     with an adapter."""
     peak_memory_gib: float
     """Over all sessions. CUDA: largest allocation on the first rank's device; CPU: its process's resident set."""
@@ -77,18 +77,18 @@ class RunRecord:
         return None if self.initial_validation_loss is None else perplexity(self.initial_validation_loss)
 
     def write(self, path: Path) -> None:
-        """As JSON."""
+        """Write the record as JSON."""
         figures = {**asdict(self), "perplexity": self.perplexity, "initial_perplexity": self.initial_perplexity}
         write_text(path, json.dumps(figures, indent=2) + "\n")
 
 
 def perplexity(loss: float) -> float:
-    """exp of a loss in nats per token; infinite where that overflows."""
+    """Return exp of a loss in nats per token; infinite where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Command, commit, versions and hardware of this process."""
+    """Return the command, commit, versions and hardware of this process."""
     return {
         "command": typed_command(),
         "commit": _commit(),
@@ -101,7 +101,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory used so far: allocated on a CUDA device, resident in RAM for CPU."""
+    """Return the largest memory used so far: allocated on a CUDA device, resident in RAM for CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024

@@ -25,7 +25,7 @@ from lowrank_train.common.errors import UserError, first_line
 __all__ = ["attempt_store", "end_with_launcher", "join", "say_lost_ranks"]
 
 _TIMEOUT = timedelta(minutes=30)
-"""For all ranks to appear; that of a collective of gloo."""
+"""The time within which all ranks must appear; that of a collective of gloo."""
 
 _POLL_SECONDS = 0.5
 _LOST = re.compile(

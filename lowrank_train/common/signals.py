@@ -60,5 +60,5 @@ def typed_command(words: list[str] | None = None) -> str:
 
 
 def resume_command() -> str:
-    """What was typed, to be typed again: the run folder knows where to go on."""
+    """Return the command as it was typed; typed again, it continues the run."""
     return typed_command([*(word for word in sys.argv if not word.startswith("resume=")), "resume=auto"])

@@ -46,7 +46,7 @@ def parse_bytes(text: str, whole: int | None = None) -> int:
 
 
 def show_bytes(count: int) -> str:
-    """In the largest binary unit that leaves at least one."""
+    """Return a number of bytes in the largest binary unit that leaves at least one."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:,.2f} {unit}"

@@ -14,13 +14,14 @@ from lowrank_train.common.progress import show_progress
 __all__ = ["input_energies", "input_moments", "outlier_shares"]
 
 _MEMORY_BYTES = 4 * 2**30
-"""Of second moments gathered in one pass over the text; a model with more takes several."""
+"""Bytes of second moments gathered in one pass over the text; a model with more takes several passes."""
 
 
 def input_moments(
     model: PreTrainedModel, linears: Mapping[str, nn.Linear], batches: list[Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """C = mean of x x^T over the tokens, (in, in) float64, of every layer; few at a time, in the order of ``linears``.
+    """Yield C = mean of x x^T over the tokens, (in, in) float64, of every layer; few at a time, in the order of
+    ``linears``.
 
     Args:
         model: unsharded, in evaluation mode.
@@ -40,12 +41,12 @@ def input_moments(
 def input_energies(
     model: PreTrainedModel, linears: Mapping[str, nn.Linear], batches: list[Tensor]
 ) -> dict[str, Tensor]:
-    """Mean of x^2 over the tokens, (in,) float64, of every layer; arguments as for ``input_moments``."""
+    """Return the mean of x^2 over the tokens, (in,) float64, of every layer; arguments as for ``input_moments``."""
     return _gathered(model, linears, batches, lambda x: x.square().sum(0))
 
 
 def outlier_shares(linears: Mapping[str, nn.Linear], energies: Mapping[str, Tensor], threshold: float = 5.0) -> float:
-    """Share of the weights of a block of layers whose |W_ij| ||x_j|| exceeds ``threshold`` times its mean.
+    """Return the share of weights of a block of layers whose |W_ij| ||x_j|| exceeds ``threshold`` times its mean.
 
     Source: Yin et al., OWL (arXiv 2310.05175), the layerwise outlier distribution; their thresholds are 5 and 7.
     """

@@ -81,7 +81,7 @@ class CompressConfig:
 
 
 def help_text() -> str:
-    """How to call it, and every key with its default and meaning."""
+    """Return how to call the command, and every key with its default and meaning."""
     usage = [
         "usage: launch/compress.py FOLDER --rank-reduction 0.5 --out small/ [--key value ...] [key=value ...]",
         "",
@@ -92,7 +92,10 @@ def help_text() -> str:
 
 
 def load_settings(arguments: Sequence[str]) -> tuple[Path, CompressConfig]:
-    """The model's folder and the settings. Raises UserError for unknown keys, values out of range, no model."""
+    """Return the folder of the model and the settings.
+
+    Raises UserError for unknown keys, values out of range, no model.
+    """
     words = flags_to_keys(arguments, CompressConfig)
     folders = [word for word in words if "=" not in word and not word.endswith((".yaml", ".yml"))]
     config = load_schema(CompressConfig, [word for word in words if word not in folders])

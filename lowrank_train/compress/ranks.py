@@ -71,12 +71,12 @@ class PlannedMatrix:
 
     @property
     def bytes_before(self) -> int:
-        """Of the matrix."""
+        """Bytes of the matrix."""
         return self.rows * self.columns * self.itemsize
 
     @property
     def bytes_after(self) -> int:
-        """Of the factors, or of the matrix."""
+        """Bytes of the factors, or of the matrix."""
         return self.rank * (self.rows + self.columns) * self.itemsize if self.is_factored else self.bytes_before
 
 
@@ -93,7 +93,7 @@ def plan_ranks(
     floor: int = 1,
     ceiling: int | None = None,
 ) -> list[PlannedMatrix]:
-    """The ranks of all matrices whose spectrum is given, by one threshold.
+    """Return the ranks of all matrices whose spectrum is given, by one threshold.
 
     Args:
         model: that has them.
@@ -145,14 +145,14 @@ def plan_ranks(
 
 
 def planned(name: str, weight: Tensor, rank: int, classification: str) -> PlannedMatrix:
-    """One matrix with the rank it is given; those that are not of low rank stay whole."""
+    """Return one matrix with the rank it is given; matrices that are not of low rank stay whole."""
     m, n = weight.shape
     low = CLASSIFICATIONS[classification](rank, m, n)
     return PlannedMatrix(name, m, n, rank if low else min(m, n), low, weight.element_size())
 
 
 def rank_reduction(plan: Sequence[PlannedMatrix]) -> float:
-    """1 - sum of ranks after / before, as it was reached."""
+    """Return 1 - sum of ranks after / before, as it was reached."""
     return 1 - sum(matrix.rank for matrix in plan) / sum(matrix.full_rank for matrix in plan)
 
 

@@ -29,7 +29,7 @@ _RUINED = 2.0
 
 
 _MISSED = 0.05
-"""Of the ranks: more than this beyond the target is worth a word."""
+"""The share of ranks beyond the target that is worth a message."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Compression:
     plan: list[PlannedMatrix]
     sigma: dict[str, Tensor]
     bytes_before: int
-    """Of all parameters."""
+    """Bytes of all parameters."""
     bytes_after: int
     loss_before: float | None
     """Nats per token; None: not measured."""

@@ -12,7 +12,7 @@ __all__ = ["DataConfig", "check_data"]
 
 @dataclass
 class DataConfig:
-    """Where text comes from and how it becomes tokens."""
+    """The text of a run, and how it becomes tokens."""
 
     path: str | None = setting(
         None,

@@ -80,7 +80,8 @@ def given_value(arguments: Sequence[str], key: str) -> Any:
 
 
 def flags_to_keys(arguments: Sequence[str], schema: type[Any]) -> list[str]:
-    """``--rank-reduction 0.5``, ``--rank-reduction=0.5`` and ``--merge`` as ``key=value``; other words as they are.
+    """Return ``--rank-reduction 0.5``, ``--rank-reduction=0.5`` and ``--merge`` as ``key=value``, and other words as
+    they are.
 
     Raises UserError for a flag without a value.
     """
@@ -109,7 +110,7 @@ def save_config(config: Any, path: Path) -> None:
 
 
 def changed_keys(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ, with (before, after), of two configurations of one schema."""
+    """Return the keys whose values differ between two configurations of one schema, with (before, after)."""
     then, now = dict(_values(before)), dict(_values(after))
     names = [*now, *(name for name in then if name not in now)]
     return {name: (then.get(name), now.get(name)) for name in names if then.get(name) != now.get(name)}

@@ -29,12 +29,12 @@ class Method(NamedTuple):
         return dict(self.layer_settings({})).get("rank") is inspect.Parameter.empty
 
     def arguments(self) -> list[str]:
-        """Keys of either, each once."""
+        """Return the keys of the optimizer and of the layers, each once."""
         own = self._optimizer_keys()
         return [*own, *(key for key in inspect.signature(self.layers).parameters if key not in own)]
 
     def parametrization(self, arguments: dict[str, Any]) -> Parametrization:
-        """The layers, from those of the arguments that are theirs. Raises ValueError if one is missing."""
+        """Make the layers from those arguments that are theirs. Raises ValueError if one is missing."""
         parameters = inspect.signature(self.layers).parameters
         for key, parameter in parameters.items():
             if parameter.default is parameter.empty and key not in arguments:
@@ -42,12 +42,12 @@ class Method(NamedTuple):
         return self.layers(**{key: arguments[key] for key in parameters if key in arguments})
 
     def layer_settings(self, arguments: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-        """What ``parametrization`` goes by, defaults included."""
+        """Yield the settings that ``parametrization`` uses, defaults included."""
         for key, parameter in inspect.signature(self.layers).parameters.items():
             yield key, arguments.get(key, parameter.default)
 
     def optimizer_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Those of the arguments that are the optimizer's."""
+        """Return those of the arguments that belong to the optimizer."""
         own = self._optimizer_keys()
         return {key: value for key, value in arguments.items() if key in own}
 
@@ -57,7 +57,7 @@ class Method(NamedTuple):
 
 
 OTHER_ROLES = ("embedding", "head", "vector")
-"""Of parameters that are neither matrices, nor what matrices are made of, nor points of a manifold."""
+"""The roles of parameters that are neither matrices, nor parts of matrices, nor points of a manifold."""
 
 _TABLE: dict[str, Method] = {
     "lora": Method(LowRankAdapters, "adamw"),
@@ -67,12 +67,15 @@ _TABLE: dict[str, Method] = {
 
 
 def names() -> list[str]:
-    """All values of ``optimizer.name``, sorted."""
+    """Return all values of ``optimizer.name``, sorted."""
     return sorted({*optim.names(), *_TABLE})
 
 
 def find(name: str, arguments: Iterable[str] = ()) -> Method:
-    """The method of a name; raises ValueError for an unknown one, or an argument it does not take."""
+    """Return the method of a name.
+
+    Raises ValueError for an unknown name, or an argument that the method does not take.
+    """
     if name not in names():
         raise ValueError(f"unknown optimizer {name!r}; {suggestion(name, names())}")
     method = _TABLE.get(name, Method(Dense, name))
@@ -107,7 +110,7 @@ def check(settings: dict[str, Any], rates: Iterable[str], others: Iterable[str] 
 
 
 def describe(name: str) -> str:
-    """Its optimizer's line, and the settings of its layers."""
+    """Return the line of the method's optimizer, and the settings of its layers."""
     method = find(name)
     layers = inspect.signature(method.layers).parameters
     settings = [key if p.default is p.empty else f"{key}={p.default!r}" for key, p in layers.items()]

@@ -194,7 +194,7 @@ def complete(config: Config) -> Config:
 
 
 def help_text(program: str = "launch/pretrain.py") -> str:
-    """Every key with its default and meaning."""
+    """Return every key with its default and meaning."""
     lines = [f"usage: {program} [FILE.yaml ...] [key=value ...]", "", "optimizers:"]
     lines += [f"  {methods.describe(name)}" for name in methods.names()]
     return "\n".join([*lines, "", *key_help(Config)])

@@ -37,7 +37,7 @@ class Range:
     below: float | None = None
 
     def holds(self, value: float) -> bool:
-        """Whether a number is finite and in the range."""
+        """Return whether a number is finite and in the range."""
         return (
             math.isfinite(value)
             and (self.at_least is None or value >= self.at_least)
@@ -91,7 +91,7 @@ def setting(default: Any, meaning: str, *, path: bool = False, **ends: float) ->
 
 
 def keys(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Dotted key, value and metadata of every setting of a configuration, section by section."""
+    """Yield dotted key, value and metadata of every setting of a configuration, section by section."""
     for f in dataclasses.fields(node):
         value = getattr(node, f.name)
         if dataclasses.is_dataclass(value):

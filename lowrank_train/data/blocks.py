@@ -26,13 +26,13 @@ __all__ = ["TokenFile", "TokenStream", "TrainingBlocks"]
 
 
 class TrainingBlocks(Protocol):
-    """Where training blocks come from."""
+    """The source of training blocks."""
 
     def take(self, count: int, rank: int, world_size: int) -> Tensor:
-        """This rank's share (count / world_size, seq_len + 1) int64 of the next ``count`` blocks of the run."""
+        """Return this rank's share (count / world_size, seq_len + 1) int64 of the next ``count`` blocks of the run."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, as plain values; sub-streams of other ranks are not in it."""
+        """Return the position, as plain values; sub-streams of other ranks are not in it."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at a saved position."""
@@ -63,18 +63,18 @@ class TokenFile:
         self._order = torch.empty(0, dtype=torch.int64)
 
     def take(self, count: int, rank: int, world_size: int) -> Tensor:
-        """See ``TrainingBlocks``."""
+        """Return blocks as ``TrainingBlocks.take`` says."""
         share = count // world_size
         first = self.position + rank * share
         self.position += count
         return torch.stack([self._block(k) for k in range(first, first + share)])
 
     def state_dict(self) -> dict[str, Any]:
-        """See ``TrainingBlocks``."""
+        """Return the position in the file."""
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See ``TrainingBlocks``."""
+        """Continue at a saved position."""
         self.position = state["position"]
 
     def _block(self, k: int) -> Tensor:
@@ -101,7 +101,7 @@ class TokenStream:
         self._streams: dict[int, _SubStream] = {}
 
     def take(self, count: int, rank: int, world_size: int) -> Tensor:
-        """See ``TrainingBlocks``."""
+        """Return blocks as ``TrainingBlocks.take`` says."""
         streams = self.config.data.streams
         mine = [k % streams for k in range(self.position, self.position + count) if k % streams % world_size == rank]
         self.position += count
@@ -109,14 +109,14 @@ class TokenStream:
         return torch.stack([self._stream(index).next_block() for index in mine])
 
     def state_dict(self) -> dict[str, Any]:
-        """See ``TrainingBlocks``."""
+        """Return the position in the stream."""
         rank, world_size = self._share
         mine = {f"stream_{i}" for i in range(rank, self.config.data.streams, world_size)}
         unread = {key: value for key, value in self._states.items() if key in mine}  # since the last load
         return {"position": self.position, **unread, **{f"stream_{i}": s.state() for i, s in self._streams.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See ``TrainingBlocks``."""
+        """Continue at a saved position."""
         self.position = state["position"]
         self._streams = {}
         self._states = {key: value for key, value in state.items() if key.startswith("stream_")}

@@ -65,14 +65,14 @@ class Stream(NamedTuple):
 
 
 def lot(document: Document) -> float:
-    """A number in [0, 1) drawn from a document's content: equal documents draw the same."""
+    """Hash the content of a document to a number in [0, 1): equal documents have equal numbers."""
     content = document if isinstance(document, str) else document.content
     digest = hashlib.sha1(content.encode("utf-8", "surrogatepass"), usedforsecurity=False).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def embedded_documents() -> Iterator[str]:
-    """Real text found on any machine: the standard library's sources and the documentation topics of Python.
+    """Return real text found on any machine: the sources and the documentation topics of Python's standard library.
 
     Its content depends on the Python version. Raises UserError where the sources were stripped from the installation.
     """
@@ -215,7 +215,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def texts(rows: Iterable[dict[str, Any]], column: str, where: str) -> Iterator[str]:
-    """The text of each row, rows without any left out; raises UserError for rows that cannot be read."""
+    """Yield the text of each row, without rows that have none. Raises UserError for rows that cannot be read."""
     for row in _read(rows, where):
         text = _text(row, column, where, "data.text_key")
         if text:
@@ -223,7 +223,10 @@ def texts(rows: Iterable[dict[str, Any]], column: str, where: str) -> Iterator[s
 
 
 def examples(rows: Iterable[dict[str, Any]], prompt_column: str, response_column: str, where: str) -> Iterator[Example]:
-    """The example of each row, rows without a response left out; raises UserError for rows that cannot be read."""
+    """Yield the example of each row, without rows that have no response.
+
+    Raises UserError for rows that cannot be read.
+    """
     for row in _read(rows, where):
         prompt = _text(row, prompt_column, where, "data.prompt_key")
         response = _text(row, response_column, where, "data.response_key")
@@ -232,7 +235,7 @@ def examples(rows: Iterable[dict[str, Any]], prompt_column: str, response_column
 
 
 def chats(rows: Iterable[dict[str, Any]], column: str, where: str) -> Iterator[Chat]:
-    """The chat of each row, rows without messages left out; raises UserError for rows that cannot be read."""
+    """Yield the chat of each row, without rows that have no messages. Raises UserError for rows that cannot be read."""
     return chats_of(_read(rows, where), column, where)
 
 

@@ -181,7 +181,7 @@ def _value(config: Config, key: str) -> str | None:
 
 
 def is_gone(key: str, config: DataConfig, saved: TokenRecord) -> bool:
-    """Whether a key names the place of local files that tokens were made from and that are there no more."""
+    """Return whether a key names the place of local files that tokens were made from and that are there no more."""
     value: str | None = getattr(config, key.removeprefix("data."))
     if value is None or Path(value).exists():
         return False

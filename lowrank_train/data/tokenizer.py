@@ -91,7 +91,7 @@ def encode(
     special_tokens: bool = False,
     bos: bool | None = None,
 ) -> list[list[int]]:
-    """Token ids of each document, closed by the end-of-text token.
+    """Return the token ids of each document, closed by the end-of-text token.
 
     Args:
         tokenizer: with an end-of-text token.
@@ -124,7 +124,10 @@ def bos_ids(tokenizer: PreTrainedTokenizerBase, wanted: bool | None) -> list[int
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], special_tokens: bool) -> list[list[int]]:
-    """Token ids of texts, to which nothing is added; arguments as for ``encode``. Long texts are read in pieces."""
+    """Return the token ids of texts, to which nothing is added; arguments as for ``encode``.
+
+    Long texts are read in pieces.
+    """
 
     def encode_all(some: list[str]) -> list[list[int]]:
         batch = tokenizer(

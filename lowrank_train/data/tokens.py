@@ -67,7 +67,7 @@ class Data:
     description: dict[str, Any]
     """What the text is and how it is cut, for the record of the run."""
     identity: dict[str, Any]
-    """Of the description, what is equal for runs that read the same data; kept in checkpoints."""
+    """The part of the description that is equal for runs that read the same data; checkpoints keep it."""
     notes: list[str]
     """What the user must know about the text, on the first rank and all others."""
 

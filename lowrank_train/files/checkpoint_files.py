@@ -53,7 +53,7 @@ _PATHS = {"PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"}
 
 
 def read_index(path: Path) -> dict[str, TensorStorageMetadata | BytesStorageMetadata]:
-    """Entries of a checkpoint by name.
+    """Return entries of a checkpoint by name.
 
     Args:
         path: a checkpoint folder.

@@ -63,7 +63,7 @@ def write_checksums(folder: Path, known: Iterable[FileChecksum] = ()) -> None:
 
 
 def has_checksums(folder: Path) -> bool:
-    """Whether the files of a folder can be verified; earlier versions wrote no checksums."""
+    """Return whether the files of a folder can be verified; earlier versions wrote no checksums."""
     return (folder / CHECKSUMS).is_file()
 
 

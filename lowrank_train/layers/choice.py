@@ -23,7 +23,7 @@ BLOCK_MATRICES = r"\.(q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|dow
 
 
 def linear_layers(model: nn.Module, layers: str = BLOCK_MATRICES) -> dict[str, nn.Linear]:
-    """The ``nn.Linear`` modules whose name matches.
+    """Return the ``nn.Linear`` modules whose name matches.
 
     Args:
         model: any module.
@@ -44,7 +44,7 @@ def linear_layers(model: nn.Module, layers: str = BLOCK_MATRICES) -> dict[str, n
 
 
 def replaceable_layers(model: nn.Module, layers: str = BLOCK_MATRICES) -> dict[str, nn.Linear]:
-    """As ``linear_layers``, where each can be replaced by a layer of another kind.
+    """Return the layers of ``linear_layers``, each of which can be replaced by a layer of another kind.
 
     Raises:
         ValueError: also if the model is sharded or in DistributedDataParallel, or a matched weight is tied to another
@@ -70,7 +70,7 @@ def replaceable_layers(model: nn.Module, layers: str = BLOCK_MATRICES) -> dict[s
 
 
 def trained_layers(model: nn.Module, layers: str | None) -> str:
-    """A regular expression for ``replaceable_layers``: the one given, or that of the block matrices in training."""
+    """Return a regular expression for ``replaceable_layers``: the given one, or that of the block matrices in training."""
     if layers is not None:
         return layers
     linears = [name for name, linear in linear_layers(model).items() if linear.weight.requires_grad]
@@ -89,7 +89,9 @@ def freeze_vocabulary(model: nn.Module) -> nn.Module:
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """Wherever the module is, under several names perhaps; returns the model, which may be that module itself."""
+    """Put another module wherever a module is, perhaps under several names; returns the model, which may be that module
+    itself.
+    """
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children would give a module used twice only once
             if child is old:

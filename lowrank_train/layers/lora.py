@@ -59,16 +59,16 @@ class LowRankAdapters(Parametrization):
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def convert(self, model: nn.Module) -> None:
-        """As ``add_adapters``."""
+        """Give layers adapters by ``add_adapters``."""
         layers = trained_layers(model, self.layers)
         add_adapters(model, self.rank, layers=layers, alpha=self.alpha, seed=self.seed)
 
     def converted(self, module: nn.Module) -> bool:
-        """Whether it is a linear layer with an adapter."""
+        """Return whether a module is a linear layer with an adapter."""
         return isinstance(module, importlib.import_module("peft.tuners.lora").LoraLayer)
 
     def values(self, index: int, target: nn.Module, linear: nn.Module) -> dict[str, Tensor]:
-        """The linear layer's own, A (r, in) drawn from seed and index, B (out, r) zero."""
+        """Return the values of the linear layer, A (r, in) drawn from seed and index, and B (out, r) zero."""
         assert isinstance(linear, nn.Linear)
         weight, r = linear.weight, self.rank
         drawn = drawn_factor((r, linear.in_features), seed=self.seed, index=index, restart=0)
@@ -78,7 +78,7 @@ class LowRankAdapters(Parametrization):
         return values
 
     def plain_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """W + (alpha / r) B A under the name of W; other names without ``base_layer``."""
+        """Return W + (alpha / r) B A under the name of W, and other names without ``base_layer``."""
         plain: dict[str, Tensor] = {}
         for name, value in state.items():
             layer = name.removesuffix(_WEIGHT)

@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 _RIDGES = (0.0, 1e-10, 1e-8, 1e-6, 1e-4)
-"""Of the mean eigenvalue of C, added to its diagonal until it is positive definite: few tokens do not span all."""
+"""The share of the mean eigenvalue of C that is added to its diagonal until C is positive definite."""
 
 
 class LowRankLinear(nn.Module):
@@ -71,7 +71,7 @@ class LowRankLinear(nn.Module):
         self.left = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
+        """Map (..., in) to (..., out)."""
         return self.left(self.right(x))
 
     @property
@@ -85,12 +85,13 @@ class LowRankLinear(nn.Module):
         return self.left.bias
 
     def extra_repr(self) -> str:
-        """As shown by print."""
+        """Return the sizes that print shows."""
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
 def factors(weight: Tensor, rank: int, input_moment: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """A (out, rank) and B (rank, in) whose product is the nearest to a weight (out, in) of that rank, in float64.
+    """Return A (out, rank) and B (rank, in), float64, whose product is the nearest matrix of that rank to a weight
+    (out, in).
 
     Args:
         weight: finite.
@@ -115,7 +116,7 @@ def factors(weight: Tensor, rank: int, input_moment: Tensor | None = None) -> tu
 
 
 def truncated(weight: Tensor, rank: int, input_moment: Tensor | None = None) -> Tensor:
-    """The product of ``factors``, (out, in), in the weight's type."""
+    """Return the product of ``factors``, (out, in), in the type of the weight."""
     left, right = factors(weight, rank, input_moment)
     return (left @ right).to(weight.dtype)
 
@@ -152,7 +153,9 @@ def shape_low_rank(model: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
 
 @torch.no_grad()
 def low_rank_layer(linear: nn.Linear, rank: int, input_moment: Tensor | None = None) -> LowRankLinear:
-    """The best approximation of a linear layer by one of a given rank, with its bias; arguments as of ``factors``."""
+    """Return the best approximation of a linear layer by one of a given rank, with its bias; arguments as of
+    ``factors``.
+    """
     layer = _like(linear, rank)
     left, right = factors(linear.weight, rank, input_moment)
     layer.left.weight.copy_(left)

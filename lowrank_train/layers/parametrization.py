@@ -27,11 +27,11 @@ class Parametrization(ABC):
 
     @abstractmethod
     def converted(self, module: nn.Module) -> bool:
-        """Whether a module took the place of a linear layer."""
+        """Return whether a module took the place of a linear layer."""
 
     @abstractmethod
     def values(self, index: int, target: nn.Module, linear: nn.Module) -> dict[str, Tensor]:
-        """All parameters, whole, of a converted layer with the outputs of ``linear``.
+        """Return all parameters, whole, of a converted layer with the outputs of ``linear``.
 
         Args:
             index: of the layer among the converted ones.
@@ -41,25 +41,25 @@ class Parametrization(ABC):
 
     @abstractmethod
     def plain_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The whole state dict of a converted model as that of the plain one."""
+        """Return the whole state dict of a converted model as that of the plain one."""
 
 
 class Dense(Parametrization):
     """Matrices as they are."""
 
     def convert(self, model: nn.Module) -> None:
-        """Nothing to do."""
+        """Change nothing."""
 
     def converted(self, module: nn.Module) -> bool:
-        """No module is."""
+        """Return False: no module is converted."""
         return False
 
     def values(self, index: int, target: nn.Module, linear: nn.Module) -> dict[str, Tensor]:
-        """Never asked for."""
+        """Raise an error: nothing asks for the values of a converted layer."""
         raise NotImplementedError
 
     def plain_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """As it is."""
+        """Return the state dict unchanged."""
         return dict(state)
 
 
@@ -80,7 +80,7 @@ class Spectral(Parametrization):
         self.gradient, self.frozen_dtype, self.layers = gradient, frozen_dtype, layers
 
     def convert(self, model: nn.Module) -> None:
-        """As ``to_spectral``."""
+        """Replace layers by ``to_spectral``."""
         to_spectral(
             model,
             self.rank,
@@ -92,16 +92,16 @@ class Spectral(Parametrization):
         )
 
     def converted(self, module: nn.Module) -> bool:
-        """Whether it is a spectral layer."""
+        """Return whether a module is a spectral layer."""
         return isinstance(module, SpectralLinear)
 
     def values(self, index: int, target: nn.Module, linear: nn.Module) -> dict[str, Tensor]:
-        """By a singular value decomposition. Raises ValueError for a weight that has none."""
+        """Decompose the weight by its singular values. Raises ValueError for a weight that has none."""
         assert isinstance(target, SpectralLinear)
         assert isinstance(linear, nn.Linear)
         factors = factorise(linear.weight, self.rank, sampling=self.sampling, seed=self.seed, index=index)
         return spectral_values(target, factors, linear.bias)
 
     def plain_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Factors multiplied out."""
+        """Return the state dict with factors multiplied out."""
         return plain_state(state)

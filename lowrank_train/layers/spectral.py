@@ -88,7 +88,7 @@ class SpectralLinear(nn.Module):
 
     @property
     def parameter_roles(self) -> dict[str, str]:
-        """For ``optim.param_groups``."""
+        """The role of each factor, for ``optim.param_groups``."""
         roles = {}
         for name, _ in self.named_parameters(recurse=False):
             if name != "bias":
@@ -97,7 +97,7 @@ class SpectralLinear(nn.Module):
         return roles
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
+        """Map (..., in) to (..., out)."""
         kind = x.device.type
         casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         if casts and x.is_floating_point() and x.dtype != torch.float64:
@@ -124,7 +124,7 @@ class SpectralLinear(nn.Module):
         return _merged({name: param.detach() for name, param in self.named_parameters(recurse=False)})
 
     def extra_repr(self) -> str:
-        """As shown by print."""
+        """Return the sizes that print shows."""
         frozen = "" if self.frozen_dtype is None else f", frozen_dtype={self.frozen_dtype}"
         shape = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
         return f"{shape}, bias={self.bias is not None}{frozen}"
@@ -188,7 +188,8 @@ def to_spectral(
 def factorise(
     weight: Tensor, rank: int, *, sampling: str = "multinomial", seed: int = 0, index: int = 0
 ) -> dict[str, Tensor]:
-    """Factors ``u``, ``sigma``, ``v`` of a weight (out, in), float64, of which the first ``rank`` are drawn as active.
+    """Return factors ``u``, ``sigma``, ``v`` of a weight (out, in), float64. The first ``rank`` triplets are drawn as
+    active.
 
     Raises ValueError for a weight that is all zero or not finite.
     """
@@ -204,7 +205,7 @@ def factorise(
 
 @torch.no_grad()
 def spectral_values(target: SpectralLinear, factors: Mapping[str, Tensor], bias: Tensor | None) -> dict[str, Tensor]:
-    """What ``factorise`` made, as the (whole) parameters of a spectral layer."""
+    """Return the result of ``factorise`` as the (whole) parameters of a spectral layer."""
     r = target.rank
     values = {f"{key}_active": value[:r] for key, value in factors.items()}
     if r < len(factors["sigma"]):

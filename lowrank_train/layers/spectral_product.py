@@ -31,7 +31,7 @@ __all__ = ["factored_is_cheaper", "spectral_product"]
 
 
 def factored_is_cheaper(tokens: int, out: int, width: int, rank: int) -> bool:
-    """Which way takes fewer multiplications in forward and backward together."""
+    """Return whether the factored way takes fewer multiplications in forward and backward together."""
     k = min(out, width)
     factored = 4 * tokens * k * (out + width) + 2 * tokens * rank * (out + width)
     materialised = 6 * (tokens + k) * out * width + 2 * rank * out * width
@@ -48,7 +48,7 @@ def spectral_product(
     enhanced: bool,
     factored: bool,
 ) -> Tensor:
-    """The product (..., out), in the type of x."""
+    """Return the product (..., out), in the type of x."""
     frozen_parts = frozen if frozen is not None else (None, None, None)
     scale_parts = scales if scales is not None else (None, None)
     tokens = x.shape[:-1]

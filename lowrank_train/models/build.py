@@ -83,7 +83,7 @@ def architecture(
     seq_len: int | None = None,
     **token_ids: int | None,
 ) -> PretrainedConfig:
-    """The Hugging Face configuration of a model.
+    """Return the Hugging Face configuration of a model.
 
     Args:
         model: a name of ``SIZES`` or a local folder, and overrides.
@@ -156,7 +156,7 @@ def _valid(make: Callable[[], Any]) -> Any:
 
 
 def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model on the meta device: shapes and names, no memory. Raises UserError for unfit overrides.
+    """Return the model on the meta device: shapes and names, no memory. Raises UserError for unfit overrides.
 
     Matrices that were compressed (``config.low_rank``) are low-rank layers.
     """
@@ -271,5 +271,5 @@ def _fill(
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Elements of all parameters, tied ones once, by global shape."""
+    """Return the number of elements of all parameters, tied ones once, by global shape."""
     return sum(p.numel() for p in model.parameters())

@@ -29,18 +29,21 @@ _ONE_FILE = "1000TB"
 
 
 def compressed_ranks(config: PreTrainedConfig) -> dict[str, int]:
-    """Module name -> rank of what is stored as factors; empty for a plain model."""
+    """Return module name -> rank of what is stored as factors; empty for a plain model."""
     record = getattr(config, "low_rank", None)
     return dict(record["ranks"]) if record else {}
 
 
 def is_compressed(folder: Path | str) -> bool:
-    """Whether a folder holds a compressed model."""
+    """Return whether a folder holds a compressed model."""
     return Path(folder, _WEIGHTS).is_file()
 
 
 def shaped(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with (empty) low-rank layers where its configuration says so, in place; UserError for misfits."""
+    """Put (empty) low-rank layers where the configuration of a model says so, in place.
+
+    Raises UserError for misfits.
+    """
     try:
         shape_low_rank(model, compressed_ranks(model.config))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -49,7 +52,7 @@ def shaped(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def read_compressed(folder: Path | str, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model of a compressed folder, on the CPU, in evaluation mode.
+    """Read the model of a compressed folder, on the CPU, in evaluation mode.
 
     Args:
         folder: with config.json and weights.

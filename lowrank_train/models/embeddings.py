@@ -22,7 +22,7 @@ def train_every_row(model: nn.Module) -> nn.Module:
 
 
 def rows_needed(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """Rows of an embedding that hold every entry of a tokenizer, and those that hold its original vocabulary.
+    """Return how many rows an embedding needs for every entry of a tokenizer, and for its original vocabulary.
 
     The difference is what was added to the tokenizer later, such as a padding token.
     """

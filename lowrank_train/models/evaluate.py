@@ -17,7 +17,7 @@ __all__ = ["evaluate"]
 
 @torch.no_grad()
 def evaluate(model: PreTrainedModel, blocks: Tensor, config: Config, ranks: Ranks) -> float:
-    """Mean loss in nats per token.
+    """Return the mean loss in nats per token.
 
     Args:
         model: sharded, with its ``token_loss``.

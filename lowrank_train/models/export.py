@@ -66,7 +66,7 @@ def export_huggingface(
 
 
 def whole_state(model: PreTrainedModel) -> dict[str, Any]:
-    """Of all ranks, on the CPU of the first; matrices kept in int8 as the bfloat16 they stand for."""
+    """Return the state of all ranks, on the CPU of the first. Matrices kept in int8 are the bfloat16 they stand for."""
     shards: dict[str, Any] = get_model_state_dict(model)
     if not any(isinstance(local(value), Int8Weight) for value in shards.values()):
         return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

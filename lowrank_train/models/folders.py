@@ -18,7 +18,7 @@ __all__ = ["is_export_of_run", "load_model", "model_folder", "model_label"]
 
 
 def model_folder(word: str, key: str = "") -> Path:
-    """The Hugging Face folder a word stands for: itself, or that of a run.
+    """Return the Hugging Face folder a word stands for: the word itself, or the folder of a run.
 
     Args:
         word: as typed.
@@ -40,17 +40,17 @@ def model_folder(word: str, key: str = "") -> Path:
 
 
 def is_export_of_run(folder: Path) -> bool:
-    """Whether a folder is the ``huggingface`` of a run folder."""
+    """Return whether a folder is the ``huggingface`` of a run folder."""
     return folder.resolve().name == "huggingface" and (folder.resolve().parent / "config.yaml").is_file()
 
 
 def model_label(folder: Path) -> str:
-    """What to call the model of a folder: the run's name, or the folder's."""
+    """Return what to call the model of a folder: the name of the run, or of the folder."""
     return folder.resolve().parent.name if is_export_of_run(folder) else folder.resolve().name
 
 
 def load_model(folder: Path) -> PreTrainedModel:
-    """A causal language model of a Hugging Face folder, compressed or not, in float32 or wider, on the CPU.
+    """Load a causal language model of a Hugging Face folder, compressed or not, in float32 or wider, on the CPU.
 
     Raises:
         UserError: it cannot be read, or lacks weights (transformers would draw random ones).

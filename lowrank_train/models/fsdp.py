@@ -27,7 +27,8 @@ def shard_model(
     *,
     one_group: bool = False,
 ) -> None:
-    """FSDP2 in place: one group per decoder layer, one for the rest; matrices along the dimension the optimizer likes.
+    """Shard a model by FSDP2, in place: a group per decoder layer and one for the rest. Matrices are sharded as the
+    optimizer prefers.
 
     Args:
         model: a LLaMA or OPT, on meta or with its weights; ``token_loss`` becomes a forward method of it, as is
@@ -58,12 +59,16 @@ def shard_model(
 
 
 def reduce_dtype(model: nn.Module, mesh: DeviceMesh) -> torch.dtype:
-    """Of bfloat16 gradients: float32 for sums over ranks, or for float32 weights; their own where nothing is added."""
+    """Return the dtype in which gradients are summed: float32 for sums of bfloat16 over ranks or for float32 weights,
+    else their own.
+    """
     return torch.promote_types(next(model.parameters()).dtype, torch.float32 if mesh.size() > 1 else torch.bfloat16)
 
 
 def shard_dims(model: nn.Module, optimizer: type[optim.MatrixOptimizer], shards: int) -> dict[Tensor, int]:
-    """Along which dimension each parameter that the optimizer knows is sharded; the others along the first."""
+    """Return the dimension along which each parameter that the optimizer knows is sharded; the others are along the
+    first.
+    """
     return {
         param: 0 if isinstance(param, Int8Weight) else optimizer.shard_dim(group["role"], param.shape, shards)
         for group in optim.param_groups(model)
@@ -82,7 +87,7 @@ def fill(destination: Tensor, whole: Tensor) -> None:
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The whole of a (sharded) tensor; all ranks must call."""
+    """Gather the whole of a (sharded) tensor; all ranks must call."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

@@ -77,7 +77,7 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk:
 def token_loss(
     model: PreTrainedModel, input_ids: Tensor, labels: Tensor, chunk: int, positions: Tensor | None = None
 ) -> Tensor:
-    """Summed cross-entropy of a Hugging Face causal model; labels are given per position, already shifted.
+    """Return the summed cross-entropy of a Hugging Face causal model. Labels are given per position, already shifted.
 
     Args:
         model: a LLaMA or OPT with an output head.

@@ -39,7 +39,7 @@ _KEPT = {
 
 
 def checkpointed_layers(model: PreTrainedModel, config: ModelConfig) -> int:
-    """How many of the decoder layers are checkpointed. Raises UserError for more than there are."""
+    """Return how many of the decoder layers are checkpointed. Raises UserError for more than there are."""
     layers = len(model.get_decoder().layers)
     if config.checkpointing == "none":
         return 0

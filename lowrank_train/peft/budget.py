@@ -32,7 +32,7 @@ class RankBudget:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """To be called after the optimizer's step ``step`` (from 1), while the gradients are there."""
+        """Update the ranks after the optimizer's step ``step`` (from 1), while the gradients are there."""
         factors = {name: p for name, p in model.named_parameters() if ".lora_" in name and p.requires_grad}
         view = _Whole(factors)
         kept, self.tuner.model = self.tuner.model, view
@@ -57,7 +57,7 @@ class RankBudget:
         return self.tuner.peft_config["default"].orth_reg_weight * torch.stack(distances).mean()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Scores and the present choice, whole, equal on all ranks."""
+        """Return scores and the present choice, whole, equal on all ranks."""
         allocator = self.tuner.rankallocator
         state = {f"{kind}/{name}": value for kind in _SCORES for name, value in getattr(allocator, kind).items()}
         pattern = self.tuner.peft_config["default"].rank_pattern or {}

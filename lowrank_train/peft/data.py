@@ -20,13 +20,13 @@ _CHUNK = 1024  # tokens whose logits exist at one time
 
 
 def needs_data(config: Any) -> bool:
-    """Whether an adapter with this configuration reads training data before it is trained."""
+    """Return whether an adapter with this configuration reads training data before it is trained."""
     start = getattr(config, "init_lora_weights", None)
     return start in _BEFORE or start == "eva"
 
 
 def prepare(model: PreTrainedModel, config: Any, batches: Iterable[Tensor]) -> None:
-    """What has to be measured on the plain model; peft reads it from the modules when it builds the adapter.
+    """Measure on the plain model what peft reads from its modules when it builds the adapter.
 
     Args:
         model: with its weights, unsharded.
@@ -39,7 +39,7 @@ def prepare(model: PreTrainedModel, config: Any, batches: Iterable[Tensor]) -> N
 
 
 def prepare_adapter(wrapper: Any, config: Any, batches: Iterable[Tensor]) -> None:
-    """What is put into the adapter once it is there: EVA's directions of most variance of each layer's inputs."""
+    """Return what is put into the adapter once it is there: for EVA, the main directions of each layer's inputs."""
     if getattr(config, "init_lora_weights", None) != "eva":
         return
     device = wrapper.get_base_model().device

@@ -47,7 +47,7 @@ class AdaptedModel:
     """Names of the adapter's own floating-point buffers, such as VeRA's projections."""
 
     def with_values(self, values: Mapping[str, Tensor]) -> Any:
-        """A copy of the wrapper, unsharded, with these parameters and persistent buffers, in float32 or wider.
+        """Return a copy of the wrapper, unsharded, with these parameters and persistent buffers, in float32 or wider.
 
         Args:
             values: whole tensors by their name in the model.

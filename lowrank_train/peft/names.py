@@ -95,7 +95,7 @@ _RANKS: dict[str, Callable[[int], dict[str, int]]] = {
 
 
 def import_peft() -> Any:
-    """The library. Raises UserError if it is not installed."""
+    """Import the library. Raises UserError if it is not installed."""
     try:
         return importlib.import_module("peft")
     except ImportError as error:
@@ -106,12 +106,12 @@ def import_peft() -> Any:
 
 
 def adapter_names() -> list[str]:
-    """All values of ``adapter.name`` that can be trained, sorted. Raises UserError without peft."""
+    """Return all values of ``adapter.name`` that can be trained, sorted. Raises UserError without peft."""
     return sorted({*_VARIANTS, *_registered()} - _REFUSED.keys())
 
 
 def adapter_arguments(name: str) -> dict[str, Any]:
-    """Keys of ``adapter.arguments`` of a name, with their defaults.
+    """Return keys of ``adapter.arguments`` of a name, with their defaults.
 
     Raises UserError for an unknown name, or one a run cannot train.
     """
@@ -124,7 +124,7 @@ def adapter_arguments(name: str) -> dict[str, Any]:
 
 
 def adapter_config(settings: AdapterConfig, model: nn.Module | None = None, steps: int = 1) -> Any:
-    """peft's configuration object of an adapter.
+    """Return the configuration object of peft for an adapter.
 
     Args:
         settings: with a name.
@@ -161,7 +161,7 @@ def adapter_config(settings: AdapterConfig, model: nn.Module | None = None, step
 
 
 def describe_adapters() -> Iterator[str]:
-    """A line for every name: the arguments it takes, for ``--help``."""
+    """Return a line for every name: the arguments it takes, for ``--help``."""
     try:
         names = adapter_names()
     except UserError as error:

@@ -67,7 +67,7 @@ class SpectrumConfig:
 
 
 def help_text() -> str:
-    """How to call it, and every key with its default and meaning."""
+    """Return how to call the command, and every key with its default and meaning."""
     usage = [
         "usage: launch/spectrum.py FOLDER [FOLDER ...] [FILE.yaml ...] [key=value ...]",
         "",
@@ -78,7 +78,7 @@ def help_text() -> str:
 
 
 def load_settings(arguments: Sequence[str]) -> tuple[dict[str, Path], SpectrumConfig]:
-    """Folders of models by label, and the settings.
+    """Return folders of models by label, and the settings.
 
     Args:
         arguments: words that are neither key=value nor YAML files are folders.
@@ -114,7 +114,8 @@ def load_settings(arguments: Sequence[str]) -> tuple[dict[str, Path], SpectrumCo
 
 
 def measure(folders: dict[str, Path], config: SpectrumConfig) -> str:
-    """Spectra of every model, intruders and pruning curve where asked for; writes the files, returns the tables.
+    """Measure the spectra of every model, intruders and pruning curve where asked for; writes the files, returns the
+    tables.
 
     Args:
         folders: of the models, by label.

@@ -36,7 +36,7 @@ class Snapshot:
 
 
 def history(run: Path, layers: str) -> list[Snapshot]:
-    """Spectra of every checkpoint of a run folder, oldest first.
+    """Return the spectra of every checkpoint of a run folder, oldest first.
 
     Args:
         run: its folder; spectral layers, adapters and low-rank factors are multiplied out.
@@ -72,7 +72,7 @@ def history(run: Path, layers: str) -> list[Snapshot]:
 
 
 def history_table(snapshots: Sequence[Snapshot]) -> str:
-    """Mean effective rank by kind of matrix, as a share of the whole, a row for every checkpoint."""
+    """Return the mean effective rank by kind of matrix, as a share of the whole, in a row for every checkpoint."""
     kinds = list(dict.fromkeys(summary.matrix.rpartition(".")[2] for summary in snapshots[0].summaries))
     rows = []
     for snapshot in snapshots:

@@ -23,7 +23,7 @@ from matplotlib import pyplot
 __all__ = ["ModelSpectra", "plot_cosines", "plot_history", "plot_pruning", "plot_spectra"]
 
 _LOWEST_PLOTTED = 1e-8
-"""Of sigma_1: below it is rounding of weights in single precision, which would fill the plot."""
+"""The share of sigma_1 below which the rounding of single-precision weights would fill the plot."""
 
 
 @dataclass
@@ -42,16 +42,16 @@ class ModelSpectra:
     """The pruning curve; empty if it was not asked for."""
 
     def summaries(self) -> list[Summary]:
-        """One per matrix."""
+        """Return a summary for each matrix."""
         return [summarize(name, self.shapes[name], sigma) for name, sigma in self.sigma.items()]
 
     def intruders(self, epsilon: float) -> dict[str, int]:
-        """How many of the leading left singular vectors are new."""
+        """Return how many of the leading left singular vectors are new."""
         return {name: int((cosines < epsilon).sum()) for name, cosines in self.cosines.items()}
 
 
 def plot_spectra(model: ModelSpectra, path: Path) -> None:
-    """Singular values on a logarithmic axis: a panel per kind of matrix, a line per layer."""
+    """Plot singular values on a logarithmic axis: a panel per kind of matrix, a line per layer."""
     colors = _layer_colors(model)
 
     def draw(axes: Any, matrices: list[tuple[int, str]]) -> None:
@@ -69,7 +69,9 @@ def plot_spectra(model: ModelSpectra, path: Path) -> None:
 
 
 def plot_history(label: str, snapshots: Sequence[Snapshot], path: Path) -> None:
-    """Effective rank, a share of the whole, over the steps of a run: a panel per kind of matrix, a line per layer."""
+    """Plot the effective rank, a share of the whole, over the steps of a run: a panel per kind of matrix, a line per
+    layer.
+    """
     last = ModelSpectra(label, path.parent, sigma=snapshots[-1].sigma)
     steps = [snapshot.step for snapshot in snapshots]
     shares = [{s.matrix: s.effective_rank / min(s.rows, s.columns) for s in one.summaries} for one in snapshots]
@@ -87,7 +89,9 @@ def plot_history(label: str, snapshots: Sequence[Snapshot], path: Path) -> None:
 
 
 def plot_cosines(model: ModelSpectra, epsilon: float, path: Path) -> None:
-    """Largest |cosine| of each leading left singular vector with those before: a panel per kind, a row per layer."""
+    """Plot the largest |cosine| of each leading left singular vector with those before: a panel per kind, a row per
+    layer.
+    """
     colors = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 1), "viridis")
 
     def draw(axes: Any, matrices: list[tuple[int, str]]) -> None:
@@ -110,7 +114,7 @@ def plot_cosines(model: ModelSpectra, epsilon: float, path: Path) -> None:
 
 
 def plot_pruning(models: Sequence[ModelSpectra], path: Path) -> None:
-    """Perplexity over the fraction of singular values dropped, a line per model."""
+    """Plot perplexity over the fraction of singular values dropped, a line per model."""
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for model in models:
         points = [(100 * p.dropped, p.perplexity) for p in model.points if math.isfinite(p.perplexity)]

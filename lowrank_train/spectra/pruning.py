@@ -72,13 +72,13 @@ class Prunable:
 
     @classmethod
     def of(cls, linear: nn.Linear, factors: dict[str, Tensor]) -> Prunable:
-        """From what ``decompose`` made of the layer's weight."""
+        """Make it from what ``decompose`` made of the weight of a layer."""
         side = "u" if linear.out_features <= linear.in_features else "v"
         return cls(linear, factors["sigma"].cpu(), factors[side].to(linear.weight.dtype))
 
     @torch.no_grad()
     def truncated(self, count: int) -> Tensor:
-        """(out, in): the weight with its first ``count`` triplets; with all of them, the weight itself."""
+        """Return the weight (out, in) with its first ``count`` triplets; with all of them, the weight itself."""
         weight = self.linear.weight
         if count == len(self.sigma):
             return weight
@@ -92,7 +92,7 @@ class Point:
     """One truncation of a whole model."""
 
     keep_percent: float
-    """Of the sum of singular values, in every matrix."""
+    """The share of the sum of singular values, in every matrix."""
     kept: int
     """Singular values left, over all matrices."""
     dropped: float
@@ -134,7 +134,7 @@ def pruning_curve(
     micro_batch: int,
     ranks: Ranks,
 ) -> list[Point]:
-    """Loss at every share kept; the model is left as it was.
+    """Measure the loss at every share kept; the model is left as it was.
 
     Args:
         model: unsharded, on the device of ``ranks``; a LLaMA or an OPT.
@@ -157,7 +157,7 @@ def pruning_curve(
 
 
 def text_loss(model: PreTrainedModel, blocks: Tensor, micro_batch: int, ranks: Ranks) -> float:
-    """Nats per token of an unsharded model on blocks (n, length + 1); every rank takes its share of them."""
+    """Return nats per token of an unsharded model on blocks (n, length + 1); every rank takes its share of them."""
     model.token_loss = MethodType(token_loss, model)
     loss = evaluate(model, blocks, Config(micro_batch=micro_batch), ranks)
     model.eval()
@@ -165,7 +165,7 @@ def text_loss(model: PreTrainedModel, blocks: Tensor, micro_batch: int, ranks: R
 
 
 def evaluation_blocks(text: TextConfig, folder: Path) -> tuple[Tensor, dict[str, int]]:
-    """The first tokens of a text, packed, with a model's own tokenizer.
+    """Return the first tokens of a text, packed, with a model's own tokenizer.
 
     Args:
         text: where from, and how many.

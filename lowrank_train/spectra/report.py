@@ -23,7 +23,7 @@ __all__ = ["tables", "write_history", "write_report"]
 
 
 def tables(models: Sequence[ModelSpectra], epsilon: float, notes: Sequence[str]) -> str:
-    """All results as text."""
+    """Return all results as text."""
     parts = []
     for model in models:
         parts += [f"{model.label}: {model.folder}", _summary_table(model.summaries())]

@@ -77,7 +77,8 @@ def decompositions(
 
 
 def spectra(model: nn.Module, layers: str = BLOCK_MATRICES) -> dict[str, Tensor]:
-    """Singular values (k,), falling, float64, on the CPU, of every matching matrix by its module's name.
+    """Return the singular values (k,) of every matching matrix by the name of its module: falling, float64, on the
+    CPU.
 
     Raises:
         ValueError: as ``linear_layers`` and ``factors_of_weight``.
@@ -86,7 +87,8 @@ def spectra(model: nn.Module, layers: str = BLOCK_MATRICES) -> dict[str, Tensor]
 
 
 def spectrum_of(name: str, weight: Tensor) -> Tensor:
-    """As one of ``spectra``, without singular vectors: faster, and exact to 1e-8 of the largest.
+    """Return the singular values of one matrix, as ``spectra`` does: faster without vectors, exact to 1e-8 of the
+    largest.
 
     Raises:
         ValueError: as ``factors_of_weight``.
@@ -98,7 +100,7 @@ def spectrum_of(name: str, weight: Tensor) -> Tensor:
 
 
 def count_at_share(sigma: Tensor, share: float) -> int:
-    """Fewest leading singular values that hold ``share`` (0 to 1) of their sum.
+    """Return the fewest leading singular values that hold ``share`` (0 to 1) of their sum.
 
     0 for a matrix of zeros; at 1 what cannot be told from zero when added to the others is left out.
     """
@@ -110,7 +112,7 @@ def count_at_share(sigma: Tensor, share: float) -> int:
 
 
 def summarize(name: str, shape: tuple[int, int], sigma: Tensor) -> Summary:
-    """The figures of one matrix.
+    """Return the figures of one matrix.
 
     Args:
         name: of the matrix.
@@ -127,7 +129,8 @@ def summarize(name: str, shape: tuple[int, int], sigma: Tensor) -> Summary:
 
 
 def best_cosines(after: Tensor, before: Tensor, top_k: int = 10) -> Tensor:
-    """Largest |cosine| of each leading left singular vector after with all of those before; low ones are intruders.
+    """Return the largest |cosine| of each leading left singular vector with all vectors before; low ones are
+    intruders.
 
     Args:
         after: (k, out), unit rows, the most important first.

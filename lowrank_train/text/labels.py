@@ -38,7 +38,7 @@ _START = -(2**30)
 
 
 def unlabelled(token: int) -> int:
-    """How a token that is an input only is stored."""
+    """Return how a token that is an input only is stored."""
     return IGNORED - 1 - token
 
 
@@ -62,7 +62,7 @@ def largest_id(stored: np.ndarray[Any, Any], rows: int = 2**22) -> int:
 
 
 def split(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs and labels of stored blocks.
+    """Return inputs and labels of stored blocks.
 
     Args:
         blocks: (n, length + 1) int64, as stored.
@@ -76,7 +76,7 @@ def split(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def positions(blocks: Tensor) -> Tensor:
-    """Position of every input in its document.
+    """Return position of every input in its document.
 
     Args:
         blocks: (n, length + 1) int64, as stored.
@@ -95,12 +95,13 @@ def marked_positions(blocks: Tensor) -> Tensor | None:
 
 
 def count_labels(blocks: Tensor) -> int:
-    """How many labels of stored blocks (n, length + 1) count."""
+    """Return how many labels of stored blocks (n, length + 1) count."""
     return int((blocks[:, 1:] >= 0).sum())
 
 
 def lay_out(examples: Iterable[list[int]], seq_len: int, end: int, seen: Counter[str]) -> Iterator[list[int]]:
-    """Rows of ``seq_len`` tokens in which no example goes on into the next row, then one token to end the last row.
+    """Lay out rows of ``seq_len`` tokens in which no example goes on into the next row; one more token ends the last
+    row.
 
     The first token of an example is never a label, because the token before it is of another example. An example
     longer than a row is cut. An example is left out if none of its labels remains.

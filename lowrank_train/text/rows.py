@@ -55,7 +55,7 @@ _COMPRESSED: dict[str, Callable[[IO[bytes]], Any]] = {
 }
 
 SUFFIXES = f"{', '.join(_KINDS)} (JSON and text also with {', '.join(sorted(_COMPRESSED))})"
-"""For messages: what can be read."""
+"""The kinds of files that can be read, for messages."""
 
 _SPACE = re.compile(r"\s*")
 _ROWS_AT_ONCE = 128  # of a table; long documents make even these large
