@@ -32,11 +32,11 @@ class Adjacency:
         self._transposed = _csr(columns, rows, weights, nodes)
 
     def average(self, x: Tensor) -> Tensor:
-        """(n, d) -> (n, d): of every node and its neighbours."""
+        """Average every node and its neighbours, (n, d) -> (n, d)."""
         return _Product.apply(x, self._matrix, self._transposed)
 
     def attend(self, x: Tensor, logits: Tensor) -> Tensor:
-        """As ``average``, weighted by the softmax over each node's neighbours and itself.
+        """Average as ``average`` does, weighted by the softmax over the neighbours of each node and itself.
 
         Args:
             x: (n, d).

@@ -26,7 +26,7 @@ class LorentzClassifier(nn.Module):
         self.parameter_manifolds = {"centres": ("lorentz", self.curvature)}
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, width) -> (n, classes)."""
+        """Map (n, width) to (n, classes)."""
         flipped = torch.cat([-x[..., :1], x[..., 1:]], dim=-1)
         return 2 * self.curvature + 2 * flipped @ self.centres.mT + self.bias
 
@@ -40,5 +40,5 @@ class EuclideanClassifier(nn.Module):
         self.bias = nn.Parameter(torch.zeros(classes))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, width) -> (n, classes)."""
+        """Map (n, width) to (n, classes)."""
         return self.bias - (x.unsqueeze(1) - self.centres).square().sum(-1)

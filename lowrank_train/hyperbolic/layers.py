@@ -27,7 +27,7 @@ from lowrank_train.hyperbolic.lorentz import centroid, check_curvature, check_po
 __all__ = ["LorentzAttention", "LorentzEmbedding", "LorentzLinear"]
 
 _SHORTEST = 1e-8
-"""Of |y_1..|^2: shorter directions are not stretched to full length."""
+"""The least |y_1..|^2: shorter directions are not stretched to full length."""
 
 
 class LorentzLinear(nn.Module):
@@ -84,7 +84,7 @@ class LorentzLinear(nn.Module):
                 self.linear.bias.zero_()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(..., in) -> (..., out), or (..., heads, out / heads) with more than one head.
+        """Map (..., in) to (..., out), or to (..., heads, out / heads) with more than one head.
 
         Args:
             x: points.
@@ -152,7 +152,7 @@ class LorentzAttention(nn.Module):
     def forward(
         self, query: Tensor, memory: Tensor, mask: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
-        """(batch, n, width) -> (batch, n, width).
+        """Map (batch, n, width) to (batch, n, width).
 
         Args:
             query: points (batch, n, width).
@@ -209,10 +209,10 @@ class LorentzEmbedding(nn.Module):
         self.parameter_manifolds = {"weight": ("lorentz", self.curvature)}
 
     def forward(self, index: Tensor) -> Tensor:
-        """(...) -> (..., width)."""
+        """Map (...) to (..., width)."""
         return self.weight[index]
 
     def scores(self, x: Tensor) -> Tensor:
-        """Minus the squared distance to every entry, 2 k + 2 <x, e>; (..., width) -> (..., count)."""
+        """Return minus the squared distance to every entry, 2 k + 2 <x, e>; (..., width) -> (..., count)."""
         flipped = torch.cat([-x[..., :1], x[..., 1:]], dim=-1)
         return 2 * self.curvature + 2 * flipped @ self.weight.mT

@@ -33,33 +33,33 @@ __all__ = [
 ]
 
 MAX_RADIUS = 10.0
-"""In units of sqrt(k): beyond, cosh leaves what float32 can subtract (Chen et al. clamp there too)."""
+"""A length in units of sqrt(k). Beyond it, cosh leaves what float32 can subtract (Chen et al. clamp there too)."""
 
 _TINY = 1e-8
 """Smallest -<s, s> / k that a sum of points is divided by the root of, where all weights were dropped."""
 
 
 def check_curvature(k: float) -> float:
-    """The constant itself. Raises UserError unless it is a positive number."""
+    """Return the constant itself. Raises UserError unless it is a positive number."""
     if isinstance(k, bool) or not isinstance(k, int | float) or not 0 < k < math.inf:
         raise UserError(f"curvature={k!r}; expected k > 0, for which points have <x, x> = -k and space curvature -1/k")
     return float(k)
 
 
 def inner(x: Tensor, y: Tensor) -> Tensor:
-    """<x, y>; (..., n + 1) and (..., n + 1) -> (...)."""
+    """Return <x, y>; (..., n + 1) and (..., n + 1) -> (...)."""
     products = x * y
     return products[..., 1:].sum(-1) - products[..., 0]
 
 
 def on_manifold(space: Tensor, k: float = 1.0) -> Tensor:
-    """The point with a given space part; (..., n) -> (..., n + 1)."""
+    """Return the point with a given space part; (..., n) -> (..., n + 1)."""
     time = (k + space.square().sum(-1, keepdim=True)).sqrt()
     return torch.cat([time, space], dim=-1)
 
 
 def lift(v: Tensor, k: float = 1.0) -> Tensor:
-    """The end of the geodesic from the origin with velocity (0, v); (..., n) -> (..., n + 1).
+    """Return the end of the geodesic from the origin with velocity (0, v); (..., n) -> (..., n + 1).
 
     The exponential map at the origin, sqrt(k) (cosh a, sinh(a) v / |v|) with a = |v| / sqrt(k), at most ``MAX_RADIUS``.
     """
@@ -70,12 +70,12 @@ def lift(v: Tensor, k: float = 1.0) -> Tensor:
 
 
 def squared_distance(x: Tensor, y: Tensor, k: float = 1.0) -> Tensor:
-    """<x - y, x - y> = -2 k - 2 <x, y>; (..., n + 1) and (..., n + 1) -> (...)."""
+    """Return <x - y, x - y> = -2 k - 2 <x, y>; (..., n + 1) and (..., n + 1) -> (...)."""
     return -2 * k - 2 * inner(x, y)
 
 
 def distance(x: Tensor, y: Tensor, k: float = 1.0) -> Tensor:
-    """Length of the geodesic, sqrt(k) arccosh(-<x, y> / k); (..., n + 1) and (..., n + 1) -> (...).
+    """Return the length of the geodesic, sqrt(k) arccosh(-<x, y> / k); (..., n + 1) and (..., n + 1) -> (...).
 
     Computed as 2 sqrt(k) arcsinh(sqrt(<x - y, x - y> / 4 k)), which is exactly 0 from a point to itself.
     """
@@ -85,7 +85,7 @@ def distance(x: Tensor, y: Tensor, k: float = 1.0) -> Tensor:
 
 
 def centroid(total: Tensor, k: float = 1.0, weight: Tensor | float = 1.0) -> Tensor:
-    """The point sqrt(k) s / sqrt(-<s, s>) for a sum s of weighted points; (..., n + 1) -> (..., n + 1).
+    """Return the point sqrt(k) s / sqrt(-<s, s>) for a sum s of weighted points; (..., n + 1) -> (..., n + 1).
 
     It has the least weighted sum of squared distances to the points (Chen et al., Eq. 6). -<s, s> is at least k times
     the square of the sum of the weights. In float32 it drowns in the rounding of s_0^2 where points are far out (s_0 of
@@ -103,12 +103,14 @@ def centroid(total: Tensor, k: float = 1.0, weight: Tensor | float = 1.0) -> Ten
 
 
 def poincare(x: Tensor, k: float = 1.0) -> Tensor:
-    """The point in the unit ball, space / (time + sqrt(k)); (..., n + 1) -> (..., n)."""
+    """Return the point in the unit ball, space / (time + sqrt(k)); (..., n + 1) -> (..., n)."""
     return x[..., 1:] / (x[..., :1] + math.sqrt(k))
 
 
 def manifold_error(x: Tensor, k: float = 1.0) -> float:
-    """Largest |<x, x> / k + 1| of points (..., n + 1), in float64; infinite if one is not finite or has no time > 0."""
+    """Return the largest |<x, x> / k + 1| of points (..., n + 1), in float64; infinite if one is not finite or has no
+    time > 0.
+    """
     exact = x.detach().double()
     if not bool(torch.isfinite(exact).all()) or bool((exact[..., 0] <= 0).any()):
         return math.inf
@@ -116,7 +118,8 @@ def manifold_error(x: Tensor, k: float = 1.0) -> float:
 
 
 def time_error(x: Tensor, k: float = 1.0) -> float:
-    """Largest |x_0 - t| / t, t = sqrt(k + |space|^2) the time that points (..., n + 1) should have, in float64.
+    """Return the largest |x_0 - t| / t, t = sqrt(k + |space|^2) the time that points (..., n + 1) should have, in
+    float64.
 
     Rounding is about the epsilon of the dtype here wherever a point is, while in ``manifold_error`` it grows as x_0^2.
     """
@@ -126,7 +129,7 @@ def time_error(x: Tensor, k: float = 1.0) -> float:
 
 
 def check_points(x: Tensor, k: float = 1.0, *, name: str = "points", tolerance: float | None = None) -> Tensor:
-    """The points themselves, (..., n + 1).
+    """Return the points themselves, (..., n + 1), after a check.
 
     Args:
         x: what should be points.

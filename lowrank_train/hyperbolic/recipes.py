@@ -55,7 +55,8 @@ C = TypeVar("C", bound=RecipeConfig)
 
 
 def load_recipe(schema: type[C], arguments: Sequence[str]) -> C:
-    """As ``load_schema``, where ``for_optimizer`` says which keys hold with ``optimizer.name`` unless they are given.
+    """Load settings by ``load_schema``. ``for_optimizer`` says which keys hold with ``optimizer.name`` unless they are
+    given.
 
     Raises UserError as ``load_schema``, and if what ``for_optimizer`` has for the method is not keys and values.
     """
@@ -70,7 +71,7 @@ def load_recipe(schema: type[C], arguments: Sequence[str]) -> C:
 
 
 def recipe_help(schema: type[RecipeConfig], usage: str) -> str:
-    """Methods, and every key with its default and meaning."""
+    """Return methods, and every key with its default and meaning."""
     lines = [f"usage: launch/hyperbolic.py {usage}[FILE.yaml ...] [key=value ...]", "", "optimizers:"]
     lines += [f"  {methods.describe(name)}" for name in methods.names()]
     return "\n".join([*lines, "", *key_help(schema)])

@@ -22,14 +22,14 @@ class NetworkRecord(ABC):
     geometry: str
     optimizer: dict[str, Any]
     seconds: float
-    """Of training and of scores on validation meanwhile, over all sessions; loading and reports aside."""
+    """Seconds of training and of its validation scores, over all sessions, without loading and reports."""
     parameters: int
-    """Of the plain network."""
+    """Parameters of the plain network."""
     trainable_parameters: int
-    """Of the network as it was trained."""
+    """Parameters of the network as it was trained."""
     optimizer_state_bytes: int
     peak_memory_gib: float
-    """Of the process."""
+    """Memory of the process."""
     data: dict[str, Any]
     seed: int
     precision: str
@@ -40,8 +40,8 @@ class NetworkRecord(ABC):
     @property
     @abstractmethod
     def stopped_at(self) -> str:
-        """For the line that says how to go on."""
+        """The position, for the line that says how to continue."""
 
     def write(self, path: Path) -> None:
-        """As JSON."""
+        """Write the record as JSON."""
         write_text(path, json.dumps(asdict(self), indent=2) + "\n")

@@ -47,7 +47,7 @@ class Progress:
     done: int = 0
     """Steps, or epochs."""
     seconds: float = 0.0
-    """Of training, over all sessions."""
+    """Seconds of training, over all sessions."""
 
 
 @dataclass
@@ -66,7 +66,7 @@ class NetworkRun(ABC):
     checkpoints: Checkpoints
     progress: Progress
     sha1: str
-    """Of the data."""
+    """The hash of the data."""
 
     @property
     @abstractmethod
@@ -75,14 +75,14 @@ class NetworkRun(ABC):
 
     @abstractmethod
     def arguments(self) -> dict[str, Any]:
-        """What the plain network is built from, beside its weights."""
+        """Return the arguments that the plain network is built from, beside its weights."""
 
     @abstractmethod
     def greeting(self) -> str:
-        """What is trained, for the first line."""
+        """Return what is trained, for the first line."""
 
     def step(self, loss: Tensor) -> float:
-        """One step of the optimizer; returns the norm of the whole gradient before it was clipped.
+        """Make one step of the optimizer; returns the norm of the whole gradient before it was clipped.
 
         Raises:
             Diverged: the loss or that norm is not finite; the network is as it was.
@@ -101,7 +101,7 @@ class NetworkRun(ABC):
         return norm
 
     def scalars(self, loss: Tensor, norm: float, rate: float) -> dict[str, float]:
-        """What every kind of run logs of a step."""
+        """Return what every kind of run logs of a step."""
         return {
             "train/loss": loss.item(),
             "train/grad_norm": norm,
@@ -111,7 +111,7 @@ class NetworkRun(ABC):
         }
 
     def keep(self, metrics: Metrics, stop: Stop) -> None:
-        """After a step: write a checkpoint if one is due.
+        """Write a checkpoint after a step if one is due.
 
         Raises:
             UserError: it cannot be written, or figures could not be.
@@ -185,7 +185,7 @@ class NetworkRun(ABC):
             raise UserError(f"cannot write {file}: {error}; free space and resume") from None
 
     def figures(self) -> dict[str, Any]:
-        """The part of a record that is the same for every kind of run."""
+        """Return the part of a record that is the same for every kind of run."""
         config = self.config
         return {
             "status": "finished" if self.finished else "interrupted",
@@ -204,7 +204,7 @@ class NetworkRun(ABC):
 
 
 def load_saved(folder: Path, build: Callable[[dict[str, Any]], N]) -> N:
-    """The plain network that ``write_network`` left in the folder of a finished run, for evaluation.
+    """Load the plain network that ``write_network`` left in the folder of a finished run, for evaluation.
 
     Args:
         folder: of the run.

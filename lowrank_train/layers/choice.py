@@ -70,7 +70,7 @@ def replaceable_layers(model: nn.Module, layers: str = BLOCK_MATRICES) -> dict[s
 
 
 def trained_layers(model: nn.Module, layers: str | None) -> str:
-    """Return a regular expression for ``replaceable_layers``: the given one, or that of the block matrices in training."""
+    """Return a regular expression for ``replaceable_layers``: the given one, or that of the trained block matrices."""
     if layers is not None:
         return layers
     linears = [name for name, linear in linear_layers(model).items() if linear.weight.requires_grad]

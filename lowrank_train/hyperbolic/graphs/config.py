@@ -88,5 +88,5 @@ def load_graph_config(arguments: Sequence[str]) -> GraphConfig:
 
 
 def graph_help_text() -> str:
-    """Every key with its default and meaning."""
+    """Return every key with its default and meaning."""
     return recipe_help(GraphConfig, "")

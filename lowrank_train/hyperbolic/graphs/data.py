@@ -42,7 +42,7 @@ class Graph:
     split: Mapping[str, Tensor] | None = None
     """A standard one: indices of nodes by ``train``, ``validation``, ``test``."""
     sha1: str = ""
-    """Of the file it came from."""
+    """The hash of the file that the graph came from."""
 
     @property
     def nodes(self) -> int:
@@ -51,7 +51,7 @@ class Graph:
 
 
 def load_graph(folder: str, name: str) -> Graph:
-    """The graph in ``folder/name.npz``.
+    """Load the graph in ``folder/name.npz``.
 
     Raises:
         UserError: there is no such file, it is not an ``.npz`` or lacks keys; as ``make_graph``.
@@ -84,7 +84,7 @@ def make_graph(
     *,
     sha1: str = "",
 ) -> Graph:
-    """A graph from arrays.
+    """Make a graph from arrays.
 
     Args:
         name: for messages and tables.
@@ -128,7 +128,7 @@ def make_graph(
 
 
 def with_binned_labels(graph: Graph, column: int, bins: list[float]) -> Graph:
-    """The graph whose labels are a feature, cut into classes at ``bins``, and no feature any more.
+    """Return the graph whose labels are a feature, cut into classes at ``bins``, and no feature any more.
 
     Raises UserError for a column that does not exist or bins that do not rise.
     """
@@ -148,7 +148,7 @@ def with_binned_labels(graph: Graph, column: int, bins: list[float]) -> Graph:
 
 
 def components(graph: Graph) -> list[int]:
-    """Nodes of each connected component, largest first."""
+    """Return nodes of each connected component, largest first."""
     neighbours, found, sizes = _neighbours(graph), np.full(graph.nodes, -1), []
     for start in range(graph.nodes):
         if found[start] < 0:
@@ -159,7 +159,7 @@ def components(graph: Graph) -> list[int]:
 
 
 def depths(graph: Graph, root: int) -> Tensor:
-    """Edges on the shortest path from a node to every other, (n,); -1 where there is none.
+    """Return edges on the shortest path from a node to every other, (n,); -1 where there is none.
 
     Raises UserError if there is no such node.
     """
@@ -171,7 +171,7 @@ def depths(graph: Graph, root: int) -> Tensor:
 
 
 def middle(graph: Graph) -> int:
-    """A node in the middle of a longest shortest path of the largest component; in a tree its centre."""
+    """Return a node in the middle of a longest shortest path of the largest component; in a tree its centre."""
     start, most = 0, 0
     seen = torch.zeros(graph.nodes, dtype=torch.bool)
     for node in range(graph.nodes):

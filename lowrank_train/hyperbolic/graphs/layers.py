@@ -60,7 +60,7 @@ class LorentzGraphConvolution(nn.Module):
             self.scale = nn.Parameter(torch.full((1,), math.sqrt(out_features)))
 
     def forward(self, x: Tensor, adjacency: Adjacency) -> Tensor:
-        """(n, in) -> (n, out)."""
+        """Map (n, in) to (n, out)."""
         h = self.map(x)
         if not self.attention:
             return centroid(adjacency.average(h), self.curvature)
@@ -93,7 +93,7 @@ class GraphConvolution(nn.Module):
             self.scale = nn.Parameter(torch.full((1,), math.sqrt(out_features)))
 
     def forward(self, x: Tensor, adjacency: Adjacency) -> Tensor:
-        """(n, in) -> (n, out)."""
+        """Map (n, in) to (n, out)."""
         h = self.linear(self.dropout(x if self.activation is None else self.activation(x)))
         if not self.attention:
             return adjacency.average(h)

@@ -35,7 +35,7 @@ class NodeFeatures:
         self._values = points.flatten()[self._places]
 
     def dropped(self, p: float) -> Tensor:
-        """As ``nn.Dropout(p)`` of the points, in training."""
+        """Drop coordinates of the points in training, as ``nn.Dropout(p)`` does."""
         kept = torch.rand_like(self._values) >= p
         out = torch.zeros_like(self.points)
         out.view(-1)[self._places] = torch.where(kept, self._values / (1 - p), 0.0)
@@ -93,27 +93,27 @@ class GraphNetwork(nn.Module):
         self.decoder = None if classes is None else geometry.classifier(width, classes)
 
     def forward(self, features: NodeFeatures, adjacency: Adjacency) -> Tensor:
-        """Points (n, width), from ``NodeFeatures(geometry.enter(features))``."""
+        """Return points (n, width) from ``NodeFeatures(geometry.enter(features))``."""
         x = features.dropped(self.dropout) if self.training and self.dropout else features.points
         for convolution in self.encoder:
             x = convolution(x, adjacency)
         return x
 
     def class_scores(self, x: Tensor) -> Tensor:
-        """Points (n, width) -> (n, classes)."""
+        """Map points (n, width) to scores (n, classes)."""
         assert self.decoder is not None
         scores: Tensor = self.decoder(x)
         return scores
 
     def pair_scores(self, x: Tensor, pairs: Tensor) -> Tensor:
-        """Minus the squared distance of pairs; points (n, width) and nodes (m, 2) -> (m,)."""
+        """Return minus the squared distance of pairs; points (n, width) and nodes (m, 2) -> (m,)."""
         # rows by embedding: its backward sums into rows at once, that of indexing sorts them first
         first, second = (nn.functional.embedding(pairs[:, i], x) for i in (0, 1))
         return self.geometry.closeness(first, second)
 
 
 def with_degrees(features: Tensor, edges: Tensor) -> Tensor:
-    """Features, the one-hot degree of each node (0 to 5 and more), and a column of ones; (n, f) -> (n, f + 7).
+    """Return features, the one-hot degree of each node (0 to 5 and more), and a column of ones; (n, f) -> (n, f + 7).
 
     Args:
         features: (n, f).

@@ -33,5 +33,5 @@ class GraphRecord(NetworkRecord):
 
     @property
     def stopped_at(self) -> str:
-        """For the line that says how to go on."""
+        """The position, for the line that says how to continue."""
         return f"epoch {self.epochs}"

@@ -55,7 +55,9 @@ def write_graph_report(record: GraphRecord, run: GraphRun, points: Tensor) -> st
 
 
 def spearman(x: Tensor, y: Tensor) -> float | None:
-    """Correlation of ranks, equal values at their mean rank; None where all values of one are equal. (n,) twice."""
+    """Return the correlation of ranks of two (n,), equal values at their mean rank; None where all values of one are
+    equal.
+    """
     ranks = torch.stack([_ranks(x), _ranks(y)])
     centred = ranks - ranks.mean(1, keepdim=True)
     lengths = torch.linalg.vector_norm(centred, dim=1)

@@ -58,7 +58,7 @@ class GraphRun(NetworkRun):
     adjacency: Adjacency
 
     def points(self) -> Tensor:
-        """Of all nodes, (n, width), by the network as it is; with dropout where it is in training."""
+        """Return the points of all nodes, (n, width), by the network as it is; with dropout where it is in training."""
         points: Tensor = self.network(self.features, self.adjacency)
         return points
 
@@ -68,19 +68,19 @@ class GraphRun(NetworkRun):
         return self.progress.finished
 
     def arguments(self) -> dict[str, Any]:
-        """What ``load_network`` builds the network from, beside its weights."""
+        """Return what ``load_network`` builds the network from, beside its weights."""
         features = self.features.points.shape[1] - self.network.geometry.extra
         return {**asdict(self.config.model), "features": features, "classes": self.task.classes}
 
     def greeting(self) -> str:
-        """What is trained."""
+        """Return what is trained."""
         data, graph = self.config.data, self.graph
         task = f"{data.graph}, {data.task.replace('_', ' ')}, {data.protocol} protocol"
         return f"{task}: {graph.nodes:,} nodes, {len(graph.edges):,} edges"
 
 
 def build_graph_run(config: GraphConfig, ranks: Ranks) -> GraphRun:
-    """Graph, task, network, layers, optimizer.
+    """Build graph, task, network, layers and optimizer.
 
     Raises:
         UserError: whatever of them cannot be had.
@@ -115,7 +115,8 @@ def build_graph_run(config: GraphConfig, ranks: Ranks) -> GraphRun:
 
 
 def load_network(folder: Path) -> GraphNetwork:
-    """The trained, plain network (``nn.Linear`` throughout) that a finished run left in its folder, for evaluation.
+    """Load the trained, plain network (``nn.Linear`` throughout) that a finished run left in its folder, for
+    evaluation.
 
     Raises UserError if there is none, or it is of another version.
     """

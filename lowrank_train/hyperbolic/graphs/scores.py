@@ -9,7 +9,7 @@ __all__ = ["average_precision", "micro_f1", "roc_auc"]
 
 
 def roc_auc(positive: Tensor, negative: Tensor) -> float:
-    """Share of (positive, negative) pairs that are ranked rightly; a tie counts half. Scores, (p,) and (n,)."""
+    """Return share of (positive, negative) pairs that are ranked rightly; a tie counts half. Scores, (p,) and (n,)."""
     ordered = negative.double().sort().values
     below = torch.searchsorted(ordered, positive.double(), right=False)
     up_to = torch.searchsorted(ordered, positive.double(), right=True)
@@ -26,5 +26,5 @@ def average_precision(positive: Tensor, negative: Tensor) -> float:
 
 
 def micro_f1(scores: Tensor, labels: Tensor) -> float:
-    """F1 over all classes together, which is the share of right guesses; (n, classes) and (n,)."""
+    """Return F1 over all classes together, which is the share of right guesses; (n, classes) and (n,)."""
     return float((scores.argmax(1) == labels).double().mean())

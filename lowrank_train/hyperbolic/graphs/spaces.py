@@ -29,37 +29,37 @@ class Geometry(ABC):
 
     @abstractmethod
     def enter(self, features: Tensor) -> Tensor:
-        """Features (n, f) as points (n, f + extra)."""
+        """Turn features (n, f) into points (n, f + extra)."""
 
     @abstractmethod
     def convolution(
         self, in_features: int, out_features: int, *, dropout: float, activation: Activation, attention: bool
     ) -> nn.Module:
-        """A layer from (points, ``Adjacency``) to points."""
+        """Make a layer from (points, ``Adjacency``) to points."""
 
     @abstractmethod
     def classifier(self, width: int, classes: int) -> nn.Module:
-        """A layer from points (n, width) to scores (n, classes)."""
+        """Make a layer from points (n, width) to scores (n, classes)."""
 
     @abstractmethod
     def closeness(self, x: Tensor, y: Tensor) -> Tensor:
-        """Minus the squared distance that pairs are scored by; (..., width) twice -> (...)."""
+        """Return minus the squared distance that pairs are scored by; (..., width) twice -> (...)."""
 
     @abstractmethod
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Length of the shortest path; (..., width) twice -> (...)."""
+        """Return the length of the shortest path; (..., width) twice -> (...)."""
 
     @abstractmethod
     def error(self, x: Tensor) -> float:
-        """How far the farthest point is from where points are, see ``lorentz.manifold_error``."""
+        """Return how far the farthest point is from where points are, see ``lorentz.manifold_error``."""
 
     @abstractmethod
     def time_error(self, x: Tensor) -> float:
-        """The same relative to the times, see ``lorentz.time_error``."""
+        """Return the same relative to the times, see ``lorentz.time_error``."""
 
     @abstractmethod
     def picture(self, x: Tensor) -> Tensor:
-        """Places (n, 2) that show the two directions in which the points (n, width) spread most."""
+        """Return places (n, 2) that show the two directions in which the points (n, width) spread most."""
 
 
 class Lorentz(Geometry):
@@ -68,13 +68,13 @@ class Lorentz(Geometry):
     extra = 1
 
     def enter(self, features: Tensor) -> Tensor:
-        """By ``lorentz.lift``."""
+        """Turn features into points by ``lorentz.lift``."""
         return lorentz.lift(features, self.curvature)
 
     def convolution(
         self, in_features: int, out_features: int, *, dropout: float, activation: Activation, attention: bool
     ) -> nn.Module:
-        """A ``LorentzGraphConvolution``."""
+        """Make a ``LorentzGraphConvolution``."""
         return LorentzGraphConvolution(
             in_features,
             out_features,
@@ -85,27 +85,27 @@ class Lorentz(Geometry):
         )
 
     def classifier(self, width: int, classes: int) -> nn.Module:
-        """A ``LorentzClassifier``."""
+        """Make a ``LorentzClassifier``."""
         return LorentzClassifier(width, classes, curvature=self.curvature)
 
     def closeness(self, x: Tensor, y: Tensor) -> Tensor:
-        """2 k + 2 <x, y>."""
+        """Return 2 k + 2 <x, y>."""
         return -lorentz.squared_distance(x, y, self.curvature)
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Of the geodesic."""
+        """Return the length of the geodesic."""
         return lorentz.distance(x, y, self.curvature)
 
     def error(self, x: Tensor) -> float:
-        """Largest |<x, x> / k + 1|."""
+        """Return the largest |<x, x> / k + 1|."""
         return lorentz.manifold_error(x, self.curvature)
 
     def time_error(self, x: Tensor) -> float:
-        """Largest relative error of a time."""
+        """Return the largest relative error of a time."""
         return lorentz.time_error(x, self.curvature)
 
     def picture(self, x: Tensor) -> Tensor:
-        """In the Poincare disk, the centroid of all points in the middle.
+        """Place the points in the Poincare disk, with the centroid of all points in the middle.
 
         The points are moved by the isometry that takes their centroid to the origin, and described by the velocities
         of the geodesics that lead to them; two principal components of these are velocities in the disk. Distances
@@ -129,37 +129,37 @@ class Euclidean(Geometry):
     """Ordinary space."""
 
     def enter(self, features: Tensor) -> Tensor:
-        """As they are."""
+        """Return the features as they are."""
         return features
 
     def convolution(
         self, in_features: int, out_features: int, *, dropout: float, activation: Activation, attention: bool
     ) -> nn.Module:
-        """A ``GraphConvolution``."""
+        """Make a ``GraphConvolution``."""
         return GraphConvolution(in_features, out_features, dropout=dropout, activation=activation, attention=attention)
 
     def classifier(self, width: int, classes: int) -> nn.Module:
-        """A ``EuclideanClassifier``."""
+        """Make a ``EuclideanClassifier``."""
         return EuclideanClassifier(width, classes)
 
     def closeness(self, x: Tensor, y: Tensor) -> Tensor:
-        """-|x - y|^2."""
+        """Return -|x - y|^2."""
         return -(x - y).square().sum(-1)
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """|x - y|."""
+        """Return |x - y|."""
         return torch.linalg.vector_norm(x - y, dim=-1)
 
     def error(self, x: Tensor) -> float:
-        """All of it is space: 0, infinite for points that are not finite."""
+        """Return 0, because every vector is a point; infinite if one is not finite."""
         return 0.0 if bool(torch.isfinite(x).all()) else float("inf")
 
     def time_error(self, x: Tensor) -> float:
-        """There is none."""
+        """Return 0, because there is no time."""
         return 0.0
 
     def picture(self, x: Tensor) -> Tensor:
-        """Two principal components."""
+        """Return the two principal components."""
         points = x.detach().double()
         return _principal(points - points.mean(0))
 

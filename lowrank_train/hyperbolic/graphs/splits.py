@@ -60,7 +60,7 @@ class EdgeSplit:
     nodes: int
 
     def negatives(self) -> Tensor:
-        """As many pairs as training edges, uniformly from all but ``never``, with torch's generator; (m, 2)."""
+        """Draw as many pairs as training edges, uniformly from all but ``never``, with torch's generator; (m, 2)."""
         codes = torch.empty(len(self.train), dtype=torch.long)
         missing = torch.ones(len(codes), dtype=torch.bool)
         while bool(missing.any()):
@@ -70,7 +70,7 @@ class EdgeSplit:
         return _pairs(codes, self.nodes)
 
     def shown(self, pairs: Tensor) -> int:
-        """How many of the pairs can be a negative of training."""
+        """Return how many of the pairs can be a negative of training."""
         return int((~torch.isin(_codes(pairs, self.nodes), self.never)).sum())
 
 
@@ -93,7 +93,7 @@ class Protocol(ABC):
         self.validation_share, self.test_share, self.seed = validation_share, test_share, seed
 
     def nodes(self, graph: Graph) -> NodeSplit:
-        """Of a graph with labels. Raises UserError if it has none, or a part would be empty."""
+        """Draw the parts of a graph with labels. Raises UserError if it has none, or a part would be empty."""
         if graph.labels is None or len(graph.labels.unique()) < 2:
             raise UserError(
                 f"{graph.name} has no labels of two or more classes; expected the key 'labels' in its file, or "
@@ -104,7 +104,7 @@ class Protocol(ABC):
         return split
 
     def edges(self, graph: Graph) -> EdgeSplit:
-        """Edges and as many negatives. Raises UserError if a part would be empty."""
+        """Draw parts of edges and as many negatives. Raises UserError if a part would be empty."""
         split = self._edges(graph)
         self._check(graph, {"train": split.train, "validation": split.validation, "test": split.test})
         return split

@@ -32,7 +32,7 @@ class GraphTask(ABC):
     test_share: float
     needs_labels: bool
     headline: str
-    """Of the scores, the one tables are sorted and runs judged by."""
+    """The score that tables are sorted by and runs are judged by."""
 
     @abstractmethod
     def __init__(self, graph: Graph, protocol: Protocol) -> None: ...
@@ -40,23 +40,23 @@ class GraphTask(ABC):
     known_edges: Tensor
     """(E, 2), those the network may see."""
     classes: int | None = None
-    """Of nodes, where they have any."""
+    """How many classes nodes have, where they have labels."""
 
     @abstractmethod
     def loss(self, network: GraphNetwork, x: Tensor, margin: float) -> Tensor:
-        """On the training part; may draw random numbers. ``x``: points (n, width)."""
+        """Return the loss of the training part for points (n, width); it may draw random numbers."""
 
     @abstractmethod
     def scores(self, network: GraphNetwork, x: Tensor, part: str) -> dict[str, float]:
-        """On ``validation`` or ``test``, each from 0 to 1."""
+        """Return the scores on ``validation`` or ``test``, each from 0 to 1."""
 
     @abstractmethod
     def selection(self, scores: Mapping[str, float]) -> float:
-        """What the best epoch is chosen by, higher is better, from the scores on validation."""
+        """Return what the best epoch is chosen by, higher is better, from the scores on validation."""
 
     @abstractmethod
     def facts(self) -> dict[str, int]:
-        """Sizes of the parts, and how they overlap."""
+        """Return sizes of the parts, and how they overlap."""
 
 
 class NodeClassification(GraphTask):
@@ -77,23 +77,23 @@ class NodeClassification(GraphTask):
         self.classes = int(graph.labels.max()) + 1
 
     def loss(self, network: GraphNetwork, x: Tensor, margin: float) -> Tensor:
-        """Over training nodes."""
+        """Return the loss over training nodes."""
         scores = network.class_scores(x[self.split.train])
         right = self.labels[self.split.train].unsqueeze(1)
         misses = torch.relu(margin - scores.gather(1, right) + scores)
         return misses.scatter(1, right, 0.0).mean()
 
     def scores(self, network: GraphNetwork, x: Tensor, part: str) -> dict[str, float]:
-        """F1, micro-averaged."""
+        """Return F1, micro-averaged."""
         nodes = {"validation": self.split.validation, "test": self.split.test}[part]
         return {"f1": micro_f1(network.class_scores(x[nodes]), self.labels[nodes])}
 
     def selection(self, scores: Mapping[str, float]) -> float:
-        """F1."""
+        """Return F1."""
         return scores["f1"]
 
     def facts(self) -> dict[str, int]:
-        """Nodes, listed again where a protocol lists them again."""
+        """Count nodes, again where a protocol lists them again."""
         parts = {"train": self.split.train, "validation": self.split.validation, "test": self.split.test}
         sizes = {f"{part}_nodes": len(nodes) for part, nodes in parts.items()}
         return {
@@ -119,13 +119,13 @@ class LinkPrediction(GraphTask):
         self.known_edges = self.split.train
 
     def loss(self, network: GraphNetwork, x: Tensor, margin: float) -> Tensor:
-        """With negatives drawn anew each time."""
+        """Return the loss, with negatives drawn anew each time."""
         pairs = torch.cat([self.split.train, self.split.negatives()])
         positive, negative = network.pair_scores(x, pairs).chunk(2)
         return torch.relu(margin - positive + negative).mean() / 2
 
     def scores(self, network: GraphNetwork, x: Tensor, part: str) -> dict[str, float]:
-        """ROC AUC and average precision over the edges of the part and as many negatives."""
+        """Return ROC AUC and average precision over the edges of the part and as many negatives."""
         split = self.split
         parts = {
             "validation": (split.validation, split.validation_negatives),
@@ -135,11 +135,11 @@ class LinkPrediction(GraphTask):
         return {"roc_auc": roc_auc(positive, negative), "ap": average_precision(positive, negative)}
 
     def selection(self, scores: Mapping[str, float]) -> float:
-        """Mean of the two."""
+        """Return the mean of the two scores."""
         return (scores["roc_auc"] + scores["ap"]) / 2
 
     def facts(self) -> dict[str, int]:
-        """Edges."""
+        """Count edges."""
         split = self.split
         return {
             "train_edges": len(split.train),

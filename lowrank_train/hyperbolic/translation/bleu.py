@@ -12,7 +12,7 @@ __all__ = ["bleu", "load_sacrebleu"]
 
 
 def load_sacrebleu() -> Any:
-    """The module. Raises UserError if it is not installed."""
+    """Import the module. Raises UserError if it is not installed."""
     try:
         return importlib.import_module("sacrebleu")
     except ImportError:
@@ -23,7 +23,7 @@ def load_sacrebleu() -> Any:
 
 
 def bleu(translations: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
-    """Corpus BLEU from 0 to 100, one reference each, tokenized by sacrebleu's "13a"; and sacrebleu's signature of it.
+    """Return corpus BLEU from 0 to 100, one reference each, tokenized by sacrebleu's "13a"; and sacrebleu's signature.
 
     Raises UserError if sacrebleu is not installed.
     """

@@ -93,5 +93,5 @@ def load_translation_config(arguments: Sequence[str]) -> TranslationConfig:
 
 
 def translation_help_text() -> str:
-    """Every key with its default and meaning."""
+    """Return every key with its default and meaning."""
     return recipe_help(TranslationConfig, "data.task=translation ")

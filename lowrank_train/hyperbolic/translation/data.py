@@ -56,7 +56,7 @@ class TranslationData:
     parts: dict[str, Pairs]
     tokenizer: PreTrainedTokenizerBase
     sha1: str
-    """Of all texts."""
+    """The hash of all texts."""
 
     @property
     def end(self) -> int:
@@ -64,11 +64,11 @@ class TranslationData:
         return int(self.tokenizer.eos_token_id)
 
     def text(self, tokens: list[list[int]]) -> list[str]:
-        """Of translations."""
+        """Return the text of translations."""
         return [self.tokenizer.decode(words, clean_up_tokenization_spaces=False).strip() for words in tokens]
 
     def facts(self) -> dict[str, int]:
-        """Sizes."""
+        """Return the sizes of the data."""
         counts = {f"{part}_sentences": len(pairs.source) for part, pairs in self.parts.items()}
         tokens = sum(len(target) for target in self.parts["train"].target)
         return {**counts, "train_target_tokens": tokens, "vocabulary": len(self.tokenizer)}
@@ -112,7 +112,7 @@ def load_translation_data(
 
 
 def batches(pairs: Pairs, *, tokens: int, seed: int, epoch: int) -> list[list[int]]:
-    """Indices of the pairs of each batch of an epoch: a function of the arguments, nothing else.
+    """Return indices of the pairs of each batch of an epoch: a function of the arguments, nothing else.
 
     Pairs are shuffled, sorted by length in pools, cut where sources and targets, padded, come to ``tokens``, and the
     batches shuffled. Every pair is in one batch; one that is longer than ``tokens`` is alone.
@@ -140,7 +140,7 @@ def batches(pairs: Pairs, *, tokens: int, seed: int, epoch: int) -> list[list[in
 
 
 def padded(pairs: Pairs, indices: list[int], end: int) -> Batch:
-    """The tensors of a batch."""
+    """Return the tensors of a batch."""
     source, target = [pairs.source[i] for i in indices], [pairs.target[i] for i in indices]
     read = [[end, *sentence[:-1]] for sentence in target]
     lengths = torch.tensor([len(sentence) for sentence in source])

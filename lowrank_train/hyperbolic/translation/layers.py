@@ -51,7 +51,7 @@ class LorentzWords(nn.Module):
         self.map = LorentzLinear(width, width, curvature=curvature, max_time=max_time)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(b, n) -> points (b, n, d)."""
+        """Map tokens (b, n) to points (b, n, d)."""
         # looked up as an embedding: its backward sums into rows, that of indexing sorts them first
         points = nn.functional.embedding(tokens, self.words.weight)
         mapped: Tensor = self.map(points, self.places[: tokens.shape[1]])
@@ -66,7 +66,7 @@ class LorentzAttentionBlock(nn.Module):
         self.attention = LorentzAttention(width, heads, dropout=dropout, curvature=curvature, max_time=max_time)
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
-        """Points (b, n, d) and (b, m, d) -> (b, n, d); mask as in ``LorentzAttention.forward``."""
+        """Map points (b, n, d) and (b, m, d) to (b, n, d); mask as in ``LorentzAttention.forward``."""
         out: Tensor = self.attention(x, memory, mask, x)
         return out
 
@@ -82,7 +82,7 @@ class LorentzFeedForward(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Points (b, n, d) -> (b, n, d)."""
+        """Map points (b, n, d) to points (b, n, d)."""
         out: Tensor = self.down(self.up(x), x)
         return out
 
@@ -98,7 +98,7 @@ class EuclideanWords(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(b, n) -> (b, n, d)."""
+        """Map (b, n) to (b, n, d)."""
         normed: Tensor = self.norm(self.words(tokens) + self.places[: tokens.shape[1]])
         return normed
 
@@ -114,7 +114,7 @@ class EuclideanAttentionBlock(nn.Module):
         self.heads = heads
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
-        """(b, n, d) and (b, m, d) -> (b, n, d); mask (broadcasting to b, heads, n, m): True where a query may see."""
+        """Map (b, n, d) and (b, m, d) to (b, n, d); mask (broadcasting to b, heads, n, m): True where a query may see."""
         q, k, v = (
             map_(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for map_, y in ((self.query, x), (self.key, memory), (self.value, memory))
@@ -135,7 +135,7 @@ class EuclideanFeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, n, d) -> (b, n, d)."""
+        """Map (b, n, d) to (b, n, d)."""
         normed: Tensor = self.norm(self.down(self.dropout(torch.relu(self.up(x)))) + x)
         return normed
 
@@ -149,6 +149,6 @@ class EuclideanDecision(nn.Module):
         self.parameter_roles = {"linear.weight": "head"}
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., d) -> (..., words)."""
+        """Map (..., d) to (..., words)."""
         scores: Tensor = self.linear(x)
         return scores

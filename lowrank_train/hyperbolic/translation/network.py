@@ -50,54 +50,57 @@ class Parts(ABC):
 
     @abstractmethod
     def words(self, words: int, places: int, width: int) -> nn.Module:
-        """(b, n) tokens -> (b, n, width)."""
+        """Make a layer from tokens (b, n) to (b, n, width)."""
 
     @abstractmethod
     def attention(self, width: int, heads: int, dropout: float) -> nn.Module:
-        """(b, n, width), (b, m, width), mask -> (b, n, width)."""
+        """Make a layer from (b, n, width), (b, m, width) and mask to (b, n, width)."""
 
     @abstractmethod
     def feed_forward(self, width: int, inner_width: int, dropout: float) -> nn.Module:
-        """(b, n, width) -> (b, n, width)."""
+        """Make a layer from (b, n, width) to (b, n, width)."""
 
     @abstractmethod
     def decision(self, width: int, words: int) -> nn.Module:
-        """(..., width) -> (..., words), scores."""
+        """Make a layer from (..., width) to scores (..., words)."""
 
     @abstractmethod
     def error(self, x: Tensor) -> float:
-        """See ``lorentz.manifold_error``; 0 where everything is space."""
+        """Return ``lorentz.manifold_error``; 0 where everything is space."""
 
     @abstractmethod
     def time_error(self, x: Tensor) -> float:
-        """See ``lorentz.time_error``; likewise."""
+        """Return ``lorentz.time_error``; 0 where everything is space."""
 
 
 class LorentzParts(Parts):
     """Hyperbolic space; words and the centres that scores are distances to are points."""
 
     def words(self, words: int, places: int, width: int) -> nn.Module:
-        """``LorentzWords``."""
+        """Make ``LorentzWords``."""
         return LorentzWords(words, places, width, curvature=self.curvature, max_time=self.max_time)
 
     def attention(self, width: int, heads: int, dropout: float) -> nn.Module:
-        """``LorentzAttentionBlock``."""
+        """Make a ``LorentzAttentionBlock``."""
         return LorentzAttentionBlock(width, heads, dropout=dropout, curvature=self.curvature, max_time=self.max_time)
 
     def feed_forward(self, width: int, inner_width: int, dropout: float) -> nn.Module:
-        """``LorentzFeedForward``."""
+        """Make a ``LorentzFeedForward``."""
         return LorentzFeedForward(width, inner_width, dropout=dropout, curvature=self.curvature, max_time=self.max_time)
 
     def decision(self, width: int, words: int) -> nn.Module:
-        """``LorentzClassifier``: 2 k + 2 <x, c> + bias. Centres begin close together, so that no word is preferred."""
+        """Make a ``LorentzClassifier``: 2 k + 2 <x, c> + bias.
+
+        Centres begin close together, so that no word is preferred.
+        """
         return LorentzClassifier(width, words, curvature=self.curvature, radius=0.1)
 
     def error(self, x: Tensor) -> float:
-        """Largest |<x, x> / k + 1|."""
+        """Return the largest |<x, x> / k + 1|."""
         return lorentz.manifold_error(x, self.curvature)
 
     def time_error(self, x: Tensor) -> float:
-        """Largest relative error of a time."""
+        """Return the largest relative error of a time."""
         return lorentz.time_error(x, self.curvature)
 
 
@@ -105,27 +108,27 @@ class EuclideanParts(Parts):
     """Ordinary space."""
 
     def words(self, words: int, places: int, width: int) -> nn.Module:
-        """``EuclideanWords``."""
+        """Make ``EuclideanWords``."""
         return EuclideanWords(words, places, width)
 
     def attention(self, width: int, heads: int, dropout: float) -> nn.Module:
-        """``EuclideanAttentionBlock``."""
+        """Make a ``EuclideanAttentionBlock``."""
         return EuclideanAttentionBlock(width, heads, dropout=dropout)
 
     def feed_forward(self, width: int, inner_width: int, dropout: float) -> nn.Module:
-        """``EuclideanFeedForward``."""
+        """Make a ``EuclideanFeedForward``."""
         return EuclideanFeedForward(width, inner_width, dropout=dropout)
 
     def decision(self, width: int, words: int) -> nn.Module:
-        """``EuclideanDecision``."""
+        """Make a ``EuclideanDecision``."""
         return EuclideanDecision(width, words)
 
     def error(self, x: Tensor) -> float:
-        """0; infinite if something is not finite."""
+        """Return 0; infinite if something is not finite."""
         return 0.0 if bool(torch.isfinite(x).all()) else float("inf")
 
     def time_error(self, x: Tensor) -> float:
-        """There is none."""
+        """Return 0, because there is no time."""
         return 0.0
 
 
@@ -181,7 +184,7 @@ class Translator(nn.Module):
         self.decision = parts.decision(width, words)
 
     def encode(self, source: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (b, m) and lengths (b,) -> memory (b, m, width) and the mask of what is there, (b, 1, 1, m)."""
+        """Map tokens (b, m) and lengths (b,) to memory (b, m, width) and the mask of what is there, (b, 1, 1, m)."""
         seen = padding_mask(lengths, source.shape[1])
         x = self.source(source)
         for layer in self.encoder:
@@ -189,7 +192,9 @@ class Translator(nn.Module):
         return x, seen
 
     def decode(self, target: Tensor, memory: Tensor, seen: Tensor) -> Tensor:
-        """Tokens read so far (b, n), and what ``encode`` gave -> (b, n, width); a place sees none after it."""
+        """Map the tokens read so far (b, n), and the result of ``encode``, to (b, n, width); a place sees none after
+        it.
+        """
         n = target.shape[1]
         earlier = torch.ones(n, n, dtype=torch.bool, device=target.device).tril()
         x: Tensor = self.target(target)
@@ -198,14 +203,15 @@ class Translator(nn.Module):
         return x
 
     def forward(self, source: Tensor, lengths: Tensor, target: Tensor) -> Tensor:
-        """Scores of the word after each of ``target``: (b, m), (b,), (b, n) -> (b, n, words)."""
+        """Return scores of the word after each of ``target``: (b, m), (b,), (b, n) -> (b, n, words)."""
         memory, seen = self.encode(source, lengths)
         scores: Tensor = self.decision(self.decode(target, memory, seen))
         return scores
 
     @torch.no_grad()
     def translate(self, source: Tensor, lengths: Tensor, *, end: int, longest: int) -> list[list[int]]:
-        """The best word each time, until the end token or ``longest`` words; without the end token.
+        """Choose the best word each time, until the end token or ``longest`` words; the result is without the end
+        token.
 
         Args:
             source: (b, m).
@@ -229,7 +235,7 @@ class Translator(nn.Module):
         return written
 
     def points(self) -> dict[str, Tensor]:
-        """The parameters whose rows are points, by name; none in Euclidean space."""
+        """Return the parameters whose rows are points, by name; none in Euclidean space."""
         return {
             f"{prefix}.{name}": module.get_parameter(name)
             for prefix, module in self.named_modules()
@@ -261,5 +267,5 @@ class _DecoderLayer(nn.Module):
 
 
 def padding_mask(lengths: Tensor, width: int) -> Tensor:
-    """True where a token is, (b,) -> (b, 1, 1, width)."""
+    """Return True where a token is, (b,) -> (b, 1, 1, width)."""
     return (torch.arange(width, device=lengths.device) < lengths.unsqueeze(1))[:, None, None]

@@ -14,22 +14,22 @@ class TranslationRecord(NetworkRecord):
     """One run. BLEU from 0 to 100, losses in nats per token."""
 
     bleu: dict[str, float]
-    """Of validation and test, by greedy decoding; empty for a run that was interrupted."""
+    """BLEU of validation and test, by greedy decoding; empty for a run that was interrupted."""
     bleu_signature: str
-    """Of sacrebleu: says exactly what was computed."""
+    """The signature of sacrebleu, which says exactly what was computed."""
     validation_loss: float | None
     """Without label smoothing, of the last network."""
     steps: int
     epochs: float
     """Passes over the training part, the last one in part."""
     trainable_in_layers: int
-    """Of the trainable parameters, those of encoder and decoder layers; the rest is words, places and the decision."""
+    """Trainable parameters of encoder and decoder layers; the others are words, places and the decision."""
     manifold_error: dict[str, float]
     """Largest |<x, x> / k + 1|: of each parameter that holds points, of the encoder's and of the decoder's outputs."""
     time_error: dict[str, float]
-    """Likewise the largest error of x_0, relative to what it should be."""
+    """The largest error of x_0, relative to what it should be."""
 
     @property
     def stopped_at(self) -> str:
-        """For the line that says how to go on."""
+        """The position, for the line that says how to continue."""
         return f"step {self.steps}"

@@ -44,7 +44,7 @@ class TranslationRun(NetworkRun):
     progress: TranslationProgress
     data: TranslationData
     rates: list[float]
-    """Of each parameter group as configured."""
+    """The rate of each parameter group as configured."""
 
     @property
     def finished(self) -> bool:
@@ -52,7 +52,7 @@ class TranslationRun(NetworkRun):
         return self.progress.done >= self.config.steps
 
     def training_batches(self) -> Iterator[Batch]:
-        """From where the run stands, without an end; ``progress`` says what has been taken."""
+        """Yield batches from where the run stands, without an end; ``progress`` says what has been taken."""
         pairs, tokens = self.data.parts["train"], self.config.data.batch_tokens
         while True:
             order = batches(pairs, tokens=tokens, seed=self.config.seed, epoch=self.progress.epoch)
@@ -62,30 +62,30 @@ class TranslationRun(NetworkRun):
             self.progress.epoch, self.progress.batch = self.progress.epoch + 1, 0
 
     def epochs(self) -> float:
-        """Passes over the training part."""
+        """Return the passes over the training part."""
         pairs, tokens = self.data.parts["train"], self.config.data.batch_tokens
         count = len(batches(pairs, tokens=tokens, seed=self.config.seed, epoch=self.progress.epoch))
         return self.progress.epoch + self.progress.batch / count
 
     def set_learning_rate(self) -> float:
-        """Of every group, for the step that comes; returns that of the linear maps."""
+        """Set the rate of every group for the step that comes; returns that of the linear maps."""
         factor = learning_rate_factor(self.config.schedule, self.config.steps)(self.progress.done)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         return float(self.optimizer.defaults["lr"]) * factor
 
     def arguments(self) -> dict[str, Any]:
-        """What ``load_translator`` builds the network from, beside its weights."""
+        """Return what ``load_translator`` builds the network from, beside its weights."""
         return {**asdict(self.config.model), "words": len(self.data.tokenizer)}
 
     def greeting(self) -> str:
-        """What is trained."""
+        """Return what is trained."""
         data, pairs = self.config.data, len(self.data.parts["train"].source)
         return f"{data.source} to {data.target}: {pairs:,} pairs, {len(self.data.tokenizer):,} tokens"
 
 
 def build_translation_run(config: TranslationConfig, ranks: Ranks) -> TranslationRun:
-    """Pairs, tokenizer, network, layers, optimizer.
+    """Build pairs, tokenizer, network, layers and optimizer.
 
     Raises:
         UserError: whatever of them cannot be had.
@@ -127,7 +127,8 @@ def build_translation_run(config: TranslationConfig, ranks: Ranks) -> Translatio
 
 
 def load_translator(folder: Path) -> Translator:
-    """The trained, plain network (``nn.Linear`` throughout) that a finished run left in its folder, for evaluation.
+    """Load the trained, plain network (``nn.Linear`` throughout) that a finished run left in its folder, for
+    evaluation.
 
     Raises UserError if there is none, or it is of another version.
     """

@@ -41,7 +41,9 @@ def train_translation(config: TranslationConfig) -> TranslationRecord:
 
 
 def translate(network: Translator, pairs: Pairs, *, end: int, longest: int) -> list[list[int]]:
-    """Tokens of the translations of all sources, in their order; sentences of like lengths are translated together."""
+    """Return tokens of the translations of all sources, in their order; sentences of similar length are translated
+    together.
+    """
     network.eval()
     order = sorted(range(len(pairs.source)), key=lambda index: len(pairs.source[index]))
     written: dict[int, list[int]] = {}
