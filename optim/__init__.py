@@ -6,8 +6,8 @@ optimizer = DCTAdamW(param_groups(model), lr=1e-3, rank=256, weight_decay=0.1)
 To understand one step of DCT-AdamW, read in this order:
 
 1. ``methods/low_rank/dct_adamw.py``: the equation of the method and the parts it is made of.
-2. ``core/optimizer.py``: ``step()``, and what updates the parameters of each role.
-3. ``low_rank/step.py``: one matrix, in the order of the equation.
+2. ``core/optimizer.py``: ``step()``; every role of parameters has an ``Update`` (``core/update.py``).
+3. ``low_rank/engine.py``: all matrices at once, and ``low_rank/step.py``: one, in the order of the equation.
 4. ``low_rank/bases/columns.py`` and ``low_rank/bases/dct.py``: which columns, and the transform.
 5. ``low_rank/residuals.py``: ``Drop``, what becomes of the gradient outside of them.
 6. ``shards/tall.py``: the same where the matrix is sharded.
