@@ -43,14 +43,14 @@ _STEPS = 5
 """Jordan et al. 2024."""
 
 _SMALLEST_NORM = 1e-7
-"""Of X, as in the code of Jordan et al. and ``torch.optim.Muon``; makes 0 of 0."""
+"""The least norm of X, as in the code of Jordan et al. and ``torch.optim.Muon``; it makes 0 of 0."""
 
 CHUNK_NUMBERS = 2**25
 """128 MiB of float32: far beyond the size at which an all-reduce is limited by bandwidth, and little workspace."""
 
 
 def newton_schulz(X: Tensor) -> Tensor:
-    """X (m, d), m >= d, orthogonalized; in bfloat16, but in float64 for a float64 X."""
+    """Orthogonalize X (m, d), m >= d; in bfloat16, but in float64 for a float64 X."""
     a, b, c = _COEFFICIENTS
     Y = X if X.dtype == torch.float64 else X.bfloat16()
     Y = Y / Y.norm().clamp(min=_SMALLEST_NORM)
@@ -61,7 +61,7 @@ def newton_schulz(X: Tensor) -> Tensor:
 
 
 def gram_polynomial(gram: Tensor, steps: int = _STEPS, *, unit: float = 1.0) -> Tensor:
-    """P such that X P is X orthogonalized, from X^T X (..., d, d), summed over all rows; 0 rows stay 0.
+    """Return P such that X P is X orthogonalized, from X^T X (..., d, d), summed over all rows; 0 rows stay 0.
 
     ``unit``: X is in multiples of 1 / unit, so that the smallest norm is too.
     """
@@ -81,7 +81,7 @@ def gram_polynomial(gram: Tensor, steps: int = _STEPS, *, unit: float = 1.0) -> 
 
 
 def orthogonalized(params: Sequence[Tensor], blocks: Sequence[Tensor], *, unit: float = 1.0) -> list[Tensor]:
-    """Rows (m_local, d) of each orthogonalized matrix, from the rows ``tall`` gave of it; one all-reduce.
+    """Return rows (m_local, d) of each orthogonalized matrix, from its tall rows; one all-reduce.
 
     Every rank must call this with the same parameters in the same order. ``unit``: what the rows were multiplied by.
     """

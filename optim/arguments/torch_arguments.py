@@ -66,7 +66,7 @@ def _is_scalar(value: Any) -> bool:
 
 
 def check_rate(value: Any) -> bool:
-    """Whether a value is a number >= 0, or a tensor of one; on meta a tensor has no value to look at."""
+    """Return whether a value is a number >= 0, or a tensor of one; on meta a tensor has no value to look at."""
     if not isinstance(value, Tensor):
         return is_number(value) and value >= 0
     if value.numel() != 1 or value.is_complex():

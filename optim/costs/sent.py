@@ -44,7 +44,7 @@ _REFRESH = 200  # GaLore, arXiv 2403.03507: steps between two SVDs
 
 @dataclass(frozen=True)
 class Communication:
-    """Of one rank, in bytes, over all parameters."""
+    """The bytes that one rank sends, over all parameters."""
 
     world_size: int
     step_payload: float
@@ -52,18 +52,18 @@ class Communication:
     refresh_payload: float
     """More of them at a step that chooses new directions."""
     mean_payload: float
-    """Of a step, over the refresh interval of every group."""
+    """Mean bytes of a step, over the refresh interval of every group."""
     interval: int | None
     """The shortest of these; None for a method without one."""
 
     @property
     def step_sent(self) -> float:
-        """At a step that keeps its directions."""
+        """Bytes of a step that keeps its basis."""
         return all_reduce_bytes(self.step_payload, self.world_size)
 
     @property
     def refresh_sent(self) -> float:
-        """At a step that chooses new ones, in all."""
+        """Bytes of a step that chooses a new basis, in all."""
         return all_reduce_bytes(self.step_payload + self.refresh_payload, self.world_size)
 
     @property
@@ -73,14 +73,14 @@ class Communication:
 
 
 def all_reduce_bytes(payload: float, world_size: int) -> float:
-    """What a rank sends to sum a payload over the ranks by a ring."""
+    """Return what a rank sends to sum a payload over the ranks by a ring."""
     return 2 * payload * (world_size - 1) / world_size
 
 
 def communicated_bytes(
     name: str, model: nn.Module | list[dict[str, Any]], *, world_size: int, **arguments: Any
 ) -> Communication:
-    """What ``create(name, model, **arguments)`` communicates, sharded over ``world_size`` ranks as it advises.
+    """Return what ``create(name, model, **arguments)`` communicates, sharded over ``world_size`` ranks as it advises.
 
     Args:
         name: one of ``optim.names()``.
@@ -140,7 +140,7 @@ class ModelShapes:
 
 
 def model_shapes(model: nn.Module) -> ModelShapes:
-    """Of any model, on any device."""
+    """Return the shapes of any model, on any device."""
     groups = param_groups(model)
     matrices: list[tuple[int, int]] = []
     for group in groups:

@@ -18,7 +18,7 @@ __all__ = ["layout_bytes", "predicted_state_bytes", "state_bytes"]
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all state tensors this rank holds (host memory included), of any torch optimizer."""
+    """Return the bytes of all state tensors this rank holds (host memory included), of any torch optimizer."""
     tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     return sum(local(tensor).numel() * local(tensor).element_size() for tensor in tensors)
 
@@ -26,7 +26,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 def predicted_state_bytes(
     name: str, model: nn.Module | list[dict[str, Any]], *, world_size: int = 1, shard: int = 0, **arguments: Any
 ) -> int:
-    """Bytes of state that ``create(name, model, **arguments)`` holds on one rank.
+    """Return the bytes of state that ``create(name, model, **arguments)`` holds on one rank.
 
     Args:
         name: one of ``optim.names()``.
@@ -51,7 +51,8 @@ def predicted_state_bytes(
 def layout_bytes(
     optimizer: MatrixOptimizer, *, world_size: int = 1, shard: int = 0, on_device_only: bool = False
 ) -> int:
-    """Bytes of state by the layouts of an optimizer as it is now; arguments as for ``predicted_state_bytes``.
+    """Return the bytes of state by the layouts of an optimizer as it is now; arguments as for
+    ``predicted_state_bytes``.
 
     The parameters may be sharded or not: their global shapes are read. ``on_device_only``: without state that is
     offloaded.

@@ -48,7 +48,7 @@ def compare(
     world_size: int = 8,
     device: torch.device | None = None,
 ) -> list[Row]:
-    """Every registered optimizer of matrices on one of rows x columns, by name.
+    """Compare every registered optimizer of matrices on one matrix of rows x columns, by name.
 
     Args:
         rows: of the matrix.
@@ -90,14 +90,14 @@ def compare(
 
 
 def timing_sizes(rows: int, columns: int, rank: int | None, device: torch.device) -> tuple[int, int, int | None]:
-    """Rows, columns and rank to measure with: on a CPU halved together until a table takes seconds."""
+    """Return rows, columns and rank to measure with: on a CPU halved together until a table takes seconds."""
     while device.type == "cpu" and rows * columns > _CPU_NUMBERS and min(rows, columns) > 1:
         rows, columns, rank = rows // 2, columns // 2, None if rank is None else max(1, rank // 2)
     return rows, columns, rank
 
 
 def aligned(rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -> str:
-    """Rows of text in columns, numbers to the right; ``left``: the columns that are words."""
+    """Return rows of text in columns, numbers to the right; ``left``: the columns that are words."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -110,7 +110,7 @@ def aligned(rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -> str
 
 
 def size_text(size: float) -> str:
-    """Bytes in decimal units, as networks count."""
+    """Return bytes in decimal units, as networks count."""
     if size < 1000:
         return f"{size:.0f} B" if size == int(size) else f"{size:.1f} B"
     for unit in ("kB", "MB", "GB"):

@@ -35,7 +35,7 @@ BASELINES: dict[str, dict[str, bool]] = {"fused": {"fused": True}, "foreach": {"
 """The AdamW that steps are compared with: arguments of ``torch.optim.AdamW``."""
 
 _COMMON: dict[str, Any] = {"lr": 1e-4, "weight_decay": 1e-2}
-"""Of every optimizer and of AdamW: decay costs a pass over the weights, so all have it or none."""
+"""Weight decay of every optimizer and of AdamW: decay costs a pass over the weights, so all have it or none."""
 
 _NEVER = 2**62
 
@@ -55,11 +55,11 @@ class StepTime:
     """By the names of ``BASELINES``, taken beside this optimizer's steps."""
     ordinary_ratio: dict[str, float]
     quartiles: dict[str, tuple[float, float]]
-    """Of the ratio over the rounds: how far to trust it."""
+    """The spread of the ratio over the rounds: how far to trust it."""
 
     @property
     def amortised_ratio(self) -> dict[str, float]:
-        """Of a mean step, by the names of ``BASELINES``."""
+        """The ratio of a mean step, by the names of ``BASELINES``."""
         share = self.refresh_seconds / self.interval if self.interval else 0.0
         return {key: ratio + share / self.adamw_seconds[key] for key, ratio in self.ordinary_ratio.items()}
 
@@ -111,13 +111,13 @@ def time_steps(
 
 
 def rank_argument(name: str, rank: int | None) -> dict[str, int]:
-    """``rank`` as an argument of an optimizer; nothing for one that takes none or has a rank of its own by default."""
+    """Return ``rank`` as an argument of an optimizer; nothing for one that takes none or has a default rank."""
     parameter = inspect.signature(find(name)).parameters.get("rank")
     return {} if rank is None or parameter is None or parameter.default is not None else {"rank": rank}
 
 
 def refresh_interval(optimizer: MatrixOptimizer) -> int | None:
-    """Steps between two choices of directions, where that is the user's to set; else None."""
+    """Return the steps between two choices of a basis, where the user sets them; else None."""
     if "refresh_interval" not in inspect.signature(type(optimizer)).parameters:
         return None
     return int(optimizer.param_groups[0]["refresh_interval"])

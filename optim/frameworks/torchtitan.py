@@ -24,7 +24,7 @@ ConfigT = TypeVar("ConfigT")
 
 
 def titan_config(config: ConfigT, name: str, **arguments: Any) -> ConfigT:
-    """A container's configuration, with another optimizer in the place of AdamW.
+    """Return the configuration of a container, with another optimizer in the place of AdamW.
 
     The patterns of ``config.param_groups`` stay, first match first, with the settings that the optimizer has too (lr,
     weight decay, betas, eps); roles come from module types. Patterns decide about settings only: one optimizer trains

@@ -21,7 +21,7 @@ __all__ = ["hf_factory"]
 
 
 def hf_factory(name: str) -> Callable[[], Callable[..., MatrixOptimizer]]:
-    """What ``Trainer(optimizer_cls_and_kwargs=(hf_factory(name), {...}))`` wants, with these keys in the dict:
+    """Return what ``Trainer(optimizer_cls_and_kwargs=(hf_factory(name), {...}))`` wants, with these keys in the dict:
 
         training_args   the Trainer's ``TrainingArguments``: learning rate, weight decay, betas and epsilon come from
                         them, as far as the optimizer has such arguments and the dict does not name them

@@ -52,11 +52,11 @@ Description = tuple[str | float, ...]
 """What a parameter group and its checkpoint hold of a manifold: its name and constant, ``("lorentz", 1.0)``."""
 
 _LONGEST_STEP = 10.0
-"""Of one update, in radii of curvature: e^10 times as far out. As HyboNet (arXiv 2105.14686) bounds its exponential."""
+"""The longest update, in radii of curvature: e^10 times as far out. HyboNet (arXiv 2105.14686) has this bound."""
 
 
 class Manifold(ABC):
-    """Abstract: points (n, ...) are float64, one per row; coordinates w (n, ...) of tangent vectors likewise."""
+    """Abstract: a manifold. Points (n, ...) and coordinates w (n, ...) of tangent vectors are float64, one per row."""
 
     point_dims = 1
     """Dimensions of one point: 1 for a vector, 2 for a matrix."""
@@ -65,41 +65,41 @@ class Manifold(ABC):
     """Whether coordinates of all points can share directions."""
 
     def objection(self, shape: Sequence[int]) -> str | None:
-        """Why rows of a parameter of this shape cannot be points; None if they can."""
+        """Return why rows of a parameter of this shape cannot be points; None if they can."""
         if len(shape) != 2 or shape[1] < 2:
             return "expected (rows, d), d >= 2, a point per row"
         return None
 
     def coordinates(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of the coordinates of tangent vectors at the points of a parameter of this shape."""
+        """Return the shape of the coordinates of tangent vectors at the points of a parameter of this shape."""
         return tuple(shape)
 
     @abstractmethod
     def completed(self, x: Tensor) -> Tensor:
-        """Points from what is stored of them, rounding errors repaired."""
+        """Return points from what is stored of them, with rounding errors repaired."""
 
     @abstractmethod
     def defect(self, x: Tensor) -> Tensor:
-        """How far stored points are from the manifold, (n,), relative to their own size."""
+        """Return how far stored points are from the manifold, (n,), relative to their own size."""
 
     @abstractmethod
     def gradient(self, x: Tensor, euclidean: Tensor) -> Tensor:
-        """Coordinates of the Riemannian gradient from the one in the ambient space, dL/dx."""
+        """Return coordinates of the Riemannian gradient from the one in the ambient space, dL/dx."""
 
     def tangent(self, x: Tensor, w: Tensor) -> Tensor:
-        """The nearest coordinates that belong to a tangent vector."""
+        """Return the nearest coordinates that belong to a tangent vector."""
         return w
 
     @abstractmethod
     def lift(self, x: Tensor, w: Tensor) -> Tensor:
-        """The tangent vector of the ambient space with these coordinates."""
+        """Return the tangent vector of the ambient space with these coordinates."""
 
     @abstractmethod
     def move(self, x: Tensor, u: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-        """The points reached by steps u, and coordinates there of the moments m carried along."""
+        """Return the points reached by steps u, and there the coordinates of the moments m, transferred."""
 
     def storable(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """What to store of points in ``dtype``, so that they are on the manifold as nearly as it can say."""
+        """Return what to store of points in ``dtype``, so that they are on the manifold as nearly as it can say."""
         return x
 
 
@@ -313,12 +313,12 @@ def describe_manifold(manifold: Any) -> Description:
 
 
 def find_manifold(description: Sequence[str | float]) -> Manifold:
-    """The maths of a description."""
+    """Return the maths of a description."""
     return _built(tuple(description))
 
 
 def same_manifold(one: Sequence[str | float] | None, other: Sequence[str | float] | None) -> bool:
-    """Whether two descriptions agree, constants up to the rounding of float32."""
+    """Return whether two descriptions agree, constants up to the rounding of float32."""
     if one is None or other is None:
         return one is other
     constants = zip(one[1:], other[1:], strict=False)
@@ -335,7 +335,7 @@ def _built(description: Description) -> Manifold:
 
 
 _LARGEST_CONSTANT = 1e12
-"""Of k and c: beyond it, or below its inverse, products of coordinates leave the range of float32."""
+"""The largest k and c: beyond it, or below its inverse, products of coordinates leave the range of float32."""
 
 
 def _checked(description: Description) -> Description:

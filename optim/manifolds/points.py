@@ -44,10 +44,10 @@ from lowrank_train.optim.storage.quantization import as_stored, read, write
 __all__ = ["completed", "point_state", "refresh_bytes", "step_points", "structural_objection"]
 
 _SETTINGS: dict[str, Any] = {"amsgrad": False, "point_rank": None, "point_refresh_interval": 200}
-"""Of a group of points, where neither it nor the optimizer says otherwise."""
+"""The settings of a group of points, where neither the group nor the optimizer says otherwise."""
 
 _TOLERANCE, _TOLERANCE_16_BITS = 1e-3, 3e-2
-"""Of ``Manifold.defect`` at the first step: far above rounding, far below a point that was never on the manifold."""
+"""The largest ``Manifold.defect`` at the first step: far above rounding, far below a point not on the manifold."""
 
 _TEMPORARIES = 8
 """Blocks are smaller by this than those of other updates, for what float64 and its temporaries take. Measured on 20,000
@@ -55,7 +55,7 @@ Lorentz points in R^65, one core: 52 ms of processor time, 118 ms at 1, 67 ms at
 
 
 def completed(group: dict[str, Any], defaults: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """A parameter group as given, its role, manifold and settings filled in if it is one of points.
+    """Return a parameter group as given, with role, manifold and settings filled in if it is one of points.
 
     Raises ValueError for a manifold without the role, or the role without a manifold.
     """
@@ -86,7 +86,8 @@ def completed(group: dict[str, Any], defaults: Mapping[str, Any], index: int) ->
 
 
 def point_state(name: str, param: Tensor, group: Mapping[str, Any]) -> dict[str, StateTensor]:
-    """The state tensors of a parameter whose rows are points, in float32 or wider except as ``state_dtype`` says.
+    """Return the state tensors of a parameter whose rows are points, in float32 or wider except as ``state_dtype``
+    says.
 
     ``step`` (), in CPU memory; ``exp_avg`` (n, p), the first moments' coordinates, or (n, r); ``exp_avg_sq`` (n, 1);
     with amsgrad ``max_exp_avg_sq`` (n, 1); with ``point_rank`` ``basis`` (r, p) and ``clock`` (), also in CPU memory.
@@ -113,7 +114,7 @@ def point_state(name: str, param: Tensor, group: Mapping[str, Any]) -> dict[str,
 
 
 def refresh_bytes(shape: Sequence[int], dtype: torch.dtype, group: Mapping[str, Any]) -> int:
-    """What a refresh hands to collectives for one parameter: M^T M, and the directions chosen."""
+    """Return what a subspace update hands to collectives for one parameter: M^T M, and the basis vectors chosen."""
     rank = group["point_rank"]
     if rank is None:
         return 0
@@ -122,7 +123,7 @@ def refresh_bytes(shape: Sequence[int], dtype: torch.dtype, group: Mapping[str, 
 
 
 def structural_objection(group: Mapping[str, Any], saved: Mapping[str, Any]) -> str | None:
-    """Why state saved by another group means something else here; None if it does not."""
+    """Return why state saved by another group means something else here; None if it does not."""
     if same_manifold(saved.get("manifold"), group["manifold"]):
         return None
     return (
@@ -135,7 +136,7 @@ def structural_objection(group: Mapping[str, Any], saved: Mapping[str, Any]) -> 
 def step_points(
     name: str, param: Tensor, gradient: Tensor | None, state: Mapping[str, Tensor], group: Mapping[str, Any]
 ) -> None:
-    """One step of one parameter, in place; with ``point_rank``, a collective where new directions are due.
+    """Make one step of one parameter, in place; with ``point_rank``, a collective where a new basis is due.
 
     Raises:
         ValueError: at the first step, for a point that is not on the manifold.

@@ -40,7 +40,7 @@ class Promotion(NamedTuple):
 
 
 def dense_gradient(slot: Slot) -> Tensor:
-    """The gradient to descend along, which must exist; raises ValueError if it is sparse.
+    """Return the gradient to descend along, which must exist. Raises ValueError if it is sparse.
 
     This is the parameter's own gradient, or a negated copy where the group is to ``maximize``.
     """
@@ -49,7 +49,7 @@ def dense_gradient(slot: Slot) -> Tensor:
 
 
 def stored_gradient(slot: Slot) -> Tensor:
-    """The parameter's gradient itself, which must exist; raises ValueError if it is sparse."""
+    """Return the gradient of the parameter itself, which must exist. Raises ValueError if it is sparse."""
     grad = slot.grad
     assert grad is not None
     if grad.is_sparse:

@@ -41,7 +41,7 @@ def leading(shape: Sequence[int], group: Mapping[str, Any]) -> int:
 
 
 def is_taken_apart(shape: Sequence[int], group: Mapping[str, Any]) -> bool:
-    """Whether the matrices of a weight are something else than the weight itself."""
+    """Return whether the matrices of a weight are something else than the weight itself."""
     transposed = group["weight_layout"] == "in,out" and len(shape) >= 2
     return group["role"] == "matrix" and (transposed or leading(shape, group) > 0)
 
@@ -64,7 +64,7 @@ def stacked(layout: Mapping[str, StateTensor], param: Tensor, group: Mapping[str
 
 
 def has_own_matrices(slot: Slot) -> bool:
-    """Whether this rank holds whole matrices of a stack that other ranks do not hold."""
+    """Return whether this rank holds whole matrices of a stack that other ranks do not hold."""
     dim = sharded_dim(slot.param)
     return dim is not None and dim < leading(slot.param.shape, slot.group)
 

@@ -30,7 +30,7 @@ _FLATTENING = {
 
 
 def bare_model(model: nn.Module) -> nn.Module:
-    """The model without what wraps all of it and keeps its parameters (DistributedDataParallel, torch.compile).
+    """Return the model without what wraps all of it and keeps its parameters (DistributedDataParallel, torch.compile).
 
     Raises ValueError if FSDP1 or DeepSpeed holds it, or a part of it.
     """
@@ -47,7 +47,8 @@ def bare_model(model: nn.Module) -> nn.Module:
 
 
 def is_replicated(model: nn.Module) -> bool:
-    """Whether DistributedDataParallel holds parameters of a model, also where it was put around the model handed in.
+    """Return whether DistributedDataParallel holds parameters of a model, also where it was put around the model
+    handed in.
 
     Nothing about a model says so, and Hugging Face's Trainer hands out the bare one: all living objects are looked
     through, some 0.1 s.
@@ -74,7 +75,7 @@ def _with_subclasses(cls: type) -> Iterator[type]:
 
 
 def bare_optimizer(optimizer: Any) -> Any:
-    """The optimizer inside the wrapper of Accelerate or Lightning, which have it as ``optimizer``."""
+    """Return the optimizer inside the wrapper of Accelerate or Lightning, which have it as ``optimizer``."""
     # Lightning's wrapper is an instance of what it wraps, so the innermost is found by what it holds, not by its class
     while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = optimizer.optimizer
@@ -82,5 +83,5 @@ def bare_optimizer(optimizer: Any) -> Any:
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without what torch.compile and activation checkpointing insert."""
+    """Return the name of a parameter without what torch.compile and activation checkpointing insert."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)

@@ -22,19 +22,22 @@ _DEVICE_BLOCK_NUMBERS = 2**24
 
 
 def row_blocks(rows: int, width: int, device: torch.device) -> list[slice]:
-    """Slices that cover ``rows`` rows of ``width`` numbers."""
+    """Yield slices that cover ``rows`` rows of ``width`` numbers."""
     numbers = _CPU_BLOCK_NUMBERS if device.type == "cpu" else _DEVICE_BLOCK_NUMBERS
     height = max(16, numbers // max(1, width))
     return [slice(start, min(start + height, rows)) for start in range(0, rows, height)]
 
 
 def contiguous_rows(block: Tensor) -> Tensor:
-    """Rows (b, d), contiguous. Of a transposed matrix in two copies: one at once would go element by element."""
+    """Return rows (b, d), contiguous. A transposed matrix takes two copies: one at once would go element by element."""
     return block if block.stride(-1) == 1 or block.device.type != "cpu" else block.mT.contiguous().mT.contiguous()
 
 
 def add_rows_(block: Tensor, value: Tensor) -> None:
-    """``block += value`` (b, d), value contiguous: turned over first where the block is part of a transposed matrix."""
+    """Do ``block += value`` (b, d), value contiguous.
+
+    The value is transposed first where the block is part of a transposed matrix.
+    """
     if block.stride(-1) == 1 or block.device.type != "cpu":
         block.add_(value)
     else:
@@ -43,7 +46,7 @@ def add_rows_(block: Tensor, value: Tensor) -> None:
 
 @contextmanager
 def widened(stored: Tensor, dtype: torch.dtype, decay: float | Tensor | None = None) -> Iterator[Tensor]:
-    """What is stored, decayed and in ``dtype``, to be changed in place; rounded and stored on leaving.
+    """Give a stored tensor, decayed and in ``dtype``, to be changed in place; it is rounded and stored on leaving.
 
     It is the stored tensor itself where that has the type.
     """
@@ -56,7 +59,7 @@ def widened(stored: Tensor, dtype: torch.dtype, decay: float | Tensor | None = N
 
 
 def chunks(items: Sequence[Item], numbers: Sequence[int], at_most: int) -> Iterator[list[Item]]:
-    """Consecutive items, as many at a time as bound the workspace; ``numbers`` must be equal on every rank."""
+    """Yield consecutive items, as many at a time as bound the workspace; ``numbers`` must be equal on every rank."""
     chunk: list[Item] = []
     total = 0
     for item, size in zip(items, numbers, strict=True):

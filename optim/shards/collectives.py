@@ -54,7 +54,7 @@ def sum_over_shards(params: Sequence[Tensor], statistics: Sequence[Tensor]) -> l
 
 
 def take_rows(param: Tensor, block: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index`` (global, CPU) of ``block``, a local tensor with a row for each local row of ``param``.
+    """Return rows ``index`` (global, CPU) of ``block``, a local tensor with a row for each local row of ``param``.
 
     Rows of other ranks are 0: ``sum_over_shards`` completes them.
     """
@@ -66,14 +66,14 @@ def take_rows(param: Tensor, block: Tensor, index: Tensor) -> Tensor:
 
 
 def put_rows(param: Tensor, block: Tensor, index: Tensor, rows: Tensor) -> None:
-    """The reverse of ``take_rows``: write those of the (whole) rows that are this rank's into ``block``."""
+    """Write those of the (whole) rows that are this rank's into ``block``: the reverse of ``take_rows``."""
     here = row_range(param)
     mine = (index >= here.start) & (index < here.stop)
     block[(index[mine] - here.start).to(block.device)] = rows[mine.to(rows.device)].to(block.dtype)
 
 
 def max_over_shards(param: Tensor, value: Tensor) -> Tensor:
-    """Largest of each number over the ranks that share rows of a parameter; no communication if none do."""
+    """Return the largest of each number over the ranks that share rows of a parameter; no communication if none do."""
     info = _shard_info(param)
     if info is not None and first_column(param) is not None:
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=info.group)
@@ -81,7 +81,7 @@ def max_over_shards(param: Tensor, value: Tensor) -> Tensor:
 
 
 def max_over_ranks(param: Tensor, value: Tensor) -> Tensor:
-    """Largest of each number over the ranks that share a parameter."""
+    """Return the largest of each number over the ranks that share a parameter."""
     info = _shard_info(param)
     if info is not None and info.count > 1:
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=info.group)
@@ -94,7 +94,7 @@ def decide_on_one_rank(
     decide: Callable[[int, Tensor], dict[str, Tensor]],  # what only one rank may do, for params[i] and its sum
     like: Sequence[dict[str, Tensor]],  # shape and dtype of the decisions; on meta is enough
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Decisions equal on all ranks, each made by one of them: matrices are dealt round, one each at a time.
+    """Yield decisions equal on all ranks, each made by one of them: matrices are assigned to ranks in turn.
 
     Every rank must call this with the same parameters in the same order, and take every decision. Over replicas too
     (HSDP) one rank decides.
@@ -141,7 +141,7 @@ def on_whole_matrices(
     blocks: Sequence[Tensor],  # (m_local, d) each, as ``tall`` returns them, of one dtype
     compute: Callable[[Tensor], Tensor],  # (m, d) -> (m, d)
 ) -> list[Tensor]:
-    """Rows (m_local, d) of ``compute`` of every whole matrix, each made by one rank: they are dealt round.
+    """Return rows (m_local, d) of ``compute`` of every whole matrix, each made by one rank; they are assigned in turn.
 
     As many matrices as there are ranks travel at a time, in one all-to-all to their owners and one back. Every rank
     must call this with the same parameters in the same order.

@@ -66,7 +66,9 @@ class StateTensor:
     transposed: bool = False
 
     def split_dim(self, shard_dim: int) -> int | None:
-        """The dimension that is split where the parameter is split along ``shard_dim``; None: each rank has it all."""
+        """Return the dimension that is split where the parameter is split along ``shard_dim``; None: each rank has it
+        all.
+        """
         if shard_dim < self.stacked:
             return shard_dim
         if self.layout in ("replicated", "host") or len(self.shape) == self.stacked:
@@ -100,12 +102,13 @@ class _ShardInfo:
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """A parameter of more than two dimensions, where its role is ``matrix``: the first by all the others together."""
+    """Return (rows, columns) of a parameter. With more than two dimensions: the first by all the others together."""
     return shape[0], math.prod(shape[1:])
 
 
 def projected_dim(shape: Sequence[int]) -> int:
-    """The dimension a low-rank method projects: the smaller one (columns when square), from the global shape only.
+    """Return the dimension that a low-rank method projects: the smaller one (columns when square), from the global
+    shape only.
 
     Never from the number of ranks, or a checkpoint could not be loaded on another number of them.
     """
@@ -114,7 +117,7 @@ def projected_dim(shape: Sequence[int]) -> int:
 
 
 def preferred_shard_dim(shape: Sequence[int], world_size: int) -> int:
-    """The dimension to shard a matrix along so that its projection is local: the unprojected one.
+    """Return the dimension to shard a matrix along so that its projection is local: the unprojected one.
 
     FSDP2 refuses uneven shards on any dimension but 0; there the answer is 0, and the optimizer turns the shards over.
     """
@@ -125,30 +128,34 @@ def preferred_shard_dim(shape: Sequence[int], world_size: int) -> int:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor; any other tensor as it is. No communication, shared storage."""
+    """Return this rank's part of a DTensor, and any other tensor as it is. No communication, shared storage."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def is_distributed(param: Tensor) -> bool:
-    """Whether a parameter is laid out on a mesh of ranks, sharded or not."""
+    """Return whether a parameter is laid out on a mesh of ranks, sharded or not."""
     return isinstance(param, DTensor)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether ``fully_shard`` was applied anywhere in a model, though its parameters may be gathered at the moment."""
+    """Return whether ``fully_shard`` was applied anywhere in a model, though its parameters may be gathered at the
+    moment.
+    """
     return any(isinstance(module, FSDPModule) for module in model.modules()) or any(
         isinstance(param, DTensor) for param in model.parameters()
     )
 
 
 def chunk_sizes(size: int, parts: int) -> list[int]:
-    """Lengths ``torch.chunk`` and DTensor give to ``parts`` shards of ``size``; the last ones may be 0."""
+    """Return the lengths that ``torch.chunk`` and DTensor give to ``parts`` shards of ``size``; the last may be 0."""
     step = math.ceil(size / parts)
     return [max(0, min(step, size - i * step)) for i in range(parts)]
 
 
 def local_shape(spec: StateTensor, shard_dim: int, index: int, parts: int) -> tuple[int, ...]:
-    """Shape of shard ``index`` of ``parts`` of a state tensor whose parameter is sharded along ``shard_dim``."""
+    """Return the shape of shard ``index`` of ``parts`` of a state tensor whose parameter is sharded along
+    ``shard_dim``.
+    """
     dim = spec.split_dim(shard_dim)
     if dim is None:
         return spec.shape
@@ -159,7 +166,8 @@ def local_shape(spec: StateTensor, shard_dim: int, index: int, parts: int) -> tu
 
 
 def allocate(spec: StateTensor, param: Tensor, *, on_host: bool = False) -> Tensor:
-    """Zeros for one state tensor of ``param``; a DTensor with explicit global shape and stride where it is sharded.
+    """Return zeros for one state tensor of ``param``; a DTensor with explicit global shape and stride where it is
+    sharded.
 
     A plain local tensor would be taken for replicated by every checkpoint path and silently overwritten.
 
@@ -229,7 +237,7 @@ def copy_into(target: Tensor, value: Tensor) -> None:
 
 
 def first_column(param: Tensor) -> int | None:
-    """Where this rank's columns begin, if the parameter is sharded along its last dimension (and has another).
+    """Return where this rank's columns begin, if the parameter is sharded along its last dimension (and has another).
 
     None where several mesh axes shard it: what depends on columns works on it gathered (``optim.shards.placements``).
     """
@@ -242,7 +250,7 @@ def first_column(param: Tensor) -> int | None:
 
 
 def block_origin(tensor: Tensor) -> tuple[int, int]:
-    """Row and column of the whole matrix (the first dimension by all others) where this rank's part begins.
+    """Return row and column of the whole matrix (the first dimension by all others) where this rank's part begins.
 
     Of more than two dimensions, cut along another than the first, the columns are those of the cut part.
     """
@@ -254,7 +262,7 @@ def block_origin(tensor: Tensor) -> tuple[int, int]:
 
 
 def laid_out_as(tensor: Tensor, block: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-    """A tensor that is sharded as another, with this local part: of the same shape unless told otherwise."""
+    """Return a tensor that is sharded as another, with this local part: of the same shape unless told otherwise."""
     if not isinstance(tensor, DTensor):
         return block
     whole = torch.Size(tensor.shape if shape is None else shape)
@@ -263,7 +271,7 @@ def laid_out_as(tensor: Tensor, block: Tensor, shape: Sequence[int] | None = Non
 
 
 def row_range(param: Tensor) -> range:
-    """Global indices of the rows this rank holds. Raises ValueError if it holds parts of rows."""
+    """Return the global indices of the rows this rank holds. Raises ValueError if it holds parts of rows."""
     info = _shard_info(param)
     if info is None or info.count == 1:
         return range(param.shape[0])
@@ -278,7 +286,7 @@ def row_range(param: Tensor) -> range:
 
 
 def sharded_dim(param: Tensor) -> int | None:
-    """The dimension a parameter is really split along, in a step; None if every rank holds it whole."""
+    """Return the dimension a parameter is really split along, in a step; None if every rank holds it whole."""
     if is_scattered(param):
         return work_dim(param)[0]
     info = _shard_info(param)
@@ -286,7 +294,7 @@ def sharded_dim(param: Tensor) -> int | None:
 
 
 def shard_count(param: Tensor) -> int:
-    """Over how many ranks a parameter is split in a step."""
+    """Return over how many ranks a parameter is split in a step."""
     if is_scattered(param):
         return work_dim(param)[1]
     info = _shard_info(param)

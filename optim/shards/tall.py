@@ -16,7 +16,7 @@ __all__ = ["accumulator", "add_tall", "tall", "tall_weight", "turned_numbers"]
 
 
 def turned_numbers(shape: Sequence[int], shard_dim: int, world_size: int) -> tuple[int, int]:
-    """Numbers a rank sends when a matrix is turned over, and when its update is turned back; the largest share.
+    """Return how many numbers a rank sends to reshard a matrix, and to reshard its update back; the largest share.
 
     None if it is sharded along the dimension that is not projected.
     """
@@ -27,7 +27,8 @@ def turned_numbers(shape: Sequence[int], shard_dim: int, world_size: int) -> tup
 
 
 def tall(param: Tensor, tensor: Tensor) -> Tensor:
-    """Local tall block (m_local, d) of a tensor shaped and sharded as ``param``; m is the unprojected dimension.
+    """Return the local tall block (m_local, d) of a tensor shaped and sharded as ``param``; m is the unprojected
+    dimension.
 
     Where ``param`` is sharded along its projected dimension this is a collective, to be entered by every rank.
     """
@@ -41,7 +42,7 @@ def tall(param: Tensor, tensor: Tensor) -> Tensor:
 
 
 def tall_weight(param: Tensor) -> Tensor | None:
-    """The weight in memory seen as its tall block (m_local, d); None where it cannot be seen so."""
+    """Return the weight in memory seen as its tall block (m_local, d); None where it cannot be seen so."""
     info = _shard_info(param)
     if (info is not None and _is_turned(param, info)) or not (param.ndim == 2 or local(param).is_contiguous()):
         return None
@@ -50,7 +51,7 @@ def tall_weight(param: Tensor) -> Tensor | None:
 
 
 def accumulator(param: Tensor, dtype: torch.dtype) -> Tensor:
-    """Zeros (m_local, d) to sum an update in that ``add_tall`` then adds, where there is no ``tall_weight``."""
+    """Return zeros (m_local, d) to sum an update that ``add_tall`` then adds, where there is no ``tall_weight``."""
     info = _shard_info(param)
     rows = local(param).shape[0] if projected_dim(param.shape) == 1 else matrix_shape(param.shape)[1]
     if info is not None and _is_turned(param, info):

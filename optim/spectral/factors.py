@@ -30,12 +30,12 @@ SCALES = ("u_frozen_scale", "v_frozen_scale")
 
 
 def decode(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Vectors (n, d) in ``dtype``; the stored tensor itself if it has that type."""
+    """Return vectors (n, d) in ``dtype``; the stored tensor itself if it has that type."""
     return stored.to(dtype) if scale is None else stored.to(dtype) * scale.to(dtype)
 
 
 def encode(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """8-bit codes (n, d) and scales (n, 1) with which the decoded vectors are as long as these."""
+    """Return 8-bit codes (n, d) and scales (n, 1) with which the decoded vectors are as long as these."""
     codes, scale = encode_rows(vectors)
     length = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
     coded = torch.linalg.vector_norm(codes.to(vectors.dtype), dim=1, keepdim=True)
@@ -70,11 +70,11 @@ class SpectralFactors:
         return ("active", "frozen") if "sigma_frozen" in self.slots else ("active",)
 
     def param(self, factor: str) -> Tensor:
-        """A factor, sharded or not."""
+        """Return a factor, sharded or not."""
         return self.slots[factor].param
 
     def vectors(self, factor: str, dtype: torch.dtype) -> Tensor:
-        """This rank's rows of ``u_active`` ... ``v_frozen``."""
+        """Return this rank's rows of ``u_active`` ... ``v_frozen``."""
         scale = self.slots.get(f"{factor}_scale")
         return decode(local(self.param(factor)), None if scale is None else local(scale.param), dtype)
 
@@ -88,7 +88,7 @@ class SpectralFactors:
         put_rows(param, local(param), index, rows)
 
     def weight_part(self, dtype: torch.dtype) -> Tensor:
-        """This rank's share (out, in) of W, which is the sum over the ranks."""
+        """Return this rank's share (out, in) of W, which is the sum over the ranks."""
         out, width = self.shape
         total = torch.zeros(out, width, dtype=dtype, device=local(self.param("u_active")).device)
         for segment in self.segments:
@@ -108,7 +108,7 @@ class SpectralFactors:
             start += size
 
     def take(self, segment: str, index: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        """Rows ``index`` of u, sigma, v of a segment; to be summed over the shards."""
+        """Return rows ``index`` of u, sigma, v of a segment; they are to be summed over the shards."""
         rows = []
         for kind in ("u", "sigma", "v"):
             factor = f"{kind}_{segment}"
@@ -116,13 +116,13 @@ class SpectralFactors:
         return rows
 
     def put(self, segment: str, index: Tensor, rows: list[Tensor]) -> None:
-        """The reverse of ``take``."""
+        """Write rows back: the reverse of ``take``."""
         for kind, values in zip(("u", "sigma", "v"), rows, strict=True):
             self.write(f"{kind}_{segment}", index, values)
 
 
 def factors_of(slots: Iterable[Slot]) -> Iterator[SpectralFactors]:
-    """The spectral layers among parameters, by their names. Raises ValueError if one lacks a factor."""
+    """Return the spectral layers among parameters, by their names. Raises ValueError if one lacks a factor."""
     layers: dict[str, dict[str, Slot]] = {}
     for slot in slots:
         layer, _, factor = slot.name.rpartition(".")

@@ -31,11 +31,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "age")
 
 
 class Turn(NamedTuple):
-    """Where a layer stands in the schedule."""
+    """The place of a layer in the schedule."""
 
     layer: SpectralFactors
     number: int
-    """Of the layer, in the order of the parameters."""
+    """The number of the layer, in the order of the parameters."""
     iteration: int
     steps: int
     """Since the iteration began."""

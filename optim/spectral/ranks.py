@@ -70,7 +70,7 @@ SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def scores(name: str, sigma: Tensor, costs: Tensor) -> Tensor:
-    """What each singular value of one matrix is worth.
+    """Return what each singular value of one matrix is worth.
 
     Args:
         name: one of ``SCORES``.
@@ -102,7 +102,7 @@ def allocate_ranks(
     floor: int = 1,
     ceiling: int | None = None,
 ) -> list[int]:
-    """The ranks of one threshold, the lowest that fits the budget.
+    """Return the ranks of one threshold, the lowest that fits the budget.
 
     Args:
         scores: of each matrix, (k,), never rising.

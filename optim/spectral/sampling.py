@@ -53,12 +53,14 @@ SAMPLERS: dict[str, Callable[[Tensor, int, int, torch.Generator], Tensor]] = {
 
 
 def draw_seed(seed: int, layer: int, *, iteration: int) -> int:
-    """Of the drawing that begins an iteration of a layer, numbered in the order of the parameters."""
+    """Return the seed of the draw that begins an iteration of a layer; layers are numbered in the order of the
+    parameters.
+    """
     return zlib.crc32(f"{seed}/{layer}/{iteration}".encode())
 
 
 def sample(rule: str, sigma: Tensor, r: int, *, iteration: int, seed: int) -> Tensor:
-    """Indices of the r triplets to train, sorted; equal wherever the arguments are.
+    """Choose the indices of the r triplets to train, sorted; they are equal wherever the arguments are.
 
     Args:
         rule: one of ``SAMPLERS``.

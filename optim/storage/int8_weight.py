@@ -36,7 +36,7 @@ _MARGIN = 9 / 8
 _FEW_LEVELS = 4
 """How far below its range a block may shrink before its scale follows."""
 _EXACT = 1e-3
-"""In units of a code: nearer to it than that is rounding in float32, not an update."""
+"""A distance in units of a code: what is nearer is rounding in float32, not an update."""
 
 _IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
 
@@ -61,19 +61,19 @@ class Int8Weight(Tensor):
 
     @classmethod
     def of(cls, value: Tensor) -> Int8Weight:
-        """Zeros, or on meta nothing, of the shape of a matrix; then its numbers, rounded to the nearest."""
+        """Return a matrix rounded to the nearest int8 codes; on meta, only its shape."""
         return cls.empty(value.shape[0], value.shape[1], value.device).write(value)
 
     @classmethod
     def empty(cls, rows: int, columns: int, device: Any) -> Int8Weight:
-        """Zeros."""
+        """Return zeros."""
         return cls(
             torch.zeros(rows, columns, dtype=torch.int8, device=device),
             torch.zeros(rows, math.ceil(columns / BLOCK), device=device),
         )
 
     def wide(self, dtype: torch.dtype) -> Tensor:
-        """The numbers (m, n), made in float32 or wider, rows at a time."""
+        """Return the numbers (m, n), made in float32 or wider, rows at a time."""
         result = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
         exact = torch.promote_types(dtype, torch.float32)
         for rows in row_blocks(result.shape[0], result.shape[1], result.device):
@@ -129,7 +129,10 @@ class Int8Weight(Tensor):
     def fsdp_pre_all_gather(
         self, mesh: Any, outer_size: Any, outer_stride: Any, module: Any, policy: Any
     ) -> tuple[tuple[Tensor, ...], None]:
-        """What is gathered; by a single rank, for which FSDP2 copies one tensor only, the matrix itself."""
+        """Return what is gathered.
+
+        A single rank gathers the matrix itself, because FSDP2 copies only one tensor then.
+        """
         if mesh.size() == 1:
             return (self.wide(policy.param_dtype or torch.bfloat16),), None
         if outer_size[0] % mesh.size():
@@ -141,7 +144,7 @@ class Int8Weight(Tensor):
     def fsdp_post_all_gather(
         self, gathered: tuple[Tensor, ...], metadata: None, dtype: torch.dtype, *, out: Tensor | None = None
     ) -> Any:
-        """The whole matrix in the type of the arithmetic."""
+        """Return the whole matrix in the type of the arithmetic."""
         if len(gathered) == 1:
             return (gathered[0], ()) if out is None else None
         value = Int8Weight(*gathered).wide(dtype)
@@ -173,7 +176,9 @@ def keep_in_int8(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def held_bytes(param: Tensor, shape: Sequence[int] | None = None) -> int:
-    """Of (the part of ``shape`` of) a parameter that is not a DTensor; kept in int8 its codes and scales."""
+    """Return the bytes of (the part of ``shape`` of) a parameter that is not a DTensor; in int8, of its codes and
+    scales.
+    """
     shape = tuple(param.shape if shape is None else shape)
     if isinstance(param, Int8Weight):
         return shape[0] * (shape[1] + 4 * math.ceil(shape[1] / BLOCK))

@@ -64,7 +64,10 @@ MOMENTS = frozenset(_SIGNED)
 
 
 def as_stored(layout: Mapping[str, StateTensor], state_dtype: str | None) -> dict[str, StateTensor]:
-    """The tensors in which a layout is really kept; moments only are affected. Raises ValueError for a wrong dtype."""
+    """Return the tensors in which a layout is really kept; only moments are affected.
+
+    Raises ValueError for a wrong dtype.
+    """
     if state_dtype is None:
         return dict(layout)
     if state_dtype not in STATE_DTYPES:
@@ -89,7 +92,7 @@ def as_stored(layout: Mapping[str, StateTensor], state_dtype: str | None) -> dic
 
 
 def read(state: Mapping[str, Tensor], key: str, rows: slice, width: int, dtype: torch.dtype, offset: int = 0) -> Tensor:
-    """Rows of a moment in ``dtype``: the stored tensor itself, to be changed in place, if it has that type.
+    """Return rows of a moment in ``dtype``: the stored tensor itself, to be changed in place, if it has that type.
 
     ``width``: numbers in a row of this shard. ``offset``: global index of its first column, not 0 only where columns
     are sharded.
@@ -136,7 +139,7 @@ def dequantize(
     dtype: torch.dtype,
     offset: int = 0,
 ) -> Tensor:
-    """Numbers (m, n)."""
+    """Return the numbers (m, n) of codes and scales."""
     if codes.shape[1] != width:
         value = _unpacked(codes, width).to(dtype)
         value = value.sub_(8).div_(7) if signed else value.add_(1).div_(16)
@@ -157,7 +160,7 @@ def quantize(
     offset: int = 0,
     maximum: Callable[[Tensor], Tensor] = lambda scale: scale,
 ) -> None:
-    """Codes and scales of numbers; those of an unsigned code must not be negative."""
+    """Return codes and scales of numbers; those of an unsigned code must not be negative."""
     scale.copy_(maximum(_block_maxima(value, scale.shape[1], offset)))
     unit = value / _spread(scale.to(value.dtype), value.shape[1], offset).clamp_min(torch.finfo(torch.float32).tiny)
     if codes.shape[1] != value.shape[1]:

@@ -49,12 +49,12 @@ def store(kept: Tensor, value: Tensor, seed: Tensor | None, rows: slice = slice(
 
 
 def seed_of(name: str, time: Tensor) -> Tensor:
-    """() int32 on the device of ``time``, another for every parameter and every time."""
+    """Return a seed, () int32 on the device of ``time``, that differs for every parameter and every time."""
     return _mixed(time.to(torch.int32) * 0x3C6EF372 + _int32(zlib.crc32(name.encode())))
 
 
 def uniform_bits(rows: int, columns: int, *, origin: tuple[int, int], width: int, seed: Tensor) -> Tensor:
-    """Random bits of the places of a block.
+    """Return random bits for the places of a block.
 
     Args:
         rows: of the block.
@@ -74,7 +74,7 @@ def uniform_bits(rows: int, columns: int, *, origin: tuple[int, int], width: int
 
 
 def round_to_bfloat16(value: Tensor, bits: Tensor) -> Tensor:
-    """Float32 ``value`` in bfloat16, by as many random bits (int32, changed); what is not finite stays so."""
+    """Round a float32 ``value`` to bfloat16 by as many random bits (int32, changed); what is not finite stays so."""
     # bfloat16 is the upper half of a float32: a carry out of the lower half is a step to the next number away from 0
     raw = value.view(torch.int32)
     rounded = bits.bitwise_and_(0xFFFF).add_(raw).bitwise_and_(-0x10000).view(torch.float32)

@@ -114,7 +114,7 @@ class EuclideanAttentionBlock(nn.Module):
         self.heads = heads
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
-        """Map (b, n, d) and (b, m, d) to (b, n, d); mask (broadcasting to b, heads, n, m): True where a query may see."""
+        """Map (b, n, d) and (b, m, d) to (b, n, d); mask (to b, heads, n, m): True where a query may see."""
         q, k, v = (
             map_(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for map_, y in ((self.query, x), (self.key, memory), (self.value, memory))
