@@ -17,7 +17,19 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-__all__ = ["decompose", "gram", "leading_eigenvectors", "orthonormal_columns", "signs", "singular_values"]
+__all__ = [
+    "SOLVER",
+    "decompose",
+    "decompose_bytes",
+    "gram",
+    "leading_eigenvectors",
+    "orthonormal_columns",
+    "signs",
+    "singular_values",
+]
+
+SOLVER = 2
+"""What a solver of torch.linalg uses inside, in multiples of its input: a guess, the only one of memory prediction."""
 
 _WORST_RATIO = 1e-4
 """Smallest sigma_i / sigma_1 for which v_i = b_i / sigma_i are orthogonal to 1e-7: many such errors add up."""
@@ -77,6 +89,15 @@ def decompose(weight: Tensor) -> dict[str, Tensor]:
     # Where sigma is 0, nothing ties the sign of v to that of u, and rounding must not choose it.
     nothing = (sigma <= 16 * torch.finfo(sigma.dtype).eps * sigma[0]).unsqueeze(1)
     return {"u": u * of_u, "sigma": sigma, "v": v * torch.where(nothing, signs(v), of_u)}
+
+
+def decompose_bytes(out: int, width: int) -> int:
+    """Return what ``decompose`` of a weight (out, in) needs on its owner, with the sums it is made of in float32.
+
+    In float64: W; eigenvectors twice, the Gram matrix and the solver's own; images, sorted and signed pairs.
+    """
+    s, long = sorted((out, width))
+    return 4 * 2 * s * long + 8 * (s * long + (4 + SOLVER) * s * s + 4 * s * long)
 
 
 def singular_values(weight: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ ROOMS: dict[str, str] = {
     "optim/methods/low_rank": "optim/core optim/low_rank",
     "optim/methods": "optim/shards optim/arguments optim/storage optim/parameters optim/core optim/manifolds"
     " optim/linalg optim/orthogonalize optim/low_rank optim/low_rank/bases optim/spectral optim/methods/low_rank",
-    "optim/costs": "optim/shards optim/arguments optim/parameters optim/core optim/manifolds optim/methods",
+    "optim/costs": "optim/shards optim/arguments optim/storage optim/parameters optim/core optim/manifolds"
+    " optim/methods",
     "optim/frameworks": "optim/core optim/methods",
     "optim": "optim/shards optim/storage optim/parameters optim/core optim/methods optim/costs optim/frameworks"
     " optim/spectral",
@@ -47,8 +48,7 @@ ROOMS: dict[str, str] = {
     "models": "common files text config layers data optim optim/shards optim/arguments optim/storage",
     "peft": "common files text config layers data models optim/arguments",
     "plan": "common config layers models peft optim",
-    "memory": "common files config layers models plan optim optim/shards optim/arguments optim/storage"
-    " optim/parameters optim/core optim/orthogonalize optim/low_rank optim/low_rank/bases optim/costs",
+    "memory": "common files config layers models plan optim optim/shards optim/arguments optim/storage optim/costs",
     "train": "common files text config layers data models peft plan memory optim optim/shards optim/storage",
     "spectra": "common files text config layers data models train optim/spectral optim/linalg optim/costs",
     "hyperbolic": "common files config layers train optim optim/core",
@@ -82,6 +82,9 @@ DISTRIBUTED_ALLOWED = {
     "lowrank_train/train/loop.py",
 }
 """Beside the room ``optim/shards``."""
+
+KNOW_FOREIGN_CLASSES = {"optim/parameters/wrappers.py", "optim/core/groups.py", "lowrank_train/layers/low_rank.py"}
+"""Modules that know classes of other packages by name, because importing those packages would cost too much."""
 
 
 def relative(path: Path) -> str:
@@ -165,6 +168,22 @@ def other_names_for_optim(tree: ast.AST) -> list[str]:
         if isinstance(node, ast.Import):
             found += [f"import {a.name}" for a in node.names if a.name.split(".")[0] == "optim"]
             found += [f"import {a.name} as optim" for a in node.names if a.asname == "optim"]
+    return found
+
+
+def uses_of_class_names(tree: ast.AST) -> list[str]:
+    """Decisions by the name of a class: comparisons, look-ups and string methods of ``__name__``."""
+    found = []
+    for node in ast.walk(tree):
+        sides: list[ast.AST] = []
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+        elif isinstance(node, ast.Subscript):
+            sides = [node.slice]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and "with" in node.func.attr:
+            sides = [node.func.value]
+        if any(isinstance(side, ast.Attribute) and side.attr == "__name__" for side in sides):
+            found.append(ast.unparse(node))
     return found
 
 
@@ -267,6 +286,11 @@ def test_distributed_stays_where_it_belongs() -> None:
     elsewhere = [p for p in sources("optim", "lowrank_train") if room_of(p) != "optim/shards"]
     found = {relative(path) for path in elsewhere if uses_of_distributed(parsed(path))}
     assert found <= DISTRIBUTED_ALLOWED, found - DISTRIBUTED_ALLOWED
+
+
+def test_no_class_is_known_by_its_name() -> None:
+    found = {relative(path): uses_of_class_names(parsed(path)) for path in PRODUCT}
+    assert {path for path, uses in found.items() if uses} == KNOW_FOREIGN_CLASSES
 
 
 def test_optim_has_one_name_everywhere() -> None:
@@ -390,6 +414,21 @@ def test_uses_of_distributed_are_found(code: str, refused: bool) -> None:
 )
 def test_other_names_for_optim_are_found(code: str, refused: bool) -> None:
     assert bool(other_names_for_optim(ast.parse(code))) == refused
+
+
+@pytest.mark.parametrize(
+    ("code", "refused"),
+    [
+        ("if type(basis).__name__ == 'ExactSVD': pass", True),
+        ("type(x).__name__ in TABLE", True),
+        ("TABLE[cls.__name__]", True),
+        ("type(x).__name__.endswith('Norm')", True),
+        ("f'got a {type(x).__name__}'", False),
+        ("isinstance(x, ExactSVD)", False),
+    ],
+)
+def test_uses_of_class_names_are_found(code: str, refused: bool) -> None:
+    assert bool(uses_of_class_names(ast.parse(code))) == refused
 
 
 @pytest.mark.parametrize(

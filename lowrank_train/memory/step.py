@@ -21,18 +21,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-import torch
-
 from lowrank_train import optim
 from lowrank_train.common.errors import UserError
-from lowrank_train.layers.spectral import SpectralLinear
 from lowrank_train.memory import static as memory_static
 from lowrank_train.memory.activations import Activations, Sizes, activations, loss_bytes, sizes
 from lowrank_train.memory.groups import Group, fsdp_groups
 from lowrank_train.memory.phases import Phase, StepMemory
-from lowrank_train.memory.updates import Workspace, re_svd_bytes, update_workspace
 from lowrank_train.models.recompute import checkpointed_layers
-from lowrank_train.optim.shards.layout import StateTensor, local_shape, matrix_shape
+from lowrank_train.optim.costs.workspace import step_workspace
+from lowrank_train.optim.shards.layout import local_shape
+from lowrank_train.optim.shards.workspace import Workspace
 from lowrank_train.plan import Plan
 
 __all__ = ["Fixed", "fixed", "predict"]
@@ -48,6 +46,8 @@ class Fixed:
     """Of the parameters in decoder layers only."""
     of_root: Workspace
     """Of embeddings, final norm and head only."""
+    after: int
+    """What follows all updates, now and then: decompositions, restarts."""
     waiting: int
     """Gradients, or coordinates of them, that several micro-batches sum where updates are made in backward."""
     layers: list[Group]
@@ -60,7 +60,7 @@ def fixed(plan: Plan, *, shard: int = 0) -> Fixed:
     optimizer = plan.optimizer(model)
     inside = {param for layer in model.get_decoder().layers for param in layer.parameters()}
     workspace, of_layers, of_root = (
-        update_workspace(
+        step_workspace(
             optimizer,
             world_size=shards,
             shard=shard,
@@ -70,33 +70,25 @@ def fixed(plan: Plan, *, shard: int = 0) -> Fixed:
         )
         for among in (None, inside, {param for param in model.parameters() if param not in inside})
     )
-    spectral = [module for module in model.modules() if isinstance(module, SpectralLinear)]
-    decomposed = max((re_svd_bytes(layer.out_features, layer.in_features) for layer in spectral), default=0)
+    after = optimizer.end_bytes(shards)
     static = memory_static.predicted(plan, shard=shard)
     if config.device != "cpu":
         state = optim.layout_bytes(optimizer, world_size=shards, shard=shard, on_device_only=True)
         static = replace(static, optimizer_state=state)
     layers, root = fsdp_groups(plan, sizes(config, model).compute)
     waiting = _waiting_gradients(optimizer, shards, shard)
-    workspace = replace(workspace, refresh=max(workspace.refresh, decomposed))
-    return Fixed(static, workspace, of_layers, of_root, waiting, layers, root)
+    workspace = replace(workspace, refresh=max(workspace.refresh, after))
+    return Fixed(static, workspace, of_layers, of_root, after, waiting, layers, root)
 
 
 def _waiting_gradients(optimizer: optim.MatrixOptimizer, world_size: int, shard: int) -> int:
     """What has to wait of the gradients of several micro-batches, or for their norm, with updates in backward."""
     total = 0
     for slot in optimizer.slots():
-        spec = StateTensor(tuple(slot.param.shape), slot.param.dtype, "parameter")
-        dim = optimizer.shard_dim(slot.group["role"], slot.param.shape, world_size)
-        size = math.prod(local_shape(spec, dim, shard, world_size)) * spec.dtype.itemsize
-        if slot.group["role"] == "frozen":
-            continue
-        if optimizer.update_of(slot.group).coordinates_suffice(slot):
-            m = max(matrix_shape(slot.param.shape))
-            r = slot.state["column_age"].numel()
-            rows = local_shape(StateTensor((m, r), slot.param.dtype, "rows"), dim, shard, world_size)[0]
-            size = rows * r * torch.promote_types(slot.param.dtype, torch.float32).itemsize
-        total += size
+        if slot.group["role"] != "frozen":
+            dim = optimizer.shard_dim(slot.group["role"], slot.param.shape, world_size)
+            spec = optimizer.update_of(slot.group).summed_gradient(slot)
+            total += math.prod(local_shape(spec, dim, shard, world_size)) * spec.dtype.itemsize
     return total
 
 
@@ -120,7 +112,7 @@ def predict(plan: Plan, *, shard: int = 0, known: Fixed | None = None) -> StepMe
     known = fixed(plan, shard=shard) if known is None else known
     static, workspace = known.static, known.workspace
     size = sizes(config, model)
-    kept = Phase(weights=static.weights, optimizer_state=static.optimizer_state, temporaries=workspace.kept)
+    kept = Phase(weights=static.weights, optimizer_state=static.optimizer_state, temporaries=workspace.kept_bytes)
     accumulates = plan.passes > 1
     run = _Run(plan, known, kept, activations(model, size), size)
     if not config.fused_backward:
@@ -136,7 +128,7 @@ def predict(plan: Plan, *, shard: int = 0, known: Fixed | None = None) -> StepMe
         _forward(run, waiting * accumulates),
         _backward_with_updates(run, waiting),
         kept.plus(gradients=waiting * for_norm, temporaries=workspace.step * for_norm),
-        kept.plus(gradients=waiting * for_norm, refresh=workspace.refresh * for_norm),
+        kept.plus(gradients=waiting * for_norm, refresh=workspace.refresh if for_norm else known.after),
     )
 
 

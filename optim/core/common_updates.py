@@ -21,8 +21,9 @@ from lowrank_train.optim.parameters.slot import COUNTER, Slot, dense_gradient, s
 from lowrank_train.optim.shards.blocks import row_blocks
 from lowrank_train.optim.shards.collectives import max_over_shards
 from lowrank_train.optim.shards.layout import StateTensor, first_column, local
-from lowrank_train.optim.storage.quantization import read, write
-from lowrank_train.optim.storage.rounding import store
+from lowrank_train.optim.shards.workspace import MatrixShape, Workspace
+from lowrank_train.optim.storage.quantization import read, write, write_bytes
+from lowrank_train.optim.storage.rounding import store, store_bytes
 
 __all__ = ["ADAMW", "FROZEN", "POINTS", "AdamWUpdate", "update_for"]
 
@@ -67,6 +68,23 @@ class AdamWUpdate(Update):
         for slot in slots:
             if not _is_plain(slot):
                 _step_in_blocks(slot, lr, clock)
+
+    def workspace(self, matrices: Sequence[MatrixShape]) -> Workspace:
+        """Return what converting a block of rows takes: nothing for torch's fused kernel.
+
+        A block has both moments in the arithmetic's type, and weight and gradient where they are not; then what storing
+        takes.
+        """
+        fused, largest = 0, 0
+        for x in matrices:
+            if x.state["exp_avg"].dtype == x.dtype and COUNTER not in x.state:
+                fused += x.negated
+                continue
+            numbers, converted = x.block // x.itemsize, x.itemsize * x.is_narrow
+            rounding = store_bytes(numbers, in_int8=False) if COUNTER in x.state else 0
+            storing = max(numbers * max(converted, write_bytes(x.group["state_dtype"])), rounding)
+            largest = max(largest, x.negated + numbers * (2 * x.itemsize + converted) + storing)
+        return Workspace(step=max(fused, largest))
 
 
 class PointsUpdate(Update):
@@ -155,8 +173,8 @@ def _step_in_blocks(slot: Slot, lr: float | Tensor, clock: str) -> None:
         exp_avg = read(state, "exp_avg", rows, width, dtype, offset or 0)
         exp_avg_sq = read(state, "exp_avg_sq", rows, width, dtype, offset or 0)
         state[clock].copy_(last_step)  # the rule counts one update, whatever the number of blocks
-        gradient = grad[rows].to(dtype)
-        rules.adamw_([weight], [gradient], [exp_avg], [exp_avg_sq], [state[clock]], lr=lr, **_constants(slot.group))
+        moments = [exp_avg], [exp_avg_sq]  # the gradient has no name, or its copy would stay until all is stored
+        rules.adamw_([weight], [grad[rows].to(dtype)], *moments, [state[clock]], lr=lr, **_constants(slot.group))
         store(slot.param, weight, seeds["weight"], rows)
         for key, value in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
             if seeds[key] is not None and state[key].dtype == torch.bfloat16:

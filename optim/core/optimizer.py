@@ -160,6 +160,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def end_step(self) -> None:
         """Called when every parameter has been updated: what a method does to the model as a whole, now and then."""
 
+    def end_bytes(self, world_size: int) -> int:
+        """Return what ``end_step`` needs now and then, with parameters sharded over so many ranks."""
+        return 0
+
     def figures(self) -> dict[str, float]:
         """Numbers worth a curve while training, by name; what there is on the host, without communication."""
         return {}

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -21,9 +20,10 @@ from lowrank_train.optim.parameters import stacks
 from lowrank_train.optim.parameters.slot import COUNTER, Promotion, Slot
 from lowrank_train.optim.shards.layout import StateTensor
 from lowrank_train.optim.shards.placements import is_scattered
+from lowrank_train.optim.shards.workspace import MatrixShape, Workspace
 from lowrank_train.optim.storage.quantization import BITS, as_stored
 
-__all__ = ["MatrixShape", "Traffic", "Update", "UpdateOf", "Workspace"]
+__all__ = ["Traffic", "Update", "UpdateOf"]
 
 Group = dict[str, Any]
 
@@ -35,35 +35,6 @@ class Traffic(NamedTuple):
     """At every step."""
     refresh_bytes: int = 0
     """More of them at a step that chooses new directions."""
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """Bytes that a step needs beyond parameters, gradients and state."""
-
-    step: int = 0
-    """At every step."""
-    refresh: int = 0
-    """At a step that chooses new directions, or at what follows the updates of a step."""
-    kept: int = 0
-    """Between steps, outside of the state: drawn directions, the matrix of the cosine transform."""
-
-
-@dataclass(frozen=True)
-class MatrixShape:
-    """One matrix as a step of this rank sees it: (m, d) with m >= d, and m split over the ranks."""
-
-    name: str
-    m: int
-    d: int
-    rows: int
-    """Of the m rows, those of this rank."""
-    dtype: torch.dtype
-    """Type of the weight."""
-    turned: bool = False
-    """Whether it is sharded along d, so that it is resharded before and after the update."""
-    on_cpu: bool = False
-    """Whether it is updated on a CPU, where blocks are smaller."""
 
 
 class Update(ABC):
@@ -115,8 +86,11 @@ class Update(ABC):
         """Return what one matrix costs in communication, if it is sharded along ``dim`` over two ranks or more."""
         return Traffic()
 
-    def workspace(self, matrices: Sequence[MatrixShape], group: Group) -> Workspace:
-        """Return what a step of these matrices needs beyond their state."""
+    def workspace(self, matrices: Sequence[MatrixShape]) -> Workspace:
+        """Return what a step of these matrices, or parameters of other roles, needs beyond their state.
+
+        By default that is nothing: numbers are updated one by one, in place.
+        """
         return Workspace()
 
     def interval(self, group: Mapping[str, Any]) -> int | None:
@@ -141,6 +115,10 @@ class Update(ABC):
     def coordinates_suffice(self, slot: Slot) -> bool:
         """Return whether the update needs no more of a gradient than ``project_gradient`` returns."""
         return False
+
+    def summed_gradient(self, slot: Slot) -> StateTensor:
+        """Return the tensor in which gradients of several micro-batches are summed, until the update."""
+        return StateTensor(tuple(slot.param.shape), slot.param.dtype, "parameter")
 
     def project_gradient(self, slot: Slot, *, refresh: bool) -> Tensor | None:
         """Return coordinates of the present gradient, linear in it; a collective where ``step`` is.

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ __all__ = [
     "AT_ONCE",
     "chunked",
     "copied",
+    "copied_tensors",
     "gathered",
     "is_copied",
     "rounding_seed",
@@ -52,6 +54,29 @@ def is_copied(slot: Slot, promotion: Promotion) -> bool:
     """Whether a step needs a copy of a parameter or of its state."""
     converted = promotion.moments and slot.group["state_dtype"] is not None and bool(slot.state)
     return bool(slot.group["offload_state"]) or promotion.rounded or converted
+
+
+def copied_tensors(
+    slot: Slot, kept: Mapping[str, StateTensor], plain: Mapping[str, StateTensor], promotion: Promotion
+) -> list[StateTensor]:
+    """Return the tensors of a copy, where a step needs one.
+
+    Args:
+        slot: what is copied.
+        kept: the layout of its state.
+        plain: the layout of its state without ``state_dtype``.
+        promotion: what is converted.
+    """
+    if not is_copied(slot, promotion):
+        return []
+    exact = torch.promote_types(slot.param.dtype, torch.float32)
+    tensors = [StateTensor(tuple(slot.param.shape), exact, "parameter")] if promotion.rounded else []
+    for key, spec in kept.items():
+        if key in MOMENTS and (promotion.moments or (promotion.rounded and spec.dtype == torch.bfloat16)):
+            tensors.append(replace(plain[key], dtype=exact))
+        elif slot.group["offload_state"] and spec.layout != "host":
+            tensors.append(spec)
+    return tensors
 
 
 def chunked(slots: Sequence[Slot]) -> Iterator[list[Slot]]:

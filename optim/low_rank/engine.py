@@ -49,6 +49,7 @@ from lowrank_train.optim.shards.blocks import chunks
 from lowrank_train.optim.shards.collectives import decide_on_one_rank, sum_over_shards
 from lowrank_train.optim.shards.layout import StateTensor, matrix_shape, preferred_shard_dim
 from lowrank_train.optim.shards.tall import turned_numbers
+from lowrank_train.optim.shards.workspace import MatrixShape, Workspace
 
 __all__ = ["LowRankOptimizer", "LowRankUpdate", "Parts"]
 
@@ -115,6 +116,31 @@ class LowRankUpdate(Update):
             refresh_bytes=basis.rounds(1) * (statistics + decision_bytes),
         )
 
+    def workspace(self, matrices: Sequence[MatrixShape]) -> Workspace:
+        """Return what matrices need together, and the most that one of them needs.
+
+        Together: gradients and updates of matrices that are resharded, until the step ends; projected gradients and
+        updates that wait for sums; with LDAdam moments and bases as they were. One: a block of rows.
+        """
+        parts = [_Part(x, resolved_rank(x.name, (x.m, x.d), x.group["rank"])) for x in matrices]
+        turned = sum(2 * x.whole for x in matrices if x.is_turned)
+        turned += max((x.whole for x in matrices if x.is_turned), default=0)  # as sent
+        summed = [part for part in parts if part.residual.sums]
+        waiting = [
+            sum(2 * part.coordinates for part in chunk)
+            for chunk in chunks(summed, [part.x.m * part.r for part in summed], _CHUNK_NUMBERS)
+        ]
+        together = sum(x.negated for x in matrices) + sum(part.previous for part in parts)
+        blocks = max((part.block for part in parts), default=0) + max((x.converted for x in matrices), default=0)
+        choice = sum(part.of_basis.proposal for part in parts) + max((p.of_basis.choice for p in parts), default=0)
+        target = max((part.target for part in parts), default=0)
+        transfer = max((part.transfer for part in parts), default=0)
+        return Workspace(
+            step=turned + blocks + max(waiting, default=0) + together,
+            refresh=turned // 2 + max(choice + target, transfer) + together,
+            kept={key: size for part in parts for key, size in part.of_basis.kept.items()},
+        )
+
     # ---------------------------------------------------------------------------------------------------------- step
 
     def step(self, slots: list[Slot]) -> None:
@@ -129,6 +155,13 @@ class LowRankUpdate(Update):
     def coordinates_suffice(self, slot: Slot) -> bool:
         """Return whether the rest of the gradient is dropped."""
         return not find_residual(slot.group["residual"]).whole_gradient
+
+    def summed_gradient(self, slot: Slot) -> StateTensor:
+        """Return coordinates (m, r), where they suffice."""
+        if not self.coordinates_suffice(slot):
+            return super().summed_gradient(slot)
+        exact = torch.promote_types(slot.param.dtype, torch.float32)
+        return StateTensor((max(matrix_shape(slot.param.shape)), slot.state["column_age"].numel()), exact, "rows")
 
     def project_gradient(self, slot: Slot, *, refresh: bool) -> Tensor | None:
         """Return (m_local, r): the coordinates of the rows of this rank."""
@@ -242,3 +275,21 @@ def _magnitude(values: Tensor) -> Tensor:
     """1, or 0 if all are zero, or nan if one is not finite."""
     total = values.abs().sum()
     return torch.where(total.isfinite(), total.sign(), torch.nan)
+
+
+class _Part:
+    """One matrix at rank r, and the bytes that its parts need."""
+
+    def __init__(self, x: MatrixShape, r: int) -> None:
+        basis, self.residual, group = find_basis(x.group["basis"]), find_residual(x.group["residual"]), x.group
+        self.x, self.r = x, r
+        self.of_basis, of_residual = basis.workspace(x, r), self.residual.workspace(x)
+        self.coordinates = x.itemsize * x.rows * r
+        narrow = x.block // x.d * r
+        # projected gradient, roots, update, its scaled copy; moments converted, and stored again
+        block = (10 if group["state_dtype"] else 4) * narrow + x.block * x.is_narrow
+        self.block = block + self.of_basis.vectors + self.of_basis.block + of_residual.block
+        # mixed with the mean, projected back; the converted gradient
+        self.target = max(x.whole * ((2 if group["rho"] else 0) + x.is_narrow), of_residual.whole)
+        self.transfer = 0 if group["moments"] == "keep" else self.of_basis.transfer
+        self.previous = (self.coordinates + x.itemsize * r * x.d) * self.residual.tracks_momentum

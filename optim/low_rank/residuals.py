@@ -32,9 +32,10 @@ from lowrank_train.optim.arguments.suggestion import suggestion
 from lowrank_train.optim.low_rank.bases import Directions
 from lowrank_train.optim.shards.blocks import add_rows_, contiguous_rows
 from lowrank_train.optim.shards.layout import StateTensor
+from lowrank_train.optim.shards.workspace import MatrixShape
 from lowrank_train.optim.storage.quantization import decode_rows, encode_rows
 
-__all__ = ["RESIDUALS", "Block", "Previous", "Rates", "Residual", "find_residual"]
+__all__ = ["RESIDUALS", "Block", "Previous", "Rates", "Residual", "ResidualWorkspace", "find_residual"]
 
 _NORM_GROWTH = 1.01  # gamma of Fira's limiter, kept by APOLLO
 _EPS = 1e-8  # beside |g_i| in both released codes
@@ -68,6 +69,15 @@ class Block(NamedTuple):
     directions: Directions
     carried: Tensor | None  # (b, r) M before this step's gradient, where ``Residual.tracks_momentum``
     previous: Previous | None  # likewise, if directions changed
+
+
+class ResidualWorkspace(NamedTuple):
+    """Bytes that a treatment needs for one matrix, beyond its state."""
+
+    block: int = 0
+    """Temporaries of a block of rows."""
+    whole: int = 0
+    """What the gradient becomes before a basis is chosen for it, where that is another tensor."""
 
 
 class Residual(ABC):
@@ -104,6 +114,10 @@ class Residual(ABC):
     ) -> None:
         """Add the update to ``weight`` (b, d), of the arithmetic's type; tensors of the block may be overwritten."""
 
+    @abstractmethod
+    def workspace(self, shape: MatrixShape) -> ResidualWorkspace:
+        """Return what this treatment needs for one matrix."""
+
 
 class Drop(Residual):
     """It is lost."""
@@ -116,6 +130,10 @@ class Drop(Residual):
     ) -> None:
         """-lr s lift(u)."""
         block.directions.add_lift_(weight, block.update.mul_(-rates.lr * rates.scale))
+
+    def workspace(self, shape: MatrixShape) -> ResidualWorkspace:
+        """Return nothing."""
+        return ResidualWorkspace()
 
 
 class ErrorFeedback(Residual):
@@ -160,6 +178,10 @@ class ErrorFeedback(Residual):
             rows["error_feedback_scale"].copy_(scale)
         block.directions.add_lift_(weight, block.update.mul_(-rates.lr * rates.scale))
 
+    def workspace(self, shape: MatrixShape) -> ResidualWorkspace:
+        """Return G + E of a block, and E decoded or encoded; to choose a basis, G + E whole."""
+        return ResidualWorkspace(block=2 * shape.block, whole=shape.whole)
+
 
 class Sign(Residual):
     """Only the signs of its elements are used."""
@@ -172,6 +194,10 @@ class Sign(Residual):
         step.sign_().mul_((outside > 0).to(step.dtype).mul_(-rates.lr * rates.residual_scale))
         block.directions.add_lift_(step, block.update.mul_(-rates.lr * rates.scale))
         add_rows_(weight, step)
+
+    def workspace(self, shape: MatrixShape) -> ResidualWorkspace:
+        """Return D of a block, and one product with it."""
+        return ResidualWorkspace(block=2 * shape.block)
 
 
 class Normalized(Residual):
@@ -189,6 +215,10 @@ class Normalized(Residual):
         inside = block.update.mul_(-rates.lr * rates.scale).sub_(block.coordinates * factor)
         weight.addcmul_(block.gradient, factor)
         block.directions.add_lift_(weight, inside)
+
+    def workspace(self, shape: MatrixShape) -> ResidualWorkspace:
+        """Return the squares of a block."""
+        return ResidualWorkspace(block=shape.block)
 
 
 class _Limited(Residual):
@@ -231,6 +261,10 @@ class Fira(_Limited):
         weight.addcmul_(block.gradient, phi.mul_(-rates.lr))
         block.directions.add_lift_(weight, inside.mul_(-rates.lr))
 
+    def workspace(self, shape: MatrixShape) -> ResidualWorkspace:
+        """Return the squares of a block, and the block read again for the second pass."""
+        return ResidualWorkspace(block=2 * shape.block)
+
     def _removed(self, rates: Rates) -> float:
         return rates.scale if self.leak else 1.0
 
@@ -250,6 +284,10 @@ class ApolloRows(_Limited):
         """-lr s c phi A."""
         assert factor is not None
         weight.addcmul_(block.gradient, _row_scaling(block).mul_(factor * (-rates.lr * rates.scale)))
+
+    def workspace(self, shape: MatrixShape) -> ResidualWorkspace:
+        """Return the squares of a block."""
+        return ResidualWorkspace(block=shape.block)
 
 
 class ApolloTensor(_Limited):
@@ -274,6 +312,10 @@ class ApolloTensor(_Limited):
         """-lr s c A."""
         assert factor is not None
         weight.addcmul_(block.gradient, factor * (-rates.lr * rates.scale))
+
+    def workspace(self, shape: MatrixShape) -> ResidualWorkspace:
+        """Return the squares of a block."""
+        return ResidualWorkspace(block=shape.block)
 
 
 def _outside(block: Block) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,7 @@ from lowrank_train.optim.shards.blocks import chunks
 from lowrank_train.optim.shards.collectives import on_whole_matrices
 from lowrank_train.optim.shards.layout import StateTensor, local, matrix_shape, preferred_shard_dim, shard_count
 from lowrank_train.optim.shards.tall import add_tall, tall, turned_numbers
+from lowrank_train.optim.shards.workspace import MatrixShape, Workspace
 
 __all__ = ["Muon"]
 
@@ -84,6 +85,19 @@ class MuonUpdate(Update):
         there, back = turned_numbers(shape, dim, world_size)
         travelling = 2 * math.ceil(m / world_size) * d * _travelling(size).itemsize
         return Traffic(step_bytes=(there + back) * size.itemsize + travelling)
+
+    def workspace(self, matrices: Sequence[MatrixShape]) -> Workspace:
+        """Return X, its copy as it travels and the result, of matrices that are orthogonalized together.
+
+        Of one whole matrix come two iterates Y, and three products Y^T Y.
+        """
+        together = 0
+        for chunk in chunks(list(matrices), [x.rows * x.d for x in matrices], CHUNK_NUMBERS):
+            size = max(_travelling(x.dtype).itemsize for x in chunk)
+            numbers = sum(x.rows * x.d for x in chunk)
+            one = 2 * max(x.m * x.d for x in chunk) + 3 * max(x.d for x in chunk) ** 2
+            together = max(together, numbers * (chunk[0].itemsize + 2 * size) + size * one)
+        return Workspace(step=together + max((x.converted for x in matrices), default=0))
 
 
 class Muon(MatrixOptimizer):

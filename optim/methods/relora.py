@@ -48,6 +48,7 @@ from lowrank_train.optim.core.update import Traffic, Update
 from lowrank_train.optim.parameters.slot import Slot
 from lowrank_train.optim.shards.collectives import sum_over_shards, take_rows
 from lowrank_train.optim.shards.layout import StateTensor, local, row_range
+from lowrank_train.optim.shards.workspace import MatrixShape, Workspace
 
 __all__ = ["ReLoRA", "drawn_factor", "merged_weight"]
 
@@ -93,6 +94,10 @@ class FactorUpdate(Update):
         """Return the bytes of all of A at a restart, in float32 or wider."""
         size = torch.promote_types(dtype, torch.float32).itemsize
         return Traffic(refresh_bytes=math.prod(shape) * size if group["role"] == "lora_a" else 0)
+
+    def workspace(self, matrices: Sequence[MatrixShape]) -> Workspace:
+        """Return what AdamW needs."""
+        return ADAMW.workspace(matrices)
 
 
 class ReLoRA(MatrixOptimizer):
@@ -163,6 +168,11 @@ class ReLoRA(MatrixOptimizer):
             for index, adapter in enumerate(self._adapters()):
                 if _is_due(adapter.a):
                     _restart(adapter, index)
+
+    def end_bytes(self, world_size: int) -> int:
+        """Return W + B A of the largest layer, in float32 or wider, at a restart."""
+        weights = [adapter.base.param for adapter in self._adapters()]
+        return max(w.numel() // world_size * torch.promote_types(w.dtype, torch.float32).itemsize for w in weights)
 
     def figures(self) -> dict[str, float]:
         """How many restarts there have been, and the share of the rate that A and B get at the next step."""

@@ -38,6 +38,7 @@ from lowrank_train.optim.parameters.slot import Slot, dense_gradient
 from lowrank_train.optim.shards.blocks import row_blocks, widened
 from lowrank_train.optim.shards.collectives import sum_over_shards
 from lowrank_train.optim.shards.layout import StateTensor, local, sharded_dim
+from lowrank_train.optim.shards.workspace import MatrixShape, Workspace
 
 __all__ = ["SCALE"]
 
@@ -85,6 +86,12 @@ class SCALEUpdate(Update):
             return Traffic()
         outputs = math.prod(size for i, size in enumerate(shape) if i not in inputs)
         return Traffic(step_bytes=outputs * torch.promote_types(dtype, torch.float32).itemsize)
+
+    def workspace(self, matrices: Sequence[MatrixShape]) -> Workspace:
+        """Return the head's average, where it has another type than the gradient, and a block of a converted weight."""
+        heads = max((x.whole for x in matrices if x.group["role"] == "head" and x.is_rounded), default=0)
+        converted = max((x.converted for x in matrices), default=0)
+        return Workspace(step=heads + converted + sum(x.negated for x in matrices))
 
 
 class SCALE(MatrixOptimizer):

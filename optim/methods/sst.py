@@ -44,8 +44,10 @@ from lowrank_train.optim.core.groups import param_groups
 from lowrank_train.optim.core.optimizer import MatrixOptimizer
 from lowrank_train.optim.core.published import Published, arguments
 from lowrank_train.optim.core.update import Traffic, Update
+from lowrank_train.optim.linalg import decompose_bytes
 from lowrank_train.optim.parameters.slot import Slot, dense_gradient
 from lowrank_train.optim.shards.layout import StateTensor, local, row_range
+from lowrank_train.optim.shards.workspace import MatrixShape, Workspace
 from lowrank_train.optim.spectral.factors import SpectralFactors, factors_of
 from lowrank_train.optim.spectral.iterations import (
     MOMENTS,
@@ -106,6 +108,11 @@ class FactorUpdate(Update):
             return Traffic(refresh_bytes=3 * math.prod(shape) * size)
         moved = 1 + len(MOMENTS) * group["keep_sigma_moments"]
         return Traffic(refresh_bytes=(1 + 2 * moved) * shape[0] * size)
+
+    def workspace(self, matrices: Sequence[MatrixShape]) -> Workspace:
+        """Return Adam's direction of the largest vectors, its denominator, and the direction scaled."""
+        vectors = [x for x in matrices if x.group["role"] == "singular_vectors"]
+        return Workspace(step=max((3 * x.whole + x.converted + x.negated for x in vectors), default=0))
 
 
 class SST(MatrixOptimizer):
@@ -222,6 +229,11 @@ class SST(MatrixOptimizer):
 
     def _layers(self) -> list[SpectralFactors]:
         return list(factors_of(self.slots()))
+
+    def end_bytes(self, world_size: int) -> int:
+        """Return the decomposition of the largest layer, on the rank that owns it; nothing without re-SVDs."""
+        layers = [layer for layer in self._layers() if layer.slots["u_active"].group["resvd_every"] != 0]
+        return max((decompose_bytes(*layer.shape) for layer in layers), default=0)
 
     def figures(self) -> dict[str, float]:
         """Where the schedule stands, and how the last iteration ended.

@@ -30,7 +30,7 @@ We differ:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -51,6 +51,7 @@ from lowrank_train.optim.shards.blocks import chunks, row_blocks
 from lowrank_train.optim.shards.collectives import sum_over_shards
 from lowrank_train.optim.shards.layout import StateTensor, local, matrix_shape, preferred_shard_dim
 from lowrank_train.optim.shards.tall import tall, turned_numbers
+from lowrank_train.optim.shards.workspace import MatrixShape, Workspace
 
 __all__ = ["Trion"]
 
@@ -121,6 +122,24 @@ class TrionUpdate(Update):
         sums = d + resolved_rank("", tuple(shape), group["rank"]) ** 2
         return Traffic(step_bytes=2 * there * dtype.itemsize + (2 * back + sums) * size)
 
+    def workspace(self, matrices: Sequence[MatrixShape]) -> Workspace:
+        """Return b and o, and the Gram matrices, of matrices that are orthogonalized together; or a choice of columns.
+
+        Of each Gram matrix there are A, A^2, P, p and products of them; of one matrix the scaled update.
+        """
+        ranks = [resolved_rank(x.name, (x.m, x.d), x.group["rank"]) for x in matrices]
+        parts = [(x, r, _column_basis(x.group).workspace(x, r)) for x, r in zip(matrices, ranks, strict=True)]
+        together = max((part.choice for *_, part in parts), default=0)
+        for chunk in chunks(parts, [x.m * r for x, r, _ in parts], CHUNK_NUMBERS):
+            b = [x.itemsize * x.rows * r for x, r, _ in chunk]
+            grams = sum(6 * x.itemsize * r * r for x, r, _ in chunk)
+            together = max(together, sum(part.vectors for *_, part in chunk) + 2 * sum(b) + grams + max(b))
+        step = together + max((x.converted for x in matrices), default=0)
+        return Workspace(
+            step=max(step, *(x.negated for x in matrices)),
+            kept={key: size for *_, part in parts for key, size in part.kept.items()},
+        )
+
 
 class Trion(MatrixOptimizer):
     """Low-rank Muon on matrices, in columns of the discrete cosine transform; AdamW on all else.
@@ -166,7 +185,7 @@ def _add_gradient(momentum: Tensor, gradient: Tensor) -> None:
         momentum.copy_(torch.where(gradient.isfinite(), momentum.clamp(-largest, largest), momentum))
 
 
-def _column_basis(group: dict[str, Any]) -> ColumnBasis:
+def _column_basis(group: Mapping[str, Any]) -> ColumnBasis:
     basis = find_basis(group["basis"])
     if not isinstance(basis, ColumnBasis):
         valid = ", ".join(name for name, known in BASES.items() if isinstance(known, ColumnBasis))

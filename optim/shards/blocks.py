@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["add_rows_", "chunks", "contiguous_rows", "row_blocks", "widened"]
+__all__ = ["add_rows_", "chunks", "contiguous_rows", "largest_block", "row_blocks", "widened"]
 
 Item = TypeVar("Item")
 
@@ -26,6 +26,12 @@ def row_blocks(rows: int, width: int, device: torch.device) -> list[slice]:
     numbers = _CPU_BLOCK_NUMBERS if device.type == "cpu" else _DEVICE_BLOCK_NUMBERS
     height = max(16, numbers // max(1, width))
     return [slice(start, min(start + height, rows)) for start in range(0, rows, height)]
+
+
+def largest_block(rows: int, width: int, *, on_cpu: bool = False) -> int:
+    """Return the numbers in the largest of ``row_blocks``."""
+    blocks = row_blocks(rows, width, torch.device("cpu" if on_cpu else "meta"))  # any kind but the CPU
+    return width * max((block.stop - block.start for block in blocks), default=0)
 
 
 def contiguous_rows(block: Tensor) -> Tensor:

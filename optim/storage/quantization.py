@@ -91,6 +91,11 @@ def as_stored(layout: Mapping[str, StateTensor], state_dtype: str | None) -> dic
     return stored
 
 
+def write_bytes(state_dtype: str | None) -> int:
+    """Return what ``write`` needs of each number: in units of its scale, its root, its code, and in 8 bits its sign."""
+    return {"8bit": 3 * 4 + 1, "4bit": 2 * 4}.get(str(state_dtype), 0)
+
+
 def read(state: Mapping[str, Tensor], key: str, rows: slice, width: int, dtype: torch.dtype, offset: int = 0) -> Tensor:
     """Return rows of a moment in ``dtype``: the stored tensor itself, to be changed in place, if it has that type.
 

@@ -22,7 +22,7 @@ from lowrank_train.optim.shards.blocks import row_blocks
 from lowrank_train.optim.shards.layout import block_origin, local
 from lowrank_train.optim.storage.int8_weight import Int8Weight
 
-__all__ = ["round_to_bfloat16", "seed_of", "store", "uniform_bits"]
+__all__ = ["round_to_bfloat16", "seed_of", "store", "store_bytes", "uniform_bits"]
 
 
 def store(kept: Tensor, value: Tensor, seed: Tensor | None, rows: slice = slice(None)) -> None:
@@ -46,6 +46,15 @@ def store(kept: Tensor, value: Tensor, seed: Tensor | None, rows: slice = slice(
             continue
         rounded = round_to_bfloat16(flat[part].contiguous(), bits)
         (target[part] if target.ndim else target).copy_(rounded.view_as(target[part] if target.ndim else target))
+
+
+def store_bytes(numbers: int, *, in_int8: bool) -> int:
+    """Return what ``store`` needs to round a block: noise, its magnitudes and what is finite, or what is chosen, and
+    that in bfloat16.
+
+    In int8, also numbers in units of their scale, the nearest codes, which of them are exact; of half a block.
+    """
+    return (21 * numbers // 2) if in_int8 else 11 * numbers
 
 
 def seed_of(name: str, time: Tensor) -> Tensor:

@@ -72,6 +72,7 @@ def test_copies_of_shards_agree(weights: str) -> None:
             *("adamw state_dtype=8bit", "dct_adamw", "muon", "adamw state_dtype=4bit"),
             *("galore_adamw", "trion", "scale"),
             *("muon state_dtype=8bit", "adamw weights=bfloat16", "scale weights=bfloat16", "fira weights=int8 rank=64"),
+            "low_rank_adamw basis=hadamard residual=drop",
         ],
         3,
     ),

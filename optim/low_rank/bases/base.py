@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lowrank_train.optim.shards.layout import StateTensor
+from lowrank_train.optim.shards.workspace import Kept, MatrixShape
 
-__all__ = ["Basis", "Directions", "Moments"]
+__all__ = ["Basis", "BasisWorkspace", "Directions", "Moments"]
 
 
 class Directions(ABC):
@@ -43,6 +45,23 @@ class Moments(NamedTuple):
     exp_avg: Tensor  # (m, r)
     exp_avg_sq: Tensor  # (m, r)
     age: Tensor  # (r,) int32, updates each column has seen
+
+
+class BasisWorkspace(NamedTuple):
+    """Bytes that a basis needs for one matrix, beyond its state."""
+
+    vectors: int = 0
+    """Basis vectors, ready for a step."""
+    block: int = 0
+    """Temporaries of projecting a block of rows and of projecting back."""
+    choice: int = 0
+    """Temporaries of choosing the basis of this matrix."""
+    proposal: int = 0
+    """What was chosen, until all matrices have theirs."""
+    transfer: int = 0
+    """Moments on their way to the new basis."""
+    kept: Kept = MappingProxyType({})
+    """Between steps, and not in the state."""
 
 
 class Basis(ABC):
@@ -94,6 +113,10 @@ class Basis(ABC):
     @abstractmethod
     def directions(self, state: Mapping[str, Tensor], d: int, r: int, like: Tensor) -> Directions:
         """The stored directions, on the device and in the floating-point type of ``like``."""
+
+    @abstractmethod
+    def workspace(self, shape: MatrixShape, r: int) -> BasisWorkspace:
+        """Return what this basis needs at rank r for one matrix."""
 
     @abstractmethod
     def carry(

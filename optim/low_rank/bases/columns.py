@@ -21,10 +21,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lowrank_train.optim.low_rank.bases.base import Basis, Directions, Moments
+from lowrank_train.optim.low_rank.bases.base import Basis, BasisWorkspace, Directions, Moments
 from lowrank_train.optim.shards.layout import StateTensor
+from lowrank_train.optim.shards.workspace import MatrixShape
 
-__all__ = ["ColumnBasis", "FixedMatrix", "energy_", "index_layout", "match_columns"]
+__all__ = ["ColumnBasis", "FixedMatrix", "energy_", "index_layout", "match_bytes", "match_columns"]
 
 
 _UNIT = 2.0**-16
@@ -54,6 +55,10 @@ class FixedMatrix(ABC):
     @abstractmethod
     def columns(self, index: Tensor, d: int, like: Tensor) -> Directions:
         """The columns with these ascending indices, in the type and on the device of ``like``."""
+
+    @abstractmethod
+    def workspace(self, shape: MatrixShape, r: int) -> BasisWorkspace:
+        """Return what r columns need for one matrix, but for moments on their way to other columns."""
 
 
 class ColumnBasis(Basis):
@@ -90,6 +95,10 @@ class ColumnBasis(Basis):
         """The chosen columns."""
         return self.matrix.columns(state["basis_index"], d, like)
 
+    def workspace(self, shape: MatrixShape, r: int) -> BasisWorkspace:
+        """Return what the matrix needs, and the rearranged moments."""
+        return self.matrix.workspace(shape, r)._replace(transfer=match_bytes(shape, r))
+
     def carry(
         self,
         moments: Moments,
@@ -117,3 +126,8 @@ def match_columns(moments: Moments, old: Tensor, new: Tensor) -> Moments:
         return torch.where(kept, value.index_select(-1, position), zero)
 
     return Moments(*map(rearranged, moments))
+
+
+def match_bytes(shape: MatrixShape, r: int) -> int:
+    """Return the temporaries of ``match_columns``: both moments rearranged, and one of them before zeros come in."""
+    return 3 * shape.itemsize * shape.rows * r

@@ -27,10 +27,11 @@ import torch
 from torch import Tensor
 
 from lowrank_train.optim.arguments.surroundings import kept
-from lowrank_train.optim.low_rank.bases.base import Directions
+from lowrank_train.optim.low_rank.bases.base import BasisWorkspace, Directions
 from lowrank_train.optim.low_rank.bases.columns import FixedMatrix, energy_
 from lowrank_train.optim.low_rank.bases.directions import Vectors
 from lowrank_train.optim.shards.blocks import add_rows_, contiguous_rows, row_blocks
+from lowrank_train.optim.shards.workspace import MatrixShape
 
 __all__ = ["DCT", "FourierColumns", "dct_matrix"]
 
@@ -70,10 +71,28 @@ class DCT(FixedMatrix):
 
     def columns(self, index: Tensor, d: int, like: Tensor) -> Directions:
         """By FFT on a CPU unless there are few of them."""
-        path = self.path or ("fft" if like.device.type == "cpu" and index.numel() >= _FFT_MIN_RANK else "matmul")
-        if path == "fft":
+        if self._by_fft(index.numel(), on_cpu=like.device.type == "cpu"):
             return FourierColumns(index, d, like)
         return Vectors(dct_matrix(d, like.device, like.dtype)[index])
+
+    def _by_fft(self, count: int, *, on_cpu: bool) -> bool:
+        return self.path == "fft" or (self.path is None and on_cpu and count >= _FFT_MIN_RANK)
+
+    def workspace(self, shape: MatrixShape, r: int) -> BasisWorkspace:
+        """Return the needs of the path: a matrix that is kept and r rows of it, or copies of a block of rows.
+
+        To choose, the energies of all columns need the same once more; the matrix is made in float64.
+        """
+        d, matrix = shape.d, shape.itemsize * shape.d**2
+        choice = 4 * shape.block  # permuted, spectrum, its two parts
+        if not self._by_fft(d, on_cpu=shape.on_cpu):
+            angles = 3 * 8 * d * d  # and the next two of the chain of operations
+            choice = max(angles, matrix + shape.block)
+        if self._by_fft(r, on_cpu=shape.on_cpu):
+            return BasisWorkspace(block=3 * shape.block, choice=choice)  # permuted, spectrum; projected back, permuted
+        return BasisWorkspace(
+            vectors=shape.itemsize * r * d, choice=choice, kept={("dct_matrix", d, shape.itemsize): matrix}
+        )
 
 
 class FourierColumns(Directions):

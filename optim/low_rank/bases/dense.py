@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from lowrank_train.optim.low_rank.bases.base import Moments
+from lowrank_train.optim.shards.workspace import MatrixShape
 
-__all__ = ["rotate"]
+__all__ = ["rotate", "rotate_bytes"]
 
 
 def rotate(
@@ -41,3 +42,8 @@ def rotate(
     return Moments(
         new_mean * bias_correction1.max(), new_square * bias_correction2.max(), age.max().repeat(overlap.shape[1])
     )
+
+
+def rotate_bytes(shape: MatrixShape, r: int) -> int:
+    """Return the temporaries of ``rotate``: mean and square, corrected and rotated, a variance and a square."""
+    return 6 * shape.itemsize * shape.rows * r

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from lowrank_train.optim.arguments.surroundings import kept
-from lowrank_train.optim.low_rank.bases.base import Directions
+from lowrank_train.optim.low_rank.bases.base import BasisWorkspace, Directions
 from lowrank_train.optim.low_rank.bases.columns import FixedMatrix, energy_
 from lowrank_train.optim.low_rank.bases.directions import Vectors
 from lowrank_train.optim.shards.blocks import row_blocks
+from lowrank_train.optim.shards.workspace import MatrixShape
 
 __all__ = ["Hadamard", "hadamard_matrix"]
 
@@ -47,6 +48,16 @@ class Hadamard(FixedMatrix):
     def columns(self, index: Tensor, d: int, like: Tensor) -> Directions:
         """As vectors."""
         return Vectors(hadamard_matrix(d, like.device, like.dtype)[index])
+
+    def workspace(self, shape: MatrixShape, r: int) -> BasisWorkspace:
+        """Return a matrix that is kept and r rows of it; to choose, a projected block, or the matrix in the making."""
+        d = shape.d
+        made = 18 * d * d  # float64: a quarter of the matrix, its two halves, and the matrix
+        return BasisWorkspace(
+            vectors=shape.itemsize * r * d,
+            choice=max(made, shape.block),
+            kept={("hadamard_matrix", d, shape.itemsize): shape.itemsize * d * d},
+        )
 
 
 @kept

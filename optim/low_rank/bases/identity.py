@@ -8,10 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lowrank_train.optim.low_rank.bases.base import Basis, Directions, Moments
-from lowrank_train.optim.low_rank.bases.columns import FixedMatrix, energy_, index_layout, match_columns
+from lowrank_train.optim.low_rank.bases.base import Basis, BasisWorkspace, Directions, Moments
+from lowrank_train.optim.low_rank.bases.columns import FixedMatrix, energy_, index_layout, match_bytes, match_columns
 from lowrank_train.optim.low_rank.bases.directions import Columns
 from lowrank_train.optim.shards.layout import StateTensor
+from lowrank_train.optim.shards.workspace import MatrixShape
 
 __all__ = ["Identity", "RandomColumns"]
 
@@ -26,6 +27,10 @@ class Identity(FixedMatrix):
     def columns(self, index: Tensor, d: int, like: Tensor) -> Directions:
         """A selection."""
         return Columns(index, d)
+
+    def workspace(self, shape: MatrixShape, r: int) -> BasisWorkspace:
+        """Return a copy of the gradient, to choose from."""
+        return BasisWorkspace(choice=shape.whole)
 
 
 class RandomColumns(Basis):
@@ -54,6 +59,10 @@ class RandomColumns(Basis):
     def directions(self, state: Mapping[str, Tensor], d: int, r: int, like: Tensor) -> Directions:
         """A selection."""
         return Columns(state["basis_index"], d)
+
+    def workspace(self, shape: MatrixShape, r: int) -> BasisWorkspace:
+        """Return the squares of the gradient, and the rearranged moments."""
+        return BasisWorkspace(choice=shape.whole, transfer=match_bytes(shape, r))
 
     def carry(
         self,

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from lowrank_train.optim.arguments.surroundings import tensors_hold_numbers
-from lowrank_train.optim.low_rank.bases.base import Basis, Directions, Moments
-from lowrank_train.optim.low_rank.bases.dense import rotate
+from lowrank_train.optim.low_rank.bases.base import Basis, BasisWorkspace, Directions, Moments
+from lowrank_train.optim.low_rank.bases.dense import rotate, rotate_bytes
 from lowrank_train.optim.low_rank.bases.directions import Vectors
 from lowrank_train.optim.shards.layout import StateTensor
+from lowrank_train.optim.shards.workspace import MatrixShape
 
 __all__ = ["RandomVectors"]
 
@@ -57,6 +58,14 @@ class RandomVectors(Basis):
         if _drawn.get(key, (None,))[0] != seed:
             _drawn[key] = seed, _draw(seed, *key)
         return Vectors(_drawn[key][1])
+
+    def workspace(self, shape: MatrixShape, r: int) -> BasisWorkspace:
+        """Return the squares of the gradient, the rotated moments, and the draw that is kept."""
+        return BasisWorkspace(
+            choice=shape.whole,
+            transfer=rotate_bytes(shape, r),
+            kept={("drawn", shape.d, r, self.is_orthonormal, shape.itemsize): shape.itemsize * shape.d * r},
+        )
 
     def carry(
         self,

@@ -20,11 +20,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lowrank_train.optim.linalg import gram, leading_eigenvectors, orthonormal_columns
-from lowrank_train.optim.low_rank.bases.base import Basis, Directions, Moments
-from lowrank_train.optim.low_rank.bases.dense import rotate
+from lowrank_train.optim.linalg import SOLVER, gram, leading_eigenvectors, orthonormal_columns
+from lowrank_train.optim.low_rank.bases.base import Basis, BasisWorkspace, Directions, Moments
+from lowrank_train.optim.low_rank.bases.dense import rotate, rotate_bytes
 from lowrank_train.optim.low_rank.bases.directions import Vectors
 from lowrank_train.optim.shards.layout import StateTensor
+from lowrank_train.optim.shards.workspace import MatrixShape
 
 __all__ = ["ExactSVD", "SubspaceIteration"]
 
@@ -73,6 +74,11 @@ class ExactSVD(_StoredVectors):
         """Return the leading eigenvectors."""
         return {"basis": leading_eigenvectors(statistics, r)}
 
+    def workspace(self, shape: MatrixShape, r: int) -> BasisWorkspace:
+        """Return, in float64, the Gram matrix, eigenvectors twice, the solver's own and r signed vectors."""
+        choice = 8 * ((3 + SOLVER) * shape.d**2 + r * shape.d)
+        return BasisWorkspace(choice=choice, proposal=shape.itemsize * r * shape.d, transfer=rotate_bytes(shape, r))
+
 
 class SubspaceIteration(_StoredVectors):
     """Nearly the leading singular vectors, for the price of a few products."""
@@ -101,3 +107,15 @@ class SubspaceIteration(_StoredVectors):
     def choose(self, statistics: Tensor, d: int, r: int, seed: int) -> dict[str, Tensor]:
         """Return Y, orthonormalised."""
         return {"basis": orthonormal_columns(statistics.mT).mT.contiguous()}
+
+    def workspace(self, shape: MatrixShape, r: int) -> BasisWorkspace:
+        """Return G Q; Y, Q and R, signs and their product, contiguous; the solver's own.
+
+        The vectors of this round and of the last wait until all matrices have theirs.
+        """
+        vectors = r * shape.d
+        return BasisWorkspace(
+            choice=shape.itemsize * (shape.rows * r + (4 + SOLVER) * vectors + r * r),
+            proposal=2 * shape.itemsize * vectors,
+            transfer=rotate_bytes(shape, r),
+        )
