@@ -116,7 +116,7 @@ class LorentzAttention(nn.Module):
         attention_dropout: of the attention weights.
         curvature: k.
         bound: of the initial weights, see ``LorentzLinear``.
-        max_time: likewise.
+        max_time: see ``LorentzLinear``.
 
     Raises:
         UserError: as ``LorentzLinear``.

@@ -27,7 +27,7 @@ def write_table(
         more: Markdown lines after the table.
         made: see ``lowrank_train.common.record.provenance``.
         seed: of the run.
-        precision: likewise.
+        precision: of the run.
     """
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     lines = [f"# {folder.name}", "", "| | |", "| --- | --- |"]

@@ -101,7 +101,7 @@ def add_adapters(
         layers: regular expression (``re.search``) on module names: which ``nn.Linear``; ``""`` for all. The default
             takes attention and feed-forward matrices of LLaMA and OPT.
         alpha: as of ``LowRankAdapters``.
-        seed: likewise.
+        seed: of the draw, as of ``LowRankAdapters``.
 
     Returns:
         The model itself.

@@ -151,8 +151,8 @@ def to_spectral(
         sampling: how the first active triplets are drawn, as ``optim.SST`` draws the later ones.
         seed: of that draw.
         gradient: of the layers, see ``SpectralLinear``.
-        frozen_dtype: likewise.
-        path: likewise.
+        frozen_dtype: of the layers, see ``SpectralLinear``.
+        path: of the layers, see ``SpectralLinear``.
 
     Returns:
         The model itself.

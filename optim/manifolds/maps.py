@@ -21,7 +21,7 @@ space, u = a step and m = a moment in these coordinates, x' = the point reached:
         gradient   w   = e - (x.e) x
         exp        x'  = cos(h) x + sin(h) / h u,   h = |u|
         transport  m'  = m - (u.m) (2 sin(h/2)^2 / h^2 u + sin(h) / h x)
-    Stiefel, X^T X = I, Euclidean metric, likewise:
+    Stiefel, X^T X = I, Euclidean metric, ambient coordinates too:
         gradient   w   = E - X sym(X^T E)
         retraction X'  = Q of QR(X + U), diagonal of R positive
         transport  m'  = M - X' sym(X'^T M)

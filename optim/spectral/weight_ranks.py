@@ -70,7 +70,7 @@ def ranks_from_weights(
         multiple: ranks are multiples of it, or the whole smaller side.
         floor: the least rank.
         basis: the optimizer's, which is part of the cost.
-        residual: the optimizer's, likewise part of the cost.
+        residual: the optimizer's, also part of the cost.
         state_dtype: the optimizer's.
 
     Returns:

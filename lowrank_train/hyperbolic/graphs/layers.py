@@ -32,7 +32,7 @@ class LorentzGraphConvolution(nn.Module):
         in_features: coordinates of the input, time included.
         out_features: coordinates of the output, time included.
         dropout: see ``LorentzLinear``.
-        activation: likewise.
+        activation: see ``LorentzLinear``.
         curvature: k.
         attention: whether neighbours are weighed.
 

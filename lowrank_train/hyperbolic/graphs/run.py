@@ -38,7 +38,7 @@ class GraphProgress(Progress):
     validation: dict[str, float] = field(default_factory=dict)
     """Scores of the best epoch."""
     test: dict[str, float] = field(default_factory=dict)
-    """Likewise."""
+    """Scores of the same epoch on the test part."""
     best: dict[str, Tensor] = field(default_factory=dict)
     """The network's state of the best epoch."""
 

@@ -79,7 +79,7 @@ class Protocol(ABC):
 
     Args:
         validation_share: of nodes, or edges.
-        test_share: likewise.
+        test_share: of nodes, or edges.
         seed: of the draw.
     """
 
