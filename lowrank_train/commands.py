@@ -81,10 +81,11 @@ def memory_budget(words: list[str]) -> Work:
 def hyperbolic(words: list[str]) -> Work:
     """Train a graph network or a translator in hyperbolic space; ``data.task`` says which."""
     from lowrank_train.config.loading import flags_to_keys, given_value
-    from lowrank_train.hyperbolic.graphs.config import GraphConfig, graph_help_text, load_graph_config
+    from lowrank_train.hyperbolic.graphs.config import GraphConfig
     from lowrank_train.hyperbolic.graphs.train import train_graph
+    from lowrank_train.hyperbolic.recipes import load_recipe, recipe_help
     from lowrank_train.hyperbolic.record import NetworkRecord
-    from lowrank_train.hyperbolic.translation import config as translation
+    from lowrank_train.hyperbolic.translation.config import TranslationConfig
     from lowrank_train.hyperbolic.translation.train import train_translation
 
     given = [word for word in words if word not in ("-h", "--help")]
@@ -95,17 +96,17 @@ def hyperbolic(words: list[str]) -> Work:
 
     def do() -> None:
         if task == "translation":
-            keys = flags_to_keys(words, translation.TranslationConfig)
-            record: NetworkRecord = train_translation(translation.load_translation_config(keys))
+            keys = flags_to_keys(words, TranslationConfig)
+            record: NetworkRecord = train_translation(load_recipe(TranslationConfig, keys))
         else:
-            record = train_graph(load_graph_config(flags_to_keys(words, GraphConfig)))
+            record = train_graph(load_recipe(GraphConfig, flags_to_keys(words, GraphConfig)))
         if record.status != "finished":
             print(f"stopped at {record.stopped_at}; resume with: {resume_command()}", file=sys.stderr)
 
     if task == "translation":
-        return Work(translation.translation_help_text, do)
+        return Work(lambda: recipe_help(TranslationConfig, "data.task=translation "), do)
     more = "\n\ndata.task=translation --help lists the keys of translation"
-    return Work(lambda: graph_help_text() + more, do)
+    return Work(lambda: recipe_help(GraphConfig, "") + more, do)
 
 
 COMMANDS: dict[str, Command] = {

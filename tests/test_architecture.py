@@ -40,6 +40,7 @@ ROOMS: dict[str, str] = {
     "optim/__main__": "optim/costs",
     # lowrank_train. Every room may import ``optim``, the public names; what else of it is named.
     "common": "",
+    "reports": "common",
     "files": "common optim optim/shards optim/storage",
     "text": "common files",
     "layers": "common optim/shards optim/arguments optim/core optim/linalg optim/spectral optim/methods",
@@ -48,14 +49,15 @@ ROOMS: dict[str, str] = {
     "models": "common files text config layers data optim optim/shards optim/arguments optim/storage",
     "peft": "common files text config layers data models optim/arguments",
     "plan": "common config layers models peft optim",
-    "memory": "common files config layers models plan optim optim/shards optim/arguments optim/storage optim/costs",
-    "train": "common files text config layers data models peft plan memory optim optim/shards optim/storage",
-    "spectra": "common files text config layers data models train optim/spectral optim/linalg optim/costs",
+    "memory": "common reports files config layers models plan optim optim/shards optim/arguments optim/storage"
+    " optim/costs",
+    "train": "common reports files text config layers data models peft plan memory optim optim/shards optim/storage",
+    "spectra": "common reports files text config layers data models train optim/spectral optim/linalg optim/costs",
     "hyperbolic": "common files config layers train optim optim/core",
-    "hyperbolic/graphs": "common config train hyperbolic",
-    "hyperbolic/translation": "common text config data train hyperbolic",
-    "compress": "common files config data layers models spectra optim/spectral optim/costs",
-    "bench": "common files config layers models plan memory train spectra compress hyperbolic hyperbolic/graphs"
+    "hyperbolic/graphs": "common reports config train hyperbolic",
+    "hyperbolic/translation": "common reports text config data train hyperbolic",
+    "compress": "common reports files config data layers models spectra optim/spectral optim/costs",
+    "bench": "common reports files config layers models plan memory train spectra compress hyperbolic hyperbolic/graphs"
     " hyperbolic/translation optim optim/core optim/costs",
     "bench/steps": "common config layers models bench optim optim/costs",
     "commands": "common config train memory compress spectra hyperbolic hyperbolic/graphs hyperbolic/translation",

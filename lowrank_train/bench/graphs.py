@@ -20,12 +20,13 @@ from lowrank_train.common.errors import UserError
 from lowrank_train.common.record import provenance
 from lowrank_train.config.loading import load_schema
 from lowrank_train.config.settings import key_help, setting
-from lowrank_train.hyperbolic.graphs.config import GraphConfig, load_graph_config
+from lowrank_train.hyperbolic.graphs.config import GraphConfig
 from lowrank_train.hyperbolic.graphs.data import load_graph
 from lowrank_train.hyperbolic.graphs.record import GraphRecord
 from lowrank_train.hyperbolic.graphs.report import SCORE_NAMES
 from lowrank_train.hyperbolic.graphs.splits import PROTOCOLS
 from lowrank_train.hyperbolic.graphs.train import train_graph
+from lowrank_train.hyperbolic.recipes import load_recipe
 
 __all__ = ["PUBLISHED", "GraphBenchmark", "help_text", "load", "measure", "report"]
 
@@ -159,7 +160,7 @@ def _config(settings: GraphBenchmark, protocol: str, recipe: str, row: str, seed
     words += [f"data.folder={settings.folder}", f"data.protocol={protocol}", f"seed={seed}", "checkpoint_every=0"]
     words.append(f"run_dir={Path(settings.output) / f'{recipe}-{row}-{protocol}-{seed}'}")
     try:
-        config = load_graph_config(words)
+        config = load_recipe(GraphConfig, words)
     except UserError as error:
         raise UserError(f"recipe {recipe!r}, row {row!r}: {error}") from None
     return _for_all_protocols(config, next(iter(settings.seeds)))

@@ -14,14 +14,13 @@ from statistics import fmean
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import matplotlib
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.ticker import AutoLocator, NullFormatter
 
 from lowrank_train.common.errors import UserError
 from lowrank_train.common.small_files import write_text
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
-from matplotlib.ticker import AutoLocator, NullFormatter
+from lowrank_train.reports import drawing
 
 __all__ = ["Panel", "Report", "finite", "markdown", "origin", "output_folder", "publish", "rate", "spread"]
 
@@ -124,28 +123,27 @@ def finite(value: Any) -> Any:
 
 
 def _draw(panels: Sequence[Panel], path: Path) -> None:
-    figure, grid = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 5), layout="constrained", squeeze=False)
     labels = list(dict.fromkeys(label for panel in panels for label in [*panel.lines, *panel.missing]))
-    colors = pyplot.get_cmap("tab20").colors
-    color = {label: colors[2 * i % 20 + i // 10 % 2] for i, label in enumerate(labels)}
+    colors = colormaps["tab20"]
+    color = {label: colors(2 * i % 20 + i // 10 % 2) for i, label in enumerate(labels)}
     shown: dict[str, Any] = {}
-    for axes, panel in zip(grid[0], panels, strict=True):
-        for label, (xs, ys) in panel.lines.items():
-            style = {"marker": panel.markers, "markersize": 4, "linewidth": panel.linewidth, "color": color[label]}
-            shown[label] = axes.plot(xs, ys, **style)[0]
-        for label, xs in panel.missing.items():
-            axes.plot(xs, [0.02] * len(xs), "x", color=color[label], transform=axes.get_xaxis_transform())
-        axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
-        if panel.log_x:
-            axes.set_xscale("log")
-        if panel.log_y:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(AutoLocator())  # a logarithmic axis labels powers of ten: often there is none
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter(NullFormatter())
-        if panel.top is not None:
-            axes.set_ylim(top=panel.top)
-        axes.grid(alpha=0.3, which="both")
-    figure.legend(shown.values(), shown.keys(), loc="outside right upper", fontsize="small")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with drawing(path, (6 * len(panels), 5), columns=len(panels), grid="both") as made:
+        for axes, panel in zip(np.ravel(made), panels, strict=True):
+            for label, (xs, ys) in panel.lines.items():
+                style = {"marker": panel.markers, "markersize": 4, "linewidth": panel.linewidth, "color": color[label]}
+                shown[label] = axes.plot(xs, ys, **style)[0]
+            for label, xs in panel.missing.items():
+                axes.plot(xs, [0.02] * len(xs), "x", color=color[label], transform=axes.get_xaxis_transform())
+            axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
+            if panel.log_x:
+                axes.set_xscale("log")
+            if panel.log_y:
+                axes.set_yscale("log")
+                axes.yaxis.set_major_locator(
+                    AutoLocator()
+                )  # a logarithmic axis labels powers of ten: often there is none
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_formatter(NullFormatter())
+            if panel.top is not None:
+                axes.set_ylim(top=panel.top)
+        axes.figure.legend(shown.values(), shown.keys(), loc="outside right upper", fontsize="small")

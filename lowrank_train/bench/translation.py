@@ -23,8 +23,9 @@ from lowrank_train.common.errors import UserError
 from lowrank_train.common.record import provenance
 from lowrank_train.config.loading import load_schema
 from lowrank_train.config.settings import key_help, setting
-from lowrank_train.hyperbolic.translation.config import TranslationConfig, load_translation_config
-from lowrank_train.hyperbolic.translation.network import SPACES
+from lowrank_train.hyperbolic.recipes import load_recipe
+from lowrank_train.hyperbolic.spaces import SPACES
+from lowrank_train.hyperbolic.translation.config import TranslationConfig
 from lowrank_train.hyperbolic.translation.record import TranslationRecord
 from lowrank_train.hyperbolic.translation.train import train_translation
 
@@ -132,7 +133,7 @@ def _config(settings: TranslationBenchmark, geometry: str, row: str, rate: float
     words.append(f"data.tokenizer_folder={Path(settings.output) / 'tokenizer'}")
     words.append(f"run_dir={Path(settings.output) / f'{geometry}-{row}-{rate:g}-{seed}'}")
     try:
-        return load_translation_config(words)
+        return load_recipe(TranslationConfig, words)
     except UserError as error:
         raise UserError(f"row {row!r}: {error}") from None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from lowrank_train.layers.plain import merge
 from lowrank_train.models.compressed_folder import is_compressed, save_model
 from lowrank_train.models.folders import load_model, model_folder
 from lowrank_train.optim.spectral.ranks import SCORES
+from lowrank_train.reports import writing
 from lowrank_train.spectra.pruning import TextConfig, evaluation_blocks, text_loss
 from lowrank_train.spectra.spectrum import spectrum_of
 
@@ -129,7 +131,7 @@ def compress_folder(folder: Path, config: CompressConfig) -> str:
             that qualifies, ranks of another model, ``out`` that cannot be written.
     """
     out = Path(str(config.out))
-    with start(config.device) as ranks:
+    with start(config.device) as ranks, writing(out):
         try:
             tokenizer = ranks.on_first(lambda: _tokenizer(folder))
             model = load_model(folder).to(ranks.device)
@@ -142,8 +144,6 @@ def compress_folder(folder: Path, config: CompressConfig) -> str:
             table: str = ranks.first(lambda: write_report(result, asdict(config), provenance(ranks.device), out))
         except ValueError as error:
             raise error if isinstance(error, UserError) else UserError(f"in {folder}: {error}") from None
-        except OSError as error:
-            raise UserError(f"cannot write to out={out}: {error}; set out to another folder") from None
     return table
 
 
@@ -152,7 +152,7 @@ def compressed(model: PreTrainedModel, folder: Path, config: CompressConfig, ran
     _check_architecture(model, folder)
     linears = linear_layers(model, config.layers)
     is_owl = config.method == "owl" and config.ranks is None
-    blocks, batches = _text(model, folder, config, calibrates=config.whiten or is_owl)
+    blocks, batches = _text(model, folder, config, ranks, calibrates=config.whiten or is_owl)
     before = text_loss(model, blocks, config.micro_batch, ranks) if blocks is not None and config.perplexity else None
 
     sigma = _spectra(linears, folder, config, ranks)
@@ -171,29 +171,27 @@ def compressed(model: PreTrainedModel, folder: Path, config: CompressConfig, ran
     parameters_after = sum(p.numel() * p.element_size() for p in model.parameters())
     _cast(model, exact)
     after = text_loss(model, blocks, config.micro_batch, ranks) if blocks is not None and config.perplexity else None
-    return Compression(
-        str(folder),
-        plan,
-        sigma,
-        parameters,
-        parameters_after,
-        before,
-        after,
-    )
+    return Compression(str(folder), plan, sigma, parameters, parameters_after, before, after)
 
 
 def _text(
-    model: PreTrainedModel, folder: Path, config: CompressConfig, *, calibrates: bool
+    model: PreTrainedModel, folder: Path, config: CompressConfig, ranks: Ranks, *, calibrates: bool
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """Blocks that are evaluated (None: perplexity is not wanted), and the inputs of calibration, which follow them."""
+    """Blocks that are evaluated (None: perplexity is not wanted), and the inputs of calibration, which follow them.
+
+    Sequences are as long as the model's positions at most.
+    """
     data = config.data
     if not config.perplexity and not calibrates:
         return None, []
-    if data.seq_len > model.config.max_position_embeddings:
-        raise UserError(
-            f"data.seq_len={data.seq_len} exceeds the {model.config.max_position_embeddings} positions of "
-            f"{folder}; set data.seq_len={model.config.max_position_embeddings}"
-        )
+    positions = model.config.max_position_embeddings
+    if data.seq_len > positions:
+        if ranks.is_first:
+            print(
+                f"data.seq_len={data.seq_len} exceeds the {positions} positions of {folder}: {positions} is taken",
+                file=sys.stderr,
+            )
+        data.seq_len = positions  # which the report states
     rows = -(-data.tokens // data.seq_len)
     wanted = rows * data.seq_len + config.calibration_tokens if calibrates else data.tokens
     blocks, _ = evaluation_blocks(replace(data, tokens=wanted), folder)

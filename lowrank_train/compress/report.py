@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from torch import Tensor
 
 from lowrank_train.common.record import perplexity
-from lowrank_train.common.small_files import write_text
 from lowrank_train.common.units import show_bytes
 from lowrank_train.compress.ranks import PlannedMatrix, rank_reduction
 from lowrank_train.optim.costs.table import aligned
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
+from lowrank_train.reports import drawing, write_csv, write_json
 
 __all__ = ["Compression", "write_report"]
 
@@ -57,10 +51,7 @@ def write_report(result: Compression, settings: Mapping[str, Any], made: Mapping
         folder: exists.
     """
     rows = [_row(matrix) for matrix in result.plan]
-    with (folder / "compress.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(folder / "compress.csv", rows)
     figures = {
         "what": "ranks of the matrices of a compressed model",
         "source": result.source,
@@ -73,7 +64,7 @@ def write_report(result: Compression, settings: Mapping[str, Any], made: Mapping
         "perplexity_after": _finite(result.loss_after),
         "matrices": rows,
     }
-    write_text(folder / "compress.json", json.dumps(figures, indent=2, allow_nan=False) + "\n")
+    write_json(folder / "compress.json", figures)
     _plot(result.plan, folder / "ranks.png")
     notes = _notes(result, settings.get("rank_reduction"))
     return "\n\n".join([_table(result.plan), *notes, f"model, plot, CSV and JSON: {folder}"])
@@ -142,20 +133,16 @@ def _notes(result: Compression, target: float | None) -> list[str]:
 
 def _plot(plan: Sequence[PlannedMatrix], path: Path) -> None:
     """Kept share of the rank by decoder layer, a line for each type of matrix."""
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     kinds: dict[str, list[PlannedMatrix]] = {}
     for matrix in plan:
         kinds.setdefault(matrix.name.rpartition(".")[2], []).append(matrix)
-    for kind, members in kinds.items():
-        layers = range(len(members))
-        shares = [matrix.rank / matrix.full_rank for matrix in members]
-        axes.plot(layers, shares, marker="o", markersize=4, label=kind)
-    axes.set(xlabel="layer", ylabel="rank kept, share of the whole", ylim=(0, 1.05))
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with drawing(path, (8, 4.5)) as axes:
+        for kind, members in kinds.items():
+            shares = [matrix.rank / matrix.full_rank for matrix in members]
+            axes.plot(range(len(members)), shares, marker="o", markersize=4, label=kind)
+        axes.set(xlabel="layer", ylabel="rank kept, share of the whole", ylim=(0, 1.05))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(fontsize="small")
 
 
 def _finite(loss: float | None) -> float | None:

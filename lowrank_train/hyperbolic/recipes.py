@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import nn
 
@@ -16,12 +16,25 @@ from lowrank_train.config.settings import key_help, setting, settle
 from lowrank_train.layers.parametrization import Parametrization
 from lowrank_train.optim.core.coverage import unwarned
 
-__all__ = ["RecipeConfig", "build_method", "check_recipe", "load_recipe", "recipe_help"]
+__all__ = ["RecipeConfig", "SpaceConfig", "build_method", "load_recipe", "recipe_help"]
+
+
+@dataclass
+class SpaceConfig:
+    """Where a network computes; its sizes are those of each kind."""
+
+    geometry: Literal["lorentz", "euclidean"] = setting("lorentz", "the space it computes in")
+    curvature: float = setting(
+        1.0, "k > 0: points have <x, x> = -k, and space curvature -1/k", at_least=1e-6, at_most=1e6
+    )
 
 
 @dataclass
 class RecipeConfig:
     """Keys of every recipe; each kind has its own ``data`` and ``model``, and more."""
+
+    rates: ClassVar[tuple[str, ...]] = ()
+    """Keys of ``optimizer`` that are rates of groups, not arguments of the optimizer."""
 
     data: Any
     model: Any
@@ -50,15 +63,23 @@ class RecipeConfig:
         10, "steps (of a graph: epochs) between two rows of metrics.jsonl and TensorBoard", at_least=1
     )
 
+    @property
+    def name(self) -> str:
+        """Name of the folder of a run, unless it is given."""
+        raise NotImplementedError
+
 
 C = TypeVar("C", bound=RecipeConfig)
 
 
 def load_recipe(schema: type[C], arguments: Sequence[str]) -> C:
-    """Load settings by ``load_schema``. ``for_optimizer`` says which keys hold with ``optimizer.name`` unless they are
-    given.
+    """Build a configuration from YAML files, merged left to right, and ``key=value`` overrides.
 
-    Raises UserError as ``load_schema``, and if what ``for_optimizer`` has for the method is not keys and values.
+    ``for_optimizer`` says which keys hold with ``optimizer.name`` unless they are given.
+
+    Raises:
+        UserError: unreadable file, unknown key (with the closest match), value of the wrong type or out of range; an
+            unknown optimizer or an argument that it does not take; ``for_optimizer`` has no keys and values for it.
     """
     config = load_schema(schema, arguments)
     own = config.for_optimizer.get(str(config.optimizer.get("name"))) or {}
@@ -67,6 +88,10 @@ def load_recipe(schema: type[C], arguments: Sequence[str]) -> C:
             raise UserError(f"for_optimizer.{config.optimizer['name']}={own!r}; expected keys and values")
         config = load_schema(schema, [*(f"{key}={value}" for key, value in own.items()), *arguments])
     config.for_optimizer = {}  # what there was to say is said: saved and read again, given keys must win
+    if config.run_dir is None:
+        config.run_dir = f"runs/{config.name}"
+    settle(config)
+    methods.check(config.optimizer, config.rates)
     return config
 
 
@@ -75,20 +100,6 @@ def recipe_help(schema: type[RecipeConfig], usage: str) -> str:
     lines = [f"usage: launch/hyperbolic.py {usage}[FILE.yaml ...] [key=value ...]", "", "optimizers:"]
     lines += [f"  {methods.describe(name)}" for name in methods.names()]
     return "\n".join([*lines, "", *key_help(schema)])
-
-
-def check_recipe(config: RecipeConfig, rates: Sequence[str] = ()) -> None:
-    """Check a whole configuration, once its run has a name.
-
-    Args:
-        config: of the run.
-        rates: keys of ``optimizer`` that are not arguments of it.
-
-    Raises:
-        UserError: a value out of range, an unknown optimizer or an argument that it does not take.
-    """
-    settle(config)
-    methods.check(config.optimizer, rates)
 
 
 def build_method(

@@ -42,6 +42,12 @@ class NetworkRecord(ABC):
     def stopped_at(self) -> str:
         """The position, for the line that says how to continue."""
 
+    @property
+    def how(self) -> str:
+        """Seed, processor and precision, for the report."""
+        made = self.provenance
+        return f"seed {self.seed}; {made.get('device')}, {made.get('threads')} thread(s), {self.precision}"
+
     def write(self, path: Path) -> None:
         """Write the record as JSON."""
         write_text(path, json.dumps(asdict(self), indent=2) + "\n")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from lowrank_train.common.errors import UserError
 from lowrank_train.common.small_files import write_text
 from lowrank_train.common.units import show_bytes
 from lowrank_train.memory.budget import Fit, Outcome
+from lowrank_train.reports import drawing, write_csv, write_json, writing
 
 __all__ = ["check_budget", "table", "write_budget"]
 
@@ -62,23 +61,17 @@ def check_budget(outcome: Outcome) -> None:
 
 def write_budget(outcome: Outcome, folder: Path) -> None:
     """budget.csv, budget.json, budget.md and budget.png. Raises UserError if they cannot be written."""
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        rows = [_row(fit) for fit in outcome.fits]
-        with (folder / "budget.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(folder / "budget.csv", [_row(fit) for fit in outcome.fits])
         full = [
             {**_row(fit), "phases": {k: asdict(getattr(fit.memory, k)) for k in fit.memory.phases}}
             for fit in outcome.fits
         ]
         document = {"question": outcome.question, "fits": full, "nothing_fits": outcome.missing}
-        write_text(folder / "budget.json", json.dumps(document, indent=2) + "\n")
+        write_json(folder / "budget.json", document)
         write_text(folder / "budget.md", table(outcome) + "\n")
         _plot(outcome, folder / "budget.png")
-    except OSError as error:
-        raise UserError(f"cannot write to out={folder}: {error}") from None
 
 
 def _row(fit: Fit) -> dict[str, Any]:
@@ -99,22 +92,16 @@ def _line(cells: list[str]) -> str:
 
 
 def _plot(outcome: Outcome, path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 1.2 + 0.35 * len(outcome.fits)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
     labels = [f"{fit.label}, {fit.model} x {fit.micro_batch}" for fit in outcome.fits]
     places = range(len(labels))
     start = [0.0] * len(labels)
-    for term, heading in _TERMS.items():
-        widths = [fit.memory.terms[term] / 2**30 for fit in outcome.fits]
-        axes.barh(places, widths, left=start, label=heading)
-        start = [begin + width for begin, width in zip(start, widths, strict=True)]
-    axes.axvline(outcome.fits[0].budget / 2**30, color="black", linewidth=1)
-    axes.set_yticks(places, labels)
-    axes.invert_yaxis()
-    axes.set_xlabel("GiB of one rank at the predicted peak; the line is the budget")
-    axes.legend(ncols=5, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    figure.savefig(path, dpi=120)
+    with drawing(path, (10, 1.2 + 0.35 * len(outcome.fits)), grid=None) as axes:
+        for term, heading in _TERMS.items():
+            widths = [fit.memory.terms[term] / 2**30 for fit in outcome.fits]
+            axes.barh(places, widths, left=start, label=heading)
+            start = [begin + width for begin, width in zip(start, widths, strict=True)]
+        axes.axvline(outcome.fits[0].budget / 2**30, color="black", linewidth=1)
+        axes.set_yticks(places, labels)
+        axes.invert_yaxis()
+        axes.set_xlabel("GiB of one rank at the predicted peak; the line is the budget")
+        axes.legend(ncols=5, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0))

@@ -19,6 +19,7 @@ from lowrank_train.config.loading import load_schema
 from lowrank_train.config.settings import key_help, setting
 from lowrank_train.layers.choice import BLOCK_MATRICES, linear_layers
 from lowrank_train.models.folders import is_export_of_run, load_model, model_folder, model_label
+from lowrank_train.reports import writing
 from lowrank_train.spectra.history import history
 from lowrank_train.spectra.plots import ModelSpectra
 from lowrank_train.spectra.pruning import Prunable, TextConfig, evaluation_blocks, pruning_curve
@@ -128,17 +129,13 @@ def measure(folders: dict[str, Path], config: SpectrumConfig) -> str:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("one process measures spectra; start it with python instead of torchrun")
     out = Path(str(config.out))
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)  # before hours of work rather than after
-    except OSError as error:
-        raise UserError(f"cannot write to out={out}: {error}; set out to another folder") from None
     if config.checkpoints:
         label, run = next(iter(folders.items()))
         snapshots = history(run, config.layers)
-        try:
+        with writing(out):
             return write_history(label, snapshots, asdict(config), provenance(torch.device("cpu")), out)
-        except OSError as error:
-            raise UserError(f"cannot write to out={out}: {error}; set out to another folder") from None
     texts = {label: evaluation_blocks(config.data, folder) for label, folder in folders.items() if config.prune}
     with start(config.device) as ranks:
         before = None if config.before is None else load_model(Path(config.before)).to(ranks.device)
@@ -151,10 +148,8 @@ def measure(folders: dict[str, Path], config: SpectrumConfig) -> str:
             except ValueError as error:
                 raise error if isinstance(error, UserError) else UserError(f"in {folder}: {error}") from None
             del model
-    try:
+    with writing(out):
         return write_report(results, asdict(config), _notes(texts), provenance(ranks.device), out)
-    except OSError as error:
-        raise UserError(f"cannot write to out={out}: {error}; set out to another folder") from None
 
 
 def _measure(

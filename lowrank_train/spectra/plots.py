@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from lowrank_train.reports import drawing
 from lowrank_train.spectra.history import Snapshot
 from lowrank_train.spectra.pruning import Point
 from lowrank_train.spectra.spectrum import Summary, summarize
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 __all__ = ["ModelSpectra", "plot_cosines", "plot_history", "plot_pruning", "plot_spectra"]
 
@@ -62,10 +62,8 @@ def plot_spectra(model: ModelSpectra, path: Path) -> None:
         if any(float(model.sigma[name][0]) > 0 for _, name in matrices):  # zeros alone have no logarithm
             axes.set_yscale("log")
         axes.set(xlabel="i", ylabel=r"$\sigma_i$")
-        axes.grid(alpha=0.3)
 
-    ticks = matplotlib.ticker.MaxNLocator(5, integer=True)
-    _panels(model, f"{model.label}: singular values", draw, path, colors, label="layer", ticks=ticks)
+    _panels(model, f"{model.label}: singular values", draw, path, colors)
 
 
 def plot_history(label: str, snapshots: Sequence[Snapshot], path: Path) -> None:
@@ -82,17 +80,15 @@ def plot_history(label: str, snapshots: Sequence[Snapshot], path: Path) -> None:
             line = [share[name] for share in shares]
             axes.plot(steps, line, color=colors.to_rgba(np.asarray(layer)), marker=".", linewidth=1)
         axes.set(xlabel="step", ylabel="effective rank / k", ylim=(0, 1.02))
-        axes.grid(alpha=0.3)
 
-    ticks = matplotlib.ticker.MaxNLocator(5, integer=True)
-    _panels(last, f"{label}: effective rank over the run", draw, path, colors, label="layer", ticks=ticks)
+    _panels(last, f"{label}: effective rank over the run", draw, path, colors)
 
 
 def plot_cosines(model: ModelSpectra, epsilon: float, path: Path) -> None:
     """Plot the largest |cosine| of each leading left singular vector with those before: a panel per kind, a row per
     layer.
     """
-    colors = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 1), "viridis")
+    colors = ScalarMappable(Normalize(0, 1), "viridis")
 
     def draw(axes: Any, matrices: list[tuple[int, str]]) -> None:
         matrices = sorted(matrices)
@@ -110,32 +106,27 @@ def plot_cosines(model: ModelSpectra, epsilon: float, path: Path) -> None:
         axes.set(xlabel="left singular vector after", ylabel="layer")
 
     title = f"{model.label}: similarity to the model before (x: below {epsilon:g})"
-    _panels(model, title, draw, path, colors, label="largest |cosine| with one before")
+    _panels(model, title, draw, path, colors, label="largest |cosine| with one before", whole=False, grid=None)
 
 
 def plot_pruning(models: Sequence[ModelSpectra], path: Path) -> None:
     """Plot perplexity over the fraction of singular values dropped, a line per model."""
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for model in models:
-        points = [(100 * p.dropped, p.perplexity) for p in model.points if math.isfinite(p.perplexity)]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=model.label)
-    axes.set(xlabel="singular values dropped, %", ylabel="perplexity", title="pruned by singular values")
-    highest = [p.perplexity for model in models for p in model.points if math.isfinite(p.perplexity)]
-    if highest and max(highest) > 10 * min(highest):
-        axes.set_yscale("log")
-    if highest:
-        axes.legend()
-    axes.grid(alpha=0.3, which="both")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with drawing(path, (7, 4), grid="both") as axes:
+        for model in models:
+            points = [(100 * p.dropped, p.perplexity) for p in model.points if math.isfinite(p.perplexity)]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=model.label)
+                axes.legend()
+        axes.set(xlabel="singular values dropped, %", ylabel="perplexity", title="pruned by singular values")
+        highest = [p.perplexity for model in models for p in model.points if math.isfinite(p.perplexity)]
+        if highest and max(highest) > 10 * min(highest):
+            axes.set_yscale("log")
 
 
 def _layer_colors(model: ModelSpectra) -> Any:
     """Return the colors of the layers, from the first to the last."""
     layers = [layer for matrices in _by_kind(model.sigma).values() for layer, _ in matrices]
-    norm = matplotlib.colors.Normalize(min(layers), max(*layers, min(layers) + 1))
-    return matplotlib.cm.ScalarMappable(norm, "viridis")
+    return ScalarMappable(Normalize(min(layers), max(*layers, min(layers) + 1)), "viridis")
 
 
 def _by_kind(names: Iterable[str]) -> dict[str, list[tuple[int, str]]]:
@@ -153,21 +144,23 @@ def _panels(
     draw: Callable[[Any, list[tuple[int, str]]], None],
     path: Path,
     colors: Any,
-    **bar: Any,
+    *,
+    label: str = "layer",
+    whole: bool = True,
+    grid: str | None = "major",
 ) -> None:
-    """One panel per kind of matrix, four in a row, and the bar of their common colors."""
+    """One panel per kind of matrix, four in a row, and the bar of their common colors, in whole numbers or not."""
     kinds = _by_kind(model.sigma)
     columns = min(4, len(kinds))
     rows = -(-len(kinds) // columns)
-    figure, grid = pyplot.subplots(
-        rows, columns, figsize=(3.4 * columns, 3 * rows + 0.5), layout="constrained", squeeze=False
-    )
-    for axes, (kind, matrices) in zip(grid.flat, kinds.items(), strict=False):
-        axes.set_title(kind, fontsize=10)
-        draw(axes, matrices)
-    for axes in grid.flat[len(kinds) :]:
-        axes.set_visible(False)
-    figure.colorbar(colors, ax=grid, **bar)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with drawing(path, (3.4 * columns, 3 * rows + 0.5), rows=rows, columns=columns, grid=grid) as made:
+        panels = np.ravel(made)
+        for axes, (kind, matrices) in zip(panels, kinds.items(), strict=False):
+            axes.set_title(kind, fontsize=10)
+            draw(axes, matrices)
+        for axes in panels[len(kinds) :]:
+            axes.set_visible(False)
+        figure = panels[0].figure
+        ticks = MaxNLocator(5, integer=True) if whole else None
+        figure.colorbar(colors, ax=panels.tolist(), label=label, ticks=ticks)
+        figure.suptitle(title)

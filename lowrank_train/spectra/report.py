@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -12,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_train.common.small_files import write_text
 from lowrank_train.optim.costs.table import aligned
+from lowrank_train.reports import write_csv, write_json
 from lowrank_train.spectra.history import Snapshot, history_table
 from lowrank_train.spectra.plots import ModelSpectra, plot_cosines, plot_history, plot_pruning, plot_spectra
 from lowrank_train.spectra.pruning import Point
@@ -56,7 +54,7 @@ def write_report(
     """
     epsilon = float(settings["epsilon"])
     rows = [{"model": model.label, **asdict(summary)} for model in models for summary in model.summaries()]
-    _write_csv(folder / "spectrum.csv", rows)
+    write_csv(folder / "spectrum.csv", rows)
     for model in models:
         values: dict[str, Any] = {name: sigma.numpy() for name, sigma in model.sigma.items()}
         np.savez(folder / f"spectra-{model.label}.npz", **values)
@@ -64,10 +62,10 @@ def write_report(
         if model.cosines:
             plot_cosines(model, epsilon, folder / f"intruders-{model.label}.png")
     if models[0].cosines:
-        _write_csv(folder / "intruders.csv", [row for model in models for row in _intruder_rows(model, epsilon)])
+        write_csv(folder / "intruders.csv", [row for model in models for row in _intruder_rows(model, epsilon)])
     if models[0].points:
         points = [{"model": model.label, **_point(point)} for model in models for point in model.points]
-        _write_csv(folder / "pruning.csv", points)
+        write_csv(folder / "pruning.csv", points)
         plot_pruning(models, folder / "pruning.png")
     figures = {
         "what": "singular values of the matrices of models",
@@ -76,7 +74,7 @@ def write_report(
         "notes": list(notes),
         "models": [_figures(model, epsilon) for model in models],
     }
-    write_text(folder / "spectrum.json", json.dumps(figures, indent=2, allow_nan=False) + "\n")
+    write_json(folder / "spectrum.json", figures)
     return tables(models, epsilon, notes)
 
 
@@ -85,10 +83,10 @@ def write_history(
 ) -> str:
     """Write history.csv, .json and .png into ``folder`` and return the table as text; arguments as above."""
     rows = [{"step": one.step, **asdict(summary)} for one in snapshots for summary in one.summaries]
-    _write_csv(folder / "history.csv", rows)
+    write_csv(folder / "history.csv", rows)
     plot_history(label, snapshots, folder / "history.png")
     figures = {"what": "spectra over the checkpoints of a run", "settings": dict(settings), "provenance": dict(made)}
-    write_text(folder / "history.json", json.dumps({**figures, "rows": rows}, indent=2, allow_nan=False) + "\n")
+    write_json(folder / "history.json", {**figures, "rows": rows})
     return history_table(snapshots)
 
 
@@ -166,11 +164,3 @@ def _figures(model: ModelSpectra, epsilon: float) -> dict[str, Any]:
     if model.points:
         figures["pruning"] = [_point(point) for point in model.points]
     return figures
-
-
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    columns = list(dict.fromkeys(key for row in rows for key in row))  # a narrow matrix has fewer cosines
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)

@@ -6,15 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 
 from lowrank_train.common.record import RunRecord
-from lowrank_train.common.small_files import write_text
+from lowrank_train.reports import drawing, plot_metric, write_table
 from lowrank_train.train.metrics import read_metrics
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 __all__ = ["summary", "write_report"]
 
@@ -62,18 +58,9 @@ def write_report(record: RunRecord, folder: Path, checkpoint: Path | None) -> st
     """Write record.json, loss.png and report.md into the run folder; returns the table as text for the terminal."""
     record.write(folder / "record.json")
     _plot(read_metrics(folder), folder / "loss.png")
-    rows = summary(record, folder, checkpoint)
     made = record.provenance
-    versions = ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items())
-    lines = [f"# {folder.name}", "", "| | |", "| --- | --- |"]
-    lines += [f"| {what} | {value} |" for what, value in rows]
-    lines += ["", "![loss](loss.png)", ""]
-    lines += [f"Command: `{made.get('command')}`; commit {made.get('commit')}; seed {record.seed}; "]
-    lines += [f"{record.world_size} rank(s) on {made.get('device')}, {record.precision};"]
-    lines += [f"Python {made.get('python')}, {versions}."]
-    write_text(folder / "report.md", "\n".join(lines) + "\n")
-    width = max(len(what) for what, _ in rows)
-    return "\n".join(f"  {what:<{width}}  {value}" for what, value in rows)
+    how = f"seed {record.seed}; {record.world_size} rank(s) on {made.get('device')}, {record.precision}"
+    return write_table(folder, summary(record, folder, checkpoint), ["![loss](loss.png)"], made, how)
 
 
 def _predicted(gib: float | None) -> str:
@@ -81,29 +68,14 @@ def _predicted(gib: float | None) -> str:
 
 
 def _plot(rows: list[dict[str, Any]], path: Path) -> None:
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for name, style in (("train/loss", {"linewidth": 0.8}), ("eval/loss", {"marker": "o", "markersize": 3})):
-        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=name, **style)
-            axes.legend()
-    axes.set(xlabel="step", ylabel="loss, nats per token")
-    axes.grid(alpha=0.3)
-    perplexity = axes.secondary_yaxis("right", functions=(_exp, _log))
-    perplexity.set_ylabel("perplexity")
-    perplexity.set_yscale("log")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def _exp(x: Any) -> Any:
-
-    return np.exp(np.clip(x, -50, 50))
-
-
-def _log(x: Any) -> Any:
-
-    return np.log(np.clip(x, 1e-20, None))
+    with drawing(path, (7, 4)) as axes:
+        plot_metric(axes, rows, "train/loss", label="train/loss", linewidth=0.8)
+        plot_metric(axes, rows, "eval/loss", label="eval/loss", marker="o", markersize=3)
+        axes.set(xlabel="step", ylabel="loss, nats per token")
+        there, back = (lambda x: np.exp(np.clip(x, -50, 50))), (lambda x: np.log(np.clip(x, 1e-20, None)))
+        perplexity = axes.secondary_yaxis("right", functions=(there, back))
+        perplexity.set_ylabel("perplexity")
+        perplexity.set_yscale("log")
 
 
 def _number(value: float | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from lowrank_train.compress.command import CompressConfig
 from lowrank_train.config.loading import load_schema
 from lowrank_train.config.schema import Config, load_config
 from lowrank_train.config.settings import key_help, keys, settle
-from lowrank_train.hyperbolic.graphs.config import GraphConfig, load_graph_config
-from lowrank_train.hyperbolic.translation.config import TranslationConfig, load_translation_config
+from lowrank_train.hyperbolic.graphs.config import GraphConfig
+from lowrank_train.hyperbolic.recipes import load_recipe
+from lowrank_train.hyperbolic.translation.config import TranslationConfig
 from lowrank_train.memory.question import BudgetConfig
 from lowrank_train.spectra.command import SpectrumConfig
 
@@ -32,8 +34,8 @@ SCHEMAS: list[type[Any]] = [
 every_schema = pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.__name__)
 LOADERS: dict[str, Callable[[list[str]], Any]] = {
     "run": load_config,
-    "graph": load_graph_config,
-    "translation": load_translation_config,
+    "graph": partial(load_recipe, GraphConfig),
+    "translation": partial(load_recipe, TranslationConfig),
 }
 
 
@@ -176,9 +178,9 @@ def test_a_home_folder_is_expanded_wherever_a_path_is(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("word", ["model.curvature=1e300", "model.curvature=1e-300", "model.curvature=.nan"])
 def test_a_curvature_that_no_float_can_compute_with(word: str) -> None:
-    for load in (load_graph_config, load_translation_config):
+    for schema in (GraphConfig, TranslationConfig):
         with pytest.raises(UserError, match=r"curvature=.*; expected a number (from|>=) 1e-06"):
-            load([word])
+            load_recipe(schema, [word])
 
 
 @pytest.mark.parametrize("measure", [digits.measure, tree.measure])

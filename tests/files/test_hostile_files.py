@@ -12,6 +12,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ from lowrank_train.compress.command import load_settings as load_compress
 from lowrank_train.config.schema import ModelConfig, load_config
 from lowrank_train.files.checksums import CHECKSUMS, write_checksums
 from lowrank_train.hyperbolic import run as network_run
-from lowrank_train.hyperbolic.graphs.config import load_graph_config
-from lowrank_train.hyperbolic.translation.config import load_translation_config
+from lowrank_train.hyperbolic.graphs.config import GraphConfig
+from lowrank_train.hyperbolic.recipes import load_recipe
+from lowrank_train.hyperbolic.translation.config import TranslationConfig
 from lowrank_train.memory.question import load_budget
 from lowrank_train.models.build import architecture
 from lowrank_train.models.folders import load_model
@@ -225,8 +227,8 @@ LOADERS = {
     "compress": load_compress,
     "spectrum": spectrum_run.load_settings,
     "memory_budget": load_budget,
-    "graph": load_graph_config,
-    "translation": load_translation_config,
+    "graph": partial(load_recipe, GraphConfig),
+    "translation": partial(load_recipe, TranslationConfig),
     "quality": quality.load,
     "compression benchmark": compression_benchmark.load,
     "graph benchmark": graph_benchmark.load,

@@ -12,11 +12,12 @@ import torch.distributed as dist
 from matplotlib.figure import Figure
 
 from lowrank_train.common.errors import UserError
-from lowrank_train.hyperbolic.graphs.config import load_graph_config
+from lowrank_train.hyperbolic.graphs.config import GraphConfig
 from lowrank_train.hyperbolic.graphs.data import Graph, make_graph
 from lowrank_train.hyperbolic.graphs.record import GraphRecord
 from lowrank_train.hyperbolic.graphs.tasks import LinkPrediction
 from lowrank_train.hyperbolic.graphs.train import train_graph
+from lowrank_train.hyperbolic.recipes import load_recipe
 from tests.distributed import run_distributed
 
 LEVELS, CHILDREN = 4, 3
@@ -106,7 +107,7 @@ def _train(arguments: list[str], before: Callable[[], None] | None, plot: bool) 
         Figure.savefig = lambda *_, **__: None  # type: ignore[method-assign]
     if before is not None:
         before()
-    return train_graph(load_graph_config(arguments))
+    return train_graph(load_recipe(GraphConfig, arguments))
 
 
 def _fail(arguments: list[str], before: Callable[[], None] | None) -> str | None:

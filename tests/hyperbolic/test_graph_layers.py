@@ -14,11 +14,13 @@ from lowrank_train.common.errors import UserError
 from lowrank_train.hyperbolic import lorentz
 from lowrank_train.hyperbolic.adjacency import Adjacency
 from lowrank_train.hyperbolic.classifiers import EuclideanClassifier, LorentzClassifier
+from lowrank_train.hyperbolic.graphs.config import GraphConfig, GraphModelConfig
 from lowrank_train.hyperbolic.graphs.layers import GraphConvolution, LorentzGraphConvolution
 from lowrank_train.hyperbolic.graphs.network import GraphNetwork, NodeFeatures, with_degrees
 from lowrank_train.hyperbolic.graphs.report import spearman
 from lowrank_train.hyperbolic.graphs.scores import average_precision, micro_f1, roc_auc
-from lowrank_train.hyperbolic.graphs.spaces import GEOMETRIES, Euclidean, Lorentz
+from lowrank_train.hyperbolic.recipes import load_recipe
+from lowrank_train.hyperbolic.spaces import SPACES, Euclidean, Lorentz
 
 EDGES = torch.tensor([[0, 1], [1, 2], [1, 3], [4, 4]])
 NODES = 5
@@ -98,10 +100,10 @@ def test_classes_are_scored_by_distance_to_centres() -> None:
     torch.testing.assert_close(twin(x), -(torch.cdist(x, twin.centres) ** 2) + twin.bias)
 
 
-@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("name", SPACES)
 def test_pairs_are_scored_by_distance(name: str) -> None:
-    geometry = GEOMETRIES[name](K)
-    network = GraphNetwork(geometry, 4, width=4, convolutions=1, classes=None)
+    model = GraphModelConfig(name, curvature=K, width=4, convolutions=1)  # type: ignore[arg-type]
+    network = GraphNetwork(model, 4, None)
     x = points(NODES) if name == "lorentz" else torch.randn(NODES, 4, dtype=torch.float64)
     pairs = torch.tensor([[0, 3], [2, 2]])
     difference = x[0] - x[3]
@@ -190,7 +192,7 @@ def test_dropout_of_features_spares_the_zeros() -> None:
 
 def test_network_drops_in_training_only() -> None:
     torch.manual_seed(0)
-    network = GraphNetwork(Lorentz(1.0), 3, width=4, convolutions=2, classes=None, dropout=0.5).double()
+    network = GraphNetwork(GraphModelConfig(width=4, dropout=0.5), 3, None).double()
     features = NodeFeatures(network.geometry.enter(torch.randn(NODES, 3, dtype=torch.float64)))
     network.eval()
     assert torch.equal(network(features, adjacency()), network(features, adjacency()))
@@ -198,14 +200,7 @@ def test_network_drops_in_training_only() -> None:
     assert not torch.equal(network(features, adjacency()), network(features, adjacency()))
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"convolutions": 0}, r"model\.convolutions=0; expected at least 1"),
-        ({"width": 1}, r"model\.width=1; expected at least 2"),
-        ({"dropout": 1.0}, r"model\.dropout=1\.0; expected a number from 0 to below 1"),
-    ],
-)
-def test_sizes_out_of_range_are_refused(settings: dict[str, float], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        GraphNetwork(Lorentz(1.0), 3, **{"width": 4, "convolutions": 1, "classes": None, **settings})  # type: ignore[arg-type]
+@pytest.mark.parametrize("change", ["convolutions=0", "width=1", "dropout=1"])
+def test_sizes_out_of_range_are_refused(change: str) -> None:
+    with pytest.raises(UserError, match=rf"model\.{change}(\.0)?; expected a number"):
+        load_recipe(GraphConfig, [f"model.{change}"])

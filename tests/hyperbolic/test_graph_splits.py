@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from lowrank_train.common.errors import UserError
+from lowrank_train.hyperbolic.graphs.config import GraphConfig
 from lowrank_train.hyperbolic.graphs.data import Graph, make_graph
 from lowrank_train.hyperbolic.graphs.splits import PROTOCOLS, Clean, EdgeSplit, Inherited
+from lowrank_train.hyperbolic.recipes import load_recipe
 from tests.hyperbolic.helpers import tree
 
 Pairs = list[tuple[int, int]]
@@ -134,17 +136,15 @@ def test_a_split_of_the_graph_is_used_by_both(name: str) -> None:
     assert (split.train.tolist(), split.validation.tolist(), split.test.tolist()) == ([0, 1, 2], [3, 4], [5])
 
 
-@pytest.mark.parametrize(
-    ("shares", "message"),
-    [
-        ((0.0, 0.1), r"data\.validation_share=0\.0; expected a number between 0 and 1"),
-        ((0.1, 1.5), r"data\.test_share=1\.5"),
-        ((0.5, 0.5), r"data\.validation_share \+ data\.test_share = 1; expected less than 1"),
-    ],
-)
-def test_shares_that_leave_nothing_are_refused(shares: tuple[float, float], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        Clean(*shares, 0)
+def test_shares_that_leave_nothing_are_refused() -> None:
+    with pytest.raises(UserError, match=r"data\.validation_share \+ data\.test_share = 1; expected less than 1"):
+        Clean(0.5, 0.5, 0)
+
+
+@pytest.mark.parametrize("change", ["validation_share=0.0", "test_share=1.5"])
+def test_shares_out_of_range_are_refused(change: str) -> None:
+    with pytest.raises(UserError, match=rf"data\.{change}; expected a number"):
+        load_recipe(GraphConfig, [f"data.{change}"])
 
 
 def test_graphs_without_what_a_task_needs_are_refused() -> None:

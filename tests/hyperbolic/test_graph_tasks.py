@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lowrank_train.hyperbolic.graphs.config import GraphModelConfig
 from lowrank_train.hyperbolic.graphs.network import GraphNetwork
-from lowrank_train.hyperbolic.graphs.spaces import GEOMETRIES
 from lowrank_train.hyperbolic.graphs.splits import PROTOCOLS
 from lowrank_train.hyperbolic.graphs.tasks import LinkPrediction, NodeClassification
+from lowrank_train.hyperbolic.spaces import SPACES
 from tests.hyperbolic.helpers import tree
 
 WIDTH = 4
@@ -16,12 +17,13 @@ WIDTH = 4
 
 def network_and_points(geometry: str, nodes: int, classes: int | None) -> tuple[GraphNetwork, torch.Tensor]:
     torch.manual_seed(0)
-    space = GEOMETRIES[geometry](1.0)
-    network = GraphNetwork(space, 9, width=WIDTH, convolutions=1, classes=classes).double()
+    model = GraphModelConfig(geometry, width=WIDTH, convolutions=1)  # type: ignore[arg-type]
+    network = GraphNetwork(model, 9, classes).double()
+    space = network.geometry
     return network, space.enter(torch.randn(nodes, WIDTH - space.extra, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("geometry", SPACES)
 def test_loss_of_links(geometry: str) -> None:
     """HyboNet's: the mean over both scores of every pair of edge and negative, less the margin the edge itself adds."""
     task = LinkPrediction(tree(), PROTOCOLS["clean"](0.1, 0.3, 0))
@@ -42,7 +44,7 @@ def test_loss_of_links(geometry: str) -> None:
     assert loss == pytest.approx(total / (2 * len(negatives)), rel=1e-9)
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("geometry", SPACES)
 def test_loss_of_nodes(geometry: str) -> None:
     """HyboNet's: the mean over the scores of all classes, less the margin that the right one adds."""
     task = NodeClassification(tree(), PROTOCOLS["clean"](0.1, 0.3, 0))

@@ -19,11 +19,12 @@ from lowrank_train.common.errors import UserError
 from lowrank_train.common.ranks import start
 from lowrank_train.hyperbolic import lorentz
 from lowrank_train.hyperbolic import run as network_run
-from lowrank_train.hyperbolic.graphs.config import load_graph_config
+from lowrank_train.hyperbolic.graphs.config import GraphConfig
 from lowrank_train.hyperbolic.graphs.data import load_graph
 from lowrank_train.hyperbolic.graphs.network import NodeFeatures
 from lowrank_train.hyperbolic.graphs.record import GraphRecord
 from lowrank_train.hyperbolic.graphs.run import build_graph_run, load_network
+from lowrank_train.hyperbolic.recipes import load_recipe
 from lowrank_train.train.metrics import read_metrics
 from tests.distributed import DistributedFailure
 from tests.hyperbolic.helpers import at_call, failure, train, tree_folder, words
@@ -253,7 +254,7 @@ def _spoil() -> None:
     def spoiled(total: torch.Tensor, k: float = 1.0) -> torch.Tensor:
         return lorentz_lift(total, k) * math.nan
 
-    from lowrank_train.hyperbolic.graphs import spaces as geometry
+    from lowrank_train.hyperbolic import spaces as geometry
 
     original = geometry.Lorentz.closeness
     geometry.Lorentz.closeness = lambda self, x, y: original(self, x, y) * math.nan  # type: ignore[method-assign]
@@ -317,7 +318,7 @@ def test_what_the_user_must_mend_is_said(folder: Path, tmp_path: Path, change: s
 def _whole_failure(arguments: list[str]) -> str:
 
     try:
-        config = load_graph_config(arguments)
+        config = load_recipe(GraphConfig, arguments)
         with start("cpu") as ranks:
             build_graph_run(config, ranks)
     except UserError as error:
@@ -331,12 +332,12 @@ def test_settings_for_an_optimizer_hold_unless_given(tmp_path: Path) -> None:
         "model: {dropout: 0.9}\noptimizer: {name: adamw, lr: 0.5}\n"
         "for_optimizer:\n  sst: {model.dropout: 0.5, optimizer.resample_every: 100}\n"
     )
-    plain = load_graph_config([str(recipe)])
+    plain = load_recipe(GraphConfig, [str(recipe)])
     assert plain.model.dropout == 0.9
-    config = load_graph_config([str(recipe), "optimizer.name=sst", "optimizer.rank=1"])
+    config = load_recipe(GraphConfig, [str(recipe), "optimizer.name=sst", "optimizer.rank=1"])
     assert config.model.dropout == 0.5
     assert config.optimizer == {"name": "sst", "lr": 0.5, "weight_decay": 0.0, "rank": 1, "resample_every": 100}
-    given = load_graph_config([str(recipe), "optimizer.name=sst", "optimizer.rank=1", "model.dropout=0.1"])
+    given = load_recipe(GraphConfig, [str(recipe), "optimizer.name=sst", "optimizer.rank=1", "model.dropout=0.1"])
     assert given.model.dropout == 0.1
     assert given.for_optimizer == {}
 
@@ -347,7 +348,7 @@ def test_settings_for_an_optimizer_hold_unless_given(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_recipes_are_readable_with_every_method(recipe: Path, method: str) -> None:
     rank = [] if method == "adamw" else ["optimizer.rank=2"]
-    config = load_graph_config([str(recipe), f"optimizer.name={method}", *rank])
+    config = load_recipe(GraphConfig, [str(recipe), f"optimizer.name={method}", *rank])
     assert config.data.protocol == "clean"
     assert config.optimizer.get("resample_every") == (100 if method == "sst" else None)
 

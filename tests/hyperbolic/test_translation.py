@@ -21,9 +21,10 @@ from lowrank_train.bench import translation as translation_benchmark
 from lowrank_train.common.errors import UserError
 from lowrank_train.config.loading import given_value
 from lowrank_train.hyperbolic import lorentz
+from lowrank_train.hyperbolic.recipes import load_recipe
 from lowrank_train.hyperbolic.translation import train as translation_training
 from lowrank_train.hyperbolic.translation.bleu import bleu
-from lowrank_train.hyperbolic.translation.config import load_translation_config
+from lowrank_train.hyperbolic.translation.config import TranslationConfig
 from lowrank_train.hyperbolic.translation.data import load_translation_data
 from lowrank_train.hyperbolic.translation.network import Translator
 from lowrank_train.hyperbolic.translation.record import TranslationRecord
@@ -134,7 +135,7 @@ def _train(arguments: list[str], before: Callable[[], None] | None, plot: bool) 
         Figure.savefig = lambda *_, **__: None  # type: ignore[method-assign]
     if before is not None:
         before()
-    return translation_training.train_translation(load_translation_config(arguments))
+    return translation_training.train_translation(load_recipe(TranslationConfig, arguments))
 
 
 def _fail(arguments: list[str], before: Callable[[], None] | None) -> str | None:
@@ -285,7 +286,7 @@ def test_a_finished_run_is_not_trained_again(folder: Path, tmp_path: Path) -> No
 )
 def test_settings_that_are_wrong(folder: Path, tmp_path: Path, change: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        load_translation_config(words(folder, tmp_path, change))
+        load_recipe(TranslationConfig, words(folder, tmp_path, change))
 
 
 def test_files_that_are_wrong(folder: Path, tmp_path: Path) -> None:
@@ -333,7 +334,7 @@ def test_a_folder_without_a_network_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read .*network\.pt.*expected the run_dir of a finished run"):
         load_translator(tmp_path)
     torch.save({"network": {"geometry": "lorentz", "curvature": 1.0}}, tmp_path / "network.pt")
-    with pytest.raises(UserError, match=r"network\.pt was written by another version of lowrank-train \('max_time'\)"):
+    with pytest.raises(UserError, match=r"network\.pt was written by another version of lowrank-train \('words'\)"):
         load_translator(tmp_path)
 
 
@@ -422,8 +423,8 @@ def test_the_recipe_is_readable_with_every_method() -> None:
     recipe = str(ROOT / "configs" / "hyperbolic" / "multi30k.yaml")
     for method in METHODS:
         rank = [] if method == "adamw" else ["optimizer.rank=4"]
-        config = load_translation_config([recipe, f"optimizer.name={method}", *rank])
+        config = load_recipe(TranslationConfig, [recipe, f"optimizer.name={method}", *rank])
         assert (config.optimizer.get("warmup_steps") == 10) == (method in ("sst", "relora"))
-    given = load_translation_config([recipe, "optimizer.name=sst", "optimizer.rank=4", "optimizer.lr=0.3"])
+    given = load_recipe(TranslationConfig, [recipe, "optimizer.name=sst", "optimizer.rank=4", "optimizer.lr=0.3"])
     assert given.optimizer["lr"] == 0.3
     translation_benchmark.load([str(ROOT / "configs" / "benchmark" / "translation.yaml")])

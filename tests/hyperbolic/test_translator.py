@@ -12,8 +12,11 @@ from torch import Tensor
 from lowrank_train import optim
 from lowrank_train.common.errors import UserError
 from lowrank_train.hyperbolic import lorentz
+from lowrank_train.hyperbolic.recipes import load_recipe
+from lowrank_train.hyperbolic.spaces import SPACES
+from lowrank_train.hyperbolic.translation.config import TranslationConfig, TranslationModelConfig
 from lowrank_train.hyperbolic.translation.data import Pairs, batches, padded
-from lowrank_train.hyperbolic.translation.network import LINEAR_MAPS, SPACES, Translator
+from lowrank_train.hyperbolic.translation.network import LINEAR_MAPS, Translator
 from lowrank_train.hyperbolic.translation.train import batch_loss, translate
 from lowrank_train.layers.spectral import to_spectral
 from lowrank_train.text.labels import IGNORED
@@ -27,7 +30,7 @@ GEOMETRIES = list(SPACES)
 def network(geometry: str, k: float = 1.0, seed: int = 0) -> Translator:
     """In float64, in evaluation, every parameter away from where it begins."""
     torch.manual_seed(seed)
-    made = Translator(SPACES[geometry](k), WORDS, **SIZES).double().eval()
+    made = Translator(TranslationModelConfig(geometry, curvature=k, **SIZES), WORDS).double().eval()  # type: ignore[arg-type]
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if name not in made.points():
@@ -103,7 +106,7 @@ def test_nobody_sees_padding_or_what_comes_later(geometry: str) -> None:
 def test_greedy_decoding_is_teacher_forcing_with_its_own_words(geometry: str) -> None:
     """Each word is the best one after those before it; and companions in the batch change nothing."""
     torch.manual_seed(0)
-    net, some = Translator(SPACES[geometry](1.0), WORDS, **SIZES).double(), pairs(40)
+    net, some = Translator(TranslationModelConfig(geometry, **SIZES), WORDS).double(), pairs(40)
     some = some._replace(target=[source[:1] * (len(source) - 1) + [END] for source in some.source])
     train(net, some, "adamw", epochs=15, lr=0.01)  # else all sentences are equally long
     written = translate(net, some, end=END, longest=10)
@@ -149,7 +152,7 @@ def test_no_word_is_preferred_at_first(geometry: str) -> None:
     """The loss of an untrained network is that of equal chances, log(words)."""
     torch.manual_seed(0)
     sizes = {"places": 20, "width": 32, "inner_width": 64, "layers": 2, "heads": 4}
-    network = Translator(SPACES[geometry](1.0), 1000, **sizes)
+    network = Translator(TranslationModelConfig(geometry, **sizes), 1000)
     tokens = torch.randint(1000, (8, 12))
     with torch.no_grad():
         scores = network(tokens, torch.full((8,), 12), tokens)
@@ -177,15 +180,17 @@ def test_roles_of_the_parameters() -> None:
     [
         ({"width": 9}, r"model\.width=9 with model\.heads=2; expected a multiple"),
         ({"width": 2}, r"model\.width=2 with model\.heads=2; expected a multiple of the heads, of 2 or more"),
-        ({"inner_width": 1}, r"model\.inner_width=1; expected at least 2"),
-        ({"layers": 0}, r"model\.layers=0; expected at least 1"),
-        ({"places": 0}, r"model\.places=0; expected at least 1"),
-        ({"dropout": 1.0}, r"model\.dropout=1\.0; expected a number from 0"),
     ],
 )
-def test_sizes_out_of_range_are_refused(change: dict[str, float], message: str) -> None:
+def test_a_width_that_does_not_divide_by_the_heads_is_refused(change: dict[str, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Translator(SPACES["lorentz"](1.0), WORDS, **{**SIZES, **change})
+        Translator(TranslationModelConfig(**{**SIZES, **change}), WORDS)
+
+
+@pytest.mark.parametrize("change", ["inner_width=1", "layers=0", "heads=0", "places=0", "dropout=1"])
+def test_sizes_out_of_range_are_refused(change: str) -> None:
+    with pytest.raises(UserError, match=rf"model\.{change}(\.0)?; expected a number"):
+        load_recipe(TranslationConfig, [f"model.{change}"])
 
 
 # ------------------------------------------------------------------------------------------------------------- batches

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from lowrank_train.config.settings import setting
-from lowrank_train.hyperbolic.recipes import RecipeConfig, check_recipe, load_recipe, recipe_help
+from lowrank_train.hyperbolic.recipes import RecipeConfig, SpaceConfig
 
-__all__ = ["GraphConfig", "GraphDataConfig", "GraphModelConfig", "graph_help_text", "load_graph_config"]
+__all__ = ["GraphConfig", "GraphDataConfig", "GraphModelConfig"]
 
 
 @dataclass
@@ -45,13 +44,9 @@ class GraphDataConfig:
 
 
 @dataclass
-class GraphModelConfig:
+class GraphModelConfig(SpaceConfig):
     """The network."""
 
-    geometry: Literal["lorentz", "euclidean"] = setting("lorentz", "the space it computes in")
-    curvature: float = setting(
-        1.0, "k > 0: points have <x, x> = -k, and space curvature -1/k", at_least=1e-6, at_most=1e6
-    )
     width: int = setting(
         16, "coordinates of a point, of which one is a time in the Lorentz model", at_least=2, at_most=10**6
     )
@@ -72,21 +67,8 @@ class GraphConfig(RecipeConfig):
     patience: int = setting(500, "epochs without a better score on validation after which training ends", at_least=1)
     min_epochs: int = setting(100, "epochs before which it does not", at_least=0)
 
-
-def load_graph_config(arguments: Sequence[str]) -> GraphConfig:
-    """Build a configuration from YAML files and ``key=value`` overrides.
-
-    Raises:
-        UserError: unreadable file, unknown key (with the closest match), value of the wrong type or out of range.
-    """
-    config = load_recipe(GraphConfig, arguments)
-    if config.run_dir is None:
-        data, name = config.data, config.optimizer.get("name")
-        config.run_dir = f"runs/{data.graph}-{data.task}-{data.protocol}-{config.model.geometry}-{name}"
-    check_recipe(config)
-    return config
-
-
-def graph_help_text() -> str:
-    """Return every key with its default and meaning."""
-    return recipe_help(GraphConfig, "")
+    @property
+    def name(self) -> str:
+        """Graph, task, protocol, space and optimizer."""
+        data = self.data
+        return f"{data.graph}-{data.task}-{data.protocol}-{self.model.geometry}-{self.optimizer.get('name')}"

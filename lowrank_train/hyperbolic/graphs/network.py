@@ -7,9 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lowrank_train.common.errors import UserError
 from lowrank_train.hyperbolic.adjacency import Adjacency
-from lowrank_train.hyperbolic.graphs.spaces import Geometry
+from lowrank_train.hyperbolic.classifiers import EuclideanClassifier, LorentzClassifier
+from lowrank_train.hyperbolic.graphs.config import GraphModelConfig
+from lowrank_train.hyperbolic.graphs.layers import GraphConvolution, LorentzGraphConvolution
+from lowrank_train.hyperbolic.spaces import SPACES
 
 __all__ = ["ACTIVATIONS", "LINEAR_MAPS", "GraphNetwork", "NodeFeatures", "with_degrees"]
 
@@ -18,6 +20,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {"none": None, "relu
 
 LINEAR_MAPS = r"^encoder\."
 """The ``nn.Linear`` modules of a network that SST, LoRA and ReLoRA* replace: all there are."""
+
+_LAYERS: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module]]] = {
+    "lorentz": (LorentzGraphConvolution, LorentzClassifier),
+    "euclidean": (GraphConvolution, EuclideanClassifier),
+}
+"""Value of ``model.geometry`` -> a layer from (points, ``Adjacency``) to points, and one from points to scores."""
 
 _DEGREES = 5
 """Larger degrees count as this one, as in HGCN's loader."""
@@ -46,51 +54,29 @@ class GraphNetwork(nn.Module):
     """Convolutions from features to points of a space.
 
     Args:
-        geometry: the space.
+        model: the sizes; the first convolution has no activation before it.
         features: columns of the features.
-        width: coordinates of a point, a time included where points have one.
-        convolutions: layers; the first has no activation before it.
         classes: of nodes; None where pairs are scored, which takes no parameters.
-        dropout: of what enters each linear map.
-        activation: of what enters each convolution but the first; None for none.
-        attention: whether neighbours are weighed.
-
-    Raises:
-        UserError: sizes out of range.
     """
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        features: int,
-        *,
-        width: int,
-        convolutions: int,
-        classes: int | None,
-        dropout: float = 0.0,
-        activation: Callable[[Tensor], Tensor] | None = None,
-        attention: bool = False,
-    ) -> None:
+    def __init__(self, model: GraphModelConfig, features: int, classes: int | None) -> None:
         super().__init__()
-        if convolutions < 1:
-            raise UserError(f"model.convolutions={convolutions}; expected at least 1")
-        if width < 2:
-            raise UserError(f"model.width={width}; expected at least 2")
-        if not 0 <= dropout < 1:
-            raise UserError(f"model.dropout={dropout}; expected a number from 0 to below 1")
-        self.geometry, self.dropout = geometry, dropout
-        widths = [features + geometry.extra, *[width] * convolutions]
+        self.geometry, self.dropout = SPACES[model.geometry](model.curvature), model.dropout
+        convolution, classifier = _LAYERS[model.geometry]
+        curvature = {"curvature": model.curvature} if self.geometry.extra else {}
+        sizes = [features + self.geometry.extra, *[model.width] * model.convolutions]
         self.encoder = nn.ModuleList(
-            geometry.convolution(
-                widths[i],
-                widths[i + 1],
-                dropout=dropout if i else 0.0,  # the features have a dropout of their own
-                activation=activation if i else None,
-                attention=attention,
+            convolution(
+                sizes[i],
+                sizes[i + 1],
+                dropout=model.dropout if i else 0.0,  # the features have a dropout of their own
+                activation=ACTIVATIONS[model.activation] if i else None,
+                attention=model.attention,
+                **curvature,
             )
-            for i in range(convolutions)
+            for i in range(model.convolutions)
         )
-        self.decoder = None if classes is None else geometry.classifier(width, classes)
+        self.decoder = None if classes is None else classifier(model.width, classes, **curvature)
 
     def forward(self, features: NodeFeatures, adjacency: Adjacency) -> Tensor:
         """Return points (n, width) from ``NodeFeatures(geometry.enter(features))``."""

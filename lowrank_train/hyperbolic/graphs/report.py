@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.collections import LineCollection
+from matplotlib.patches import Circle
 from torch import Tensor
 
 from lowrank_train.hyperbolic.graphs.data import depths, middle
 from lowrank_train.hyperbolic.graphs.record import GraphRecord
 from lowrank_train.hyperbolic.graphs.run import GraphRun
-from lowrank_train.hyperbolic.report_table import write_table
+from lowrank_train.reports import drawing, plot_metric, write_table
 from lowrank_train.train.metrics import read_metrics
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
-from matplotlib.collections import LineCollection
 
 __all__ = ["SCORE_NAMES", "spearman", "write_graph_report"]
 
@@ -51,7 +48,7 @@ def write_graph_report(record: GraphRecord, run: GraphRun, points: Tensor) -> st
 
     rows = _summary(record, run, root)
     pictures = ["![curves](curves.png)", "![points](points.png)", "![depth](depth.png)"]
-    return write_table(folder, rows, pictures, record.provenance, seed=record.seed, precision=record.precision)
+    return write_table(folder, rows, pictures, record.provenance, record.how)
 
 
 def spearman(x: Tensor, y: Tensor) -> float | None:
@@ -100,58 +97,46 @@ def _summary(record: GraphRecord, run: GraphRun, root: int) -> list[tuple[str, s
 
 
 def _plot_curves(rows: list[dict[str, Any]], path: Any) -> None:
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    for axes, names in ((left, ["train/loss"]), (right, [f"eval/{name}" for name in SCORE_NAMES])):
-        for name in names:
-            found = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-            if found:
-                axes.plot(*zip(*found, strict=True), linewidth=0.8, label=SCORE_NAMES.get(name[5:], name))
-        axes.set_xlabel("epoch")
-        axes.grid(alpha=0.3)
-    left.set_ylabel("training loss")
-    right.set_ylabel("score on validation")
-    if right.lines:
-        right.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with drawing(path, (9, 3.5), columns=2) as (left, right):
+        plot_metric(left, rows, "train/loss", linewidth=0.8)
+        left.set(xlabel="epoch", ylabel="training loss")
+        for name, label in SCORE_NAMES.items():
+            plot_metric(right, rows, f"eval/{name}", linewidth=0.8, label=label)
+        right.set(xlabel="epoch", ylabel="score on validation")
 
 
 def _plot_points(run: GraphRun, places: Tensor, depth: Tensor, path: Any) -> None:
     """Coloured by class where the task has classes, else by depth."""
     at, edges = places.numpy(), run.graph.edges
-    figure, axes = pyplot.subplots(figsize=(6.5, 6), layout="constrained")
-    if len(edges) <= _MOST_EDGES:
-        axes.add_collection(LineCollection(at[edges.numpy()], colors="grey", linewidths=0.2, alpha=0.4))
     by_class = run.task.classes is not None and run.graph.labels is not None
     colours = run.graph.labels if by_class else depth
     assert colours is not None
-    shown = axes.scatter(at[:, 0], at[:, 1], c=colours.numpy(), s=4, cmap="tab10" if by_class else "viridis", zorder=2)
-    label = "class" if by_class else "depth below the root"
-    figure.colorbar(shown, ax=axes, shrink=0.7, label=label, ticks=colours.unique().tolist())
-    if run.network.geometry.extra:  # the edge of the world
-        axes.add_patch(pyplot.Circle((0, 0), 1, fill=False, color="black", linewidth=0.8))
-        axes.set(xlim=(-1.02, 1.02), ylim=(-1.02, 1.02), title="Poincare disk, two principal directions")
-    else:
-        axes.autoscale_view()
-        axes.set_title("two principal components")
-    axes.set_aspect("equal")
-    axes.set_axis_off()
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    with drawing(path, (6.5, 6), grid=None, dpi=130) as axes:
+        if len(edges) <= _MOST_EDGES:
+            axes.add_collection(LineCollection(at[edges.numpy()], colors="grey", linewidths=0.2, alpha=0.4))
+        shown = axes.scatter(
+            at[:, 0], at[:, 1], c=colours.numpy(), s=4, cmap="tab10" if by_class else "viridis", zorder=2
+        )
+        label = "class" if by_class else "depth below the root"
+        axes.figure.colorbar(shown, ax=axes, shrink=0.7, label=label, ticks=colours.unique().tolist())
+        if run.network.geometry.extra:  # the edge of the world
+            axes.add_patch(Circle((0, 0), 1, fill=False, color="black", linewidth=0.8))
+            axes.set(xlim=(-1.02, 1.02), ylim=(-1.02, 1.02), title="Poincare disk, two principal directions")
+        else:
+            axes.autoscale_view()
+            axes.set_title("two principal components")
+        axes.set_aspect("equal")
+        axes.set_axis_off()
 
 
 def _plot_depth(distances: Tensor, depth: Tensor, root: int, record: GraphRecord, path: Any) -> None:
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     levels = [int(level) for level in depth.unique()]
-    axes.boxplot(
-        [distances[depth == level].numpy() for level in levels], positions=levels, widths=0.6, whis=(5, 95), sym=""
-    )
+    at_levels = [distances[depth == level].numpy() for level in levels]
     correlation = "" if record.depth_correlation is None else f", rank correlation {record.depth_correlation:.3f}"
-    axes.set(
-        xlabel=f"depth below the root (node {root}), edges",
-        ylabel="distance to the root's point",
-        title=f"{record.graph}, {record.geometry}{correlation}",
-    )
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with drawing(path, (6, 4)) as axes:
+        axes.boxplot(at_levels, positions=levels, widths=0.6, whis=(5, 95), sym="")
+        axes.set(
+            xlabel=f"depth below the root (node {root}), edges",
+            ylabel="distance to the root's point",
+            title=f"{record.graph}, {record.geometry}{correlation}",
+        )

@@ -12,10 +12,9 @@ from torch import Tensor
 from lowrank_train.common.errors import UserError
 from lowrank_train.common.ranks import Ranks
 from lowrank_train.hyperbolic.adjacency import Adjacency
-from lowrank_train.hyperbolic.graphs.config import GraphConfig
+from lowrank_train.hyperbolic.graphs.config import GraphConfig, GraphModelConfig
 from lowrank_train.hyperbolic.graphs.data import Graph, components, depths, load_graph, with_binned_labels
-from lowrank_train.hyperbolic.graphs.network import ACTIVATIONS, LINEAR_MAPS, GraphNetwork, NodeFeatures, with_degrees
-from lowrank_train.hyperbolic.graphs.spaces import GEOMETRIES
+from lowrank_train.hyperbolic.graphs.network import LINEAR_MAPS, GraphNetwork, NodeFeatures, with_degrees
 from lowrank_train.hyperbolic.graphs.splits import PROTOCOLS
 from lowrank_train.hyperbolic.graphs.tasks import TASKS, GraphTask
 from lowrank_train.hyperbolic.recipes import build_method
@@ -91,7 +90,7 @@ def build_graph_run(config: GraphConfig, ranks: Ranks) -> GraphRun:
     if data.degree_features:
         features = with_degrees(features, task.known_edges)
     torch.manual_seed(config.seed)
-    network = _network(config, features.shape[1], task.classes)
+    network = GraphNetwork(config.model, features.shape[1], task.classes).to(dtype)
     layers, optimizer = build_method(network, config.optimizer, LINEAR_MAPS)
     folder = Path(str(config.run_dir))
     checkpoints = Checkpoints(folder / "checkpoints", ranks, keep=2, asynchronous=False)
@@ -122,26 +121,10 @@ def load_network(folder: Path) -> GraphNetwork:
     """
 
     def build(about: dict[str, Any]) -> GraphNetwork:
-        geometry = GEOMETRIES[about.pop("geometry")](about.pop("curvature"))
-        activation = ACTIVATIONS[about.pop("activation")]
-        return GraphNetwork(geometry, about.pop("features"), activation=activation, **about)
+        features, classes = about.pop("features"), about.pop("classes")
+        return GraphNetwork(GraphModelConfig(**about), features, classes)
 
     return load_saved(folder, build)
-
-
-def _network(config: GraphConfig, features: int, classes: int | None) -> GraphNetwork:
-    model = config.model
-    network = GraphNetwork(
-        GEOMETRIES[model.geometry](model.curvature),
-        features,
-        width=model.width,
-        convolutions=model.convolutions,
-        classes=classes,
-        dropout=model.dropout,
-        activation=ACTIVATIONS[model.activation],
-        attention=model.attention,
-    )
-    return network.to(DTYPES[config.precision])
 
 
 def _data(config: GraphConfig) -> tuple[Graph, GraphTask]:

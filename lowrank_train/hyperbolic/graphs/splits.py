@@ -84,12 +84,8 @@ class Protocol(ABC):
     """
 
     def __init__(self, validation_share: float, test_share: float, seed: int) -> None:
-        shares = {"data.validation_share": validation_share, "data.test_share": test_share}
-        for key, share in shares.items():
-            if not 0 < share < 1:
-                raise UserError(f"{key}={share}; expected a number between 0 and 1")
-        if validation_share + test_share >= 1:
-            raise UserError(f"data.validation_share + data.test_share = {sum(shares.values()):g}; expected less than 1")
+        if (both := validation_share + test_share) >= 1:
+            raise UserError(f"data.validation_share + data.test_share = {both:g}; expected less than 1")
         self.validation_share, self.test_share, self.seed = validation_share, test_share, seed
 
     def nodes(self, graph: Graph) -> NodeSplit:

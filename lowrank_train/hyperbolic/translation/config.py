@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lowrank_train.config.schema import ScheduleConfig
 from lowrank_train.config.settings import setting
-from lowrank_train.hyperbolic.recipes import RecipeConfig, check_recipe, load_recipe, recipe_help
+from lowrank_train.hyperbolic.recipes import RecipeConfig, SpaceConfig
 
-__all__ = [
-    "TranslationConfig",
-    "TranslationDataConfig",
-    "TranslationModelConfig",
-    "load_translation_config",
-    "translation_help_text",
-]
-
-RATES = ("other_lr", "points_lr")
-"""Keys of ``optimizer`` that are rates of groups, not arguments of the optimizer."""
+__all__ = ["TranslationConfig", "TranslationDataConfig", "TranslationModelConfig"]
 
 
 @dataclass
@@ -40,20 +30,16 @@ class TranslationDataConfig:
 
 
 @dataclass
-class TranslationModelConfig:
+class TranslationModelConfig(SpaceConfig):
     """The network."""
 
-    geometry: Literal["lorentz", "euclidean"] = setting("lorentz", "the space it computes in")
-    curvature: float = setting(
-        1.0, "k > 0: points have <x, x> = -k, and space curvature -1/k", at_least=1e-6, at_most=1e6
-    )
     max_time: float = setting(
         10.0, "times of points are up to this + 1.1 sqrt(k) at first: how far out they may be", above=0
     )
     width: int = setting(
         64, "coordinates, of which one in each head is a time in the Lorentz model", at_least=2, at_most=10**6
     )
-    inner_width: int = setting(256, "of the feed-forward layers", at_least=1, at_most=10**6)
+    inner_width: int = setting(256, "of the feed-forward layers", at_least=2, at_most=10**6)
     layers: int = setting(2, "of the encoder, and of the decoder", at_least=1, at_most=1000)
     heads: int = setting(4, "of attention", at_least=1, at_most=1000)
     places: int = setting(128, "the longest sentence that fits, in tokens", at_least=1, at_most=10**6)
@@ -78,20 +64,9 @@ class TranslationConfig(RecipeConfig):
     evaluate_every: int = setting(200, "steps between two losses on validation; 0: only at the end", at_least=0)
     longest: int = setting(60, "tokens of a translation, at most", at_least=1, at_most=10**6)
 
+    rates = ("other_lr", "points_lr")
 
-def load_translation_config(arguments: Sequence[str]) -> TranslationConfig:
-    """Build a configuration from YAML files and ``key=value`` overrides.
-
-    Raises:
-        UserError: unreadable file, unknown key (with the closest match), value of the wrong type or out of range.
-    """
-    config = load_recipe(TranslationConfig, arguments)
-    if config.run_dir is None:
-        config.run_dir = f"runs/translation-{config.model.geometry}-{config.optimizer.get('name')}"
-    check_recipe(config, RATES)
-    return config
-
-
-def translation_help_text() -> str:
-    """Return every key with its default and meaning."""
-    return recipe_help(TranslationConfig, "data.task=translation ")
+    @property
+    def name(self) -> str:
+        """Space and optimizer."""
+        return f"translation-{self.model.geometry}-{self.optimizer.get('name')}"

@@ -6,15 +6,17 @@ of a batch are padded on the right with anything; ``lengths`` say what is there,
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_train.common.errors import UserError
-from lowrank_train.hyperbolic import lorentz
 from lowrank_train.hyperbolic.classifiers import LorentzClassifier
+from lowrank_train.hyperbolic.spaces import SPACES
+from lowrank_train.hyperbolic.translation.config import TranslationModelConfig
 from lowrank_train.hyperbolic.translation.layers import (
     EuclideanAttentionBlock,
     EuclideanDecision,
@@ -25,114 +27,40 @@ from lowrank_train.hyperbolic.translation.layers import (
     LorentzWords,
 )
 
-__all__ = ["LINEAR_MAPS", "SPACES", "EuclideanParts", "LorentzParts", "Parts", "Translator", "padding_mask"]
+__all__ = ["LINEAR_MAPS", "Translator", "padding_mask"]
 
 LINEAR_MAPS = r"^(encoder|decoder)\."
 """The ``nn.Linear`` that SST, LoRA and ReLoRA* replace: attention and feed-forward, as Zhao et al. do."""
 
 
-class Parts(ABC):
-    """Abstract: the layers of a space.
+class _Layers(NamedTuple):
+    """The layers of a space; those of the Lorentz model also take its curvature and the largest time."""
 
-    Args:
-        curvature: k; Euclidean space has no use for it, nor for the next.
-        max_time: of points, see ``LorentzLinear``.
-
-    Raises:
-        UserError: one of them is not positive.
-    """
-
-    def __init__(self, curvature: float, max_time: float = 10.0) -> None:
-        self.curvature = lorentz.check_curvature(curvature)
-        if not 0 < max_time < math.inf:
-            raise UserError(f"max_time={max_time}; expected a number > 0")
-        self.max_time = max_time
-
-    @abstractmethod
-    def words(self, words: int, places: int, width: int) -> nn.Module:
-        """Make a layer from tokens (b, n) to (b, n, width)."""
-
-    @abstractmethod
-    def attention(self, width: int, heads: int, dropout: float) -> nn.Module:
-        """Make a layer from (b, n, width), (b, m, width) and mask to (b, n, width)."""
-
-    @abstractmethod
-    def feed_forward(self, width: int, inner_width: int, dropout: float) -> nn.Module:
-        """Make a layer from (b, n, width) to (b, n, width)."""
-
-    @abstractmethod
-    def decision(self, width: int, words: int) -> nn.Module:
-        """Make a layer from (..., width) to scores (..., words)."""
-
-    @abstractmethod
-    def error(self, x: Tensor) -> float:
-        """Return ``lorentz.manifold_error``; 0 where everything is space."""
-
-    @abstractmethod
-    def time_error(self, x: Tensor) -> float:
-        """Return ``lorentz.time_error``; 0 where everything is space."""
+    words: Callable[..., nn.Module]
+    """(b, n) tokens -> (b, n, width)."""
+    attention: Callable[..., nn.Module]
+    """(b, n, width), (b, m, width), mask -> (b, n, width)."""
+    feed_forward: Callable[..., nn.Module]
+    """(b, n, width) -> (b, n, width)."""
+    decision: Callable[..., nn.Module]
+    """(..., width) -> (..., words), scores."""
 
 
-class LorentzParts(Parts):
-    """Hyperbolic space; words and the centres that scores are distances to are points."""
-
-    def words(self, words: int, places: int, width: int) -> nn.Module:
-        """Make ``LorentzWords``."""
-        return LorentzWords(words, places, width, curvature=self.curvature, max_time=self.max_time)
-
-    def attention(self, width: int, heads: int, dropout: float) -> nn.Module:
-        """Make a ``LorentzAttentionBlock``."""
-        return LorentzAttentionBlock(width, heads, dropout=dropout, curvature=self.curvature, max_time=self.max_time)
-
-    def feed_forward(self, width: int, inner_width: int, dropout: float) -> nn.Module:
-        """Make a ``LorentzFeedForward``."""
-        return LorentzFeedForward(width, inner_width, dropout=dropout, curvature=self.curvature, max_time=self.max_time)
-
-    def decision(self, width: int, words: int) -> nn.Module:
-        """Make a ``LorentzClassifier``: 2 k + 2 <x, c> + bias.
-
-        Centres begin close together, so that no word is preferred.
-        """
-        return LorentzClassifier(width, words, curvature=self.curvature, radius=0.1)
-
-    def error(self, x: Tensor) -> float:
-        """Return the largest |<x, x> / k + 1|."""
-        return lorentz.manifold_error(x, self.curvature)
-
-    def time_error(self, x: Tensor) -> float:
-        """Return the largest relative error of a time."""
-        return lorentz.time_error(x, self.curvature)
+def _lorentz(model: TranslationModelConfig) -> _Layers:
+    inside: dict[str, Any] = {"curvature": model.curvature, "max_time": model.max_time}
+    return _Layers(
+        words=partial(LorentzWords, **inside),
+        attention=partial(LorentzAttentionBlock, **inside),
+        feed_forward=partial(LorentzFeedForward, **inside),
+        decision=partial(LorentzClassifier, curvature=model.curvature, radius=0.1),  # close: no word is preferred
+    )
 
 
-class EuclideanParts(Parts):
-    """Ordinary space."""
-
-    def words(self, words: int, places: int, width: int) -> nn.Module:
-        """Make ``EuclideanWords``."""
-        return EuclideanWords(words, places, width)
-
-    def attention(self, width: int, heads: int, dropout: float) -> nn.Module:
-        """Make a ``EuclideanAttentionBlock``."""
-        return EuclideanAttentionBlock(width, heads, dropout=dropout)
-
-    def feed_forward(self, width: int, inner_width: int, dropout: float) -> nn.Module:
-        """Make a ``EuclideanFeedForward``."""
-        return EuclideanFeedForward(width, inner_width, dropout=dropout)
-
-    def decision(self, width: int, words: int) -> nn.Module:
-        """Make a ``EuclideanDecision``."""
-        return EuclideanDecision(width, words)
-
-    def error(self, x: Tensor) -> float:
-        """Return 0; infinite if something is not finite."""
-        return 0.0 if bool(torch.isfinite(x).all()) else float("inf")
-
-    def time_error(self, x: Tensor) -> float:
-        """Return 0, because there is no time."""
-        return 0.0
+def _euclidean(_: TranslationModelConfig) -> _Layers:
+    return _Layers(EuclideanWords, EuclideanAttentionBlock, EuclideanFeedForward, EuclideanDecision)
 
 
-SPACES: dict[str, type[Parts]] = {"lorentz": LorentzParts, "euclidean": EuclideanParts}
+_LAYERS = {"lorentz": _lorentz, "euclidean": _euclidean}
 """Value of ``model.geometry`` -> its layers."""
 
 
@@ -140,48 +68,26 @@ class Translator(nn.Module):
     """Encoder and decoder of equally many layers.
 
     Args:
-        parts: the space.
+        model: the sizes.
         words: entries of the vocabulary that both languages share.
-        places: longest sentence, end token included.
-        width: coordinates, times included.
-        inner_width: of the feed-forward layers.
-        layers: of the encoder, and of the decoder.
-        heads: of attention.
-        dropout: of what enters the last linear map of each layer.
 
     Raises:
-        UserError: sizes out of range.
+        UserError: the width does not divide by the heads.
     """
 
-    def __init__(
-        self,
-        parts: Parts,
-        words: int,
-        *,
-        places: int,
-        width: int,
-        inner_width: int,
-        layers: int,
-        heads: int,
-        dropout: float = 0.0,
-    ) -> None:
+    def __init__(self, model: TranslationModelConfig, words: int) -> None:
         super().__init__()
-        for key, got in (("layers", layers), ("heads", heads), ("places", places)):
-            if got < 1:
-                raise UserError(f"model.{key}={got}; expected at least 1")
+        width, heads = model.width, model.heads
         if width % heads or width // heads < 2:
             raise UserError(
                 f"model.width={width} with model.heads={heads}; expected a multiple of the heads, of 2 or more each"
             )
-        if inner_width < 2:
-            raise UserError(f"model.inner_width={inner_width}; expected at least 2")
-        if not 0 <= dropout < 1:
-            raise UserError(f"model.dropout={dropout}; expected a number from 0 to below 1")
-        self.parts, self.places = parts, places
-        self.source, self.target = (parts.words(words, places, width) for _ in range(2))
-        self.encoder = nn.ModuleList(_EncoderLayer(parts, width, inner_width, heads, dropout) for _ in range(layers))
-        self.decoder = nn.ModuleList(_DecoderLayer(parts, width, inner_width, heads, dropout) for _ in range(layers))
-        self.decision = parts.decision(width, words)
+        self.parts, self.places = SPACES[model.geometry](model.curvature), model.places
+        layers = _LAYERS[model.geometry](model)
+        self.source, self.target = (layers.words(words, model.places, width) for _ in range(2))
+        self.encoder = nn.ModuleList(_EncoderLayer(layers, model) for _ in range(model.layers))
+        self.decoder = nn.ModuleList(_DecoderLayer(layers, model) for _ in range(model.layers))
+        self.decision = layers.decision(width, words)
 
     def encode(self, source: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Map tokens (b, m) and lengths (b,) to memory (b, m, width) and the mask of what is there, (b, 1, 1, m)."""
@@ -244,10 +150,10 @@ class Translator(nn.Module):
 
 
 class _EncoderLayer(nn.Module):
-    def __init__(self, parts: Parts, width: int, inner_width: int, heads: int, dropout: float) -> None:
+    def __init__(self, layers: _Layers, model: TranslationModelConfig) -> None:
         super().__init__()
-        self.attention = parts.attention(width, heads, dropout)
-        self.feed_forward = parts.feed_forward(width, inner_width, dropout)
+        self.attention = layers.attention(model.width, model.heads, dropout=model.dropout)
+        self.feed_forward = layers.feed_forward(model.width, model.inner_width, dropout=model.dropout)
 
     def forward(self, x: Tensor, seen: Tensor) -> Tensor:
         out: Tensor = self.feed_forward(self.attention(x, x, seen))
@@ -255,10 +161,12 @@ class _EncoderLayer(nn.Module):
 
 
 class _DecoderLayer(nn.Module):
-    def __init__(self, parts: Parts, width: int, inner_width: int, heads: int, dropout: float) -> None:
+    def __init__(self, layers: _Layers, model: TranslationModelConfig) -> None:
         super().__init__()
-        self.attention, self.cross_attention = (parts.attention(width, heads, dropout) for _ in range(2))
-        self.feed_forward = parts.feed_forward(width, inner_width, dropout)
+        self.attention, self.cross_attention = (
+            layers.attention(model.width, model.heads, dropout=model.dropout) for _ in range(2)
+        )
+        self.feed_forward = layers.feed_forward(model.width, model.inner_width, dropout=model.dropout)
 
     def forward(self, x: Tensor, memory: Tensor, earlier: Tensor, seen: Tensor) -> Tensor:
         x = self.attention(x, x, earlier)

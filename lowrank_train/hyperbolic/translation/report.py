@@ -6,15 +6,10 @@ import csv
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-from lowrank_train.hyperbolic.report_table import write_table
 from lowrank_train.hyperbolic.translation.record import TranslationRecord
 from lowrank_train.hyperbolic.translation.run import TranslationRun
+from lowrank_train.reports import drawing, plot_metric, write_table
 from lowrank_train.train.metrics import read_metrics
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 __all__ = ["write_translation_report"]
 
@@ -41,9 +36,7 @@ def write_translation_report(record: TranslationRecord, run: TranslationRun, tra
             "| " + " | ".join(text.replace("|", "\\|") for text in row) + " |"
             for row in list(zip(test.source_text, test.target_text, translations["test"], strict=True))[:_SHOWN]
         ]
-    return write_table(
-        folder, _summary(record, folder), more, record.provenance, seed=record.seed, precision=record.precision
-    )
+    return write_table(folder, _summary(record, folder), more, record.provenance, record.how)
 
 
 def _summary(record: TranslationRecord, folder: Path) -> list[tuple[str, str]]:
@@ -79,16 +72,7 @@ def _summary(record: TranslationRecord, folder: Path) -> list[tuple[str, str]]:
 
 
 def _plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    figure, axes = pyplot.subplots(figsize=(6, 3.8), layout="constrained")
-    labels = {"train/loss": "training, with label smoothing", "eval/loss": "validation, without"}
-    for name, label in labels.items():
-        found = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-        if found:
-            marker = "o" if name == "eval/loss" else None
-            axes.plot(*zip(*found, strict=True), linewidth=0.8, marker=marker, markersize=3, label=label)
-    axes.set(xlabel="step", ylabel="loss, nats per token")
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with drawing(path, (6, 3.8)) as axes:
+        plot_metric(axes, rows, "train/loss", label="training, with label smoothing", linewidth=0.8)
+        plot_metric(axes, rows, "eval/loss", label="validation, without", linewidth=0.8, marker="o", markersize=3)
+        axes.set(xlabel="step", ylabel="loss, nats per token")

@@ -13,9 +13,9 @@ from lowrank_train.common.ranks import Ranks
 from lowrank_train.config.methods import OTHER_ROLES
 from lowrank_train.hyperbolic.recipes import build_method
 from lowrank_train.hyperbolic.run import DTYPES, NetworkRun, Progress, load_saved
-from lowrank_train.hyperbolic.translation.config import TranslationConfig
+from lowrank_train.hyperbolic.translation.config import TranslationConfig, TranslationModelConfig
 from lowrank_train.hyperbolic.translation.data import Batch, TranslationData, batches, load_translation_data, padded
-from lowrank_train.hyperbolic.translation.network import LINEAR_MAPS, SPACES, Translator
+from lowrank_train.hyperbolic.translation.network import LINEAR_MAPS, Translator
 from lowrank_train.train.checkpoint import Checkpoints
 from lowrank_train.train.schedule import learning_rate_factor
 
@@ -92,7 +92,6 @@ def build_translation_run(config: TranslationConfig, ranks: Ranks) -> Translatio
     """
     data, model, folder = config.data, config.model, Path(str(config.run_dir))
     torch.manual_seed(config.seed)
-    SPACES[model.geometry](model.curvature, model.max_time)  # raises now rather than after the tokenizer is trained
     pairs = load_translation_data(
         data.folder,
         data.source,
@@ -101,7 +100,7 @@ def build_translation_run(config: TranslationConfig, ranks: Ranks) -> Translatio
         places=model.places,
         tokenizer_folder=Path(data.tokenizer_folder or folder / "tokenizer"),
     )
-    network = _network({**asdict(model), "words": len(pairs.tokenizer)}).to(DTYPES[config.precision])
+    network = Translator(model, len(pairs.tokenizer)).to(DTYPES[config.precision])
     arguments = {key: value for key, value in config.optimizer.items() if key not in ("other_lr", "points_lr")}
     rates = {}
     if config.optimizer.get("other_lr") is not None:
@@ -132,9 +131,9 @@ def load_translator(folder: Path) -> Translator:
 
     Raises UserError if there is none, or it is of another version.
     """
-    return load_saved(folder, _network)
 
+    def build(about: dict[str, Any]) -> Translator:
+        words = about.pop("words")
+        return Translator(TranslationModelConfig(**about), words)
 
-def _network(about: dict[str, Any]) -> Translator:
-    rest = {key: value for key, value in about.items() if key not in ("geometry", "curvature", "max_time", "words")}
-    return Translator(SPACES[about["geometry"]](about["curvature"], about["max_time"]), about["words"], **rest)
+    return load_saved(folder, build)

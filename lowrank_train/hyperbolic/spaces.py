@@ -1,21 +1,19 @@
-"""The space a graph network computes in: the Lorentz model, or the Euclidean twin it is compared with."""
+"""The space a network computes in: the Lorentz model, or the Euclidean twin it is compared with."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowrank_train.hyperbolic import lorentz
-from lowrank_train.hyperbolic.classifiers import EuclideanClassifier, LorentzClassifier
-from lowrank_train.hyperbolic.graphs.layers import Activation, GraphConvolution, LorentzGraphConvolution
 
-__all__ = ["GEOMETRIES", "Euclidean", "Geometry", "Lorentz"]
+__all__ = ["SPACES", "Euclidean", "Lorentz", "Space"]
 
 
-class Geometry(ABC):
-    """Abstract: points, the layers between them, and what is measured of them.
+class Space(ABC):
+    """Abstract: where points are, and what is measured of them.
 
     Args:
         curvature: k; Euclidean space has no use for it.
@@ -30,16 +28,6 @@ class Geometry(ABC):
     @abstractmethod
     def enter(self, features: Tensor) -> Tensor:
         """Turn features (n, f) into points (n, f + extra)."""
-
-    @abstractmethod
-    def convolution(
-        self, in_features: int, out_features: int, *, dropout: float, activation: Activation, attention: bool
-    ) -> nn.Module:
-        """Make a layer from (points, ``Adjacency``) to points."""
-
-    @abstractmethod
-    def classifier(self, width: int, classes: int) -> nn.Module:
-        """Make a layer from points (n, width) to scores (n, classes)."""
 
     @abstractmethod
     def closeness(self, x: Tensor, y: Tensor) -> Tensor:
@@ -62,7 +50,7 @@ class Geometry(ABC):
         """Return places (n, 2) that show the two directions in which the points (n, width) spread most."""
 
 
-class Lorentz(Geometry):
+class Lorentz(Space):
     """Hyperbolic space of curvature -1/k; a point has a time beside its space."""
 
     extra = 1
@@ -70,23 +58,6 @@ class Lorentz(Geometry):
     def enter(self, features: Tensor) -> Tensor:
         """Turn features into points by ``lorentz.lift``."""
         return lorentz.lift(features, self.curvature)
-
-    def convolution(
-        self, in_features: int, out_features: int, *, dropout: float, activation: Activation, attention: bool
-    ) -> nn.Module:
-        """Make a ``LorentzGraphConvolution``."""
-        return LorentzGraphConvolution(
-            in_features,
-            out_features,
-            dropout=dropout,
-            activation=activation,
-            curvature=self.curvature,
-            attention=attention,
-        )
-
-    def classifier(self, width: int, classes: int) -> nn.Module:
-        """Make a ``LorentzClassifier``."""
-        return LorentzClassifier(width, classes, curvature=self.curvature)
 
     def closeness(self, x: Tensor, y: Tensor) -> Tensor:
         """Return 2 k + 2 <x, y>."""
@@ -125,22 +96,12 @@ class Lorentz(Geometry):
         return lorentz.poincare(lorentz.lift(flat, k), k)
 
 
-class Euclidean(Geometry):
+class Euclidean(Space):
     """Ordinary space."""
 
     def enter(self, features: Tensor) -> Tensor:
         """Return the features as they are."""
         return features
-
-    def convolution(
-        self, in_features: int, out_features: int, *, dropout: float, activation: Activation, attention: bool
-    ) -> nn.Module:
-        """Make a ``GraphConvolution``."""
-        return GraphConvolution(in_features, out_features, dropout=dropout, activation=activation, attention=attention)
-
-    def classifier(self, width: int, classes: int) -> nn.Module:
-        """Make a ``EuclideanClassifier``."""
-        return EuclideanClassifier(width, classes)
 
     def closeness(self, x: Tensor, y: Tensor) -> Tensor:
         """Return -|x - y|^2."""
@@ -170,5 +131,5 @@ def _principal(vectors: Tensor) -> Tensor:
     return vectors @ directions[:, -2:].flip(1)
 
 
-GEOMETRIES: dict[str, type[Geometry]] = {"lorentz": Lorentz, "euclidean": Euclidean}
+SPACES: dict[str, type[Space]] = {"lorentz": Lorentz, "euclidean": Euclidean}
 """Value of ``model.geometry`` -> the space."""
