@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lowrank_train import optim
+from lowrank_train.optim.low_rank.engine import LowRankOptimizer
 from tests.optim.models import MixedModel, beside_layers, prepare, tiny_llama
 
 
@@ -155,3 +156,25 @@ def test_sparse_gradients_are_refused_by_name(name: str, role: str) -> None:
     embedding(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(ValueError, match=r"the gradient of 'tokens\.weight' is sparse.*sparse=False"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("name", optim.names())
+def test_help_explains_every_argument_and_the_file_the_method(name: str) -> None:
+    cls = optim.find(name)
+    text = inspect.getdoc(cls) or ""
+    for argument in inspect.signature(cls).parameters:
+        assert text.count(f"\n    {argument}: ") == 1, argument
+    assert "\nRaises:\n" in text
+    module = inspect.getmodule(cls)
+    assert module is not None
+    assert "<-" in (module.__doc__ or "") or "``optim." in (module.__doc__ or ""), "an equation, or where it is"
+
+
+@pytest.mark.parametrize("name", [n for n in optim.names() if issubclass(optim.find(n), LowRankOptimizer)])
+def test_parts_are_the_defaults_of_the_arguments(name: str) -> None:
+    cls = optim.find(name)
+    assert issubclass(cls, LowRankOptimizer)
+    parameters = inspect.signature(cls).parameters
+    (group, *_) = optim.create(name, MixedModel()).param_groups
+    for key, part in cls.parts._asdict().items():
+        assert part == (parameters[key].default if key in parameters else group[key])
