@@ -16,15 +16,14 @@ from lowrank_train.bench import (
     compression,
     digits,
     graphs,
-    optimizer_step,
     quality,
-    training_step,
     trainings,
     translation,
     tree,
 )
 from lowrank_train.bench.grid import Grid, Group, Row, failures, groups
 from lowrank_train.bench.report import Panel, Report, publish
+from lowrank_train.bench.steps import optimizer_step, training_step
 from lowrank_train.bench.trainings import Trainer, check_same, keep_record
 from lowrank_train.common.errors import Diverged, UserError
 from lowrank_train.config.settings import setting

@@ -131,13 +131,15 @@ def test_sharded_gradients_are_those_of_one_process(world_size: int, frozen_dtyp
 
 @pytest.mark.parametrize(
     ("world_size", "frozen_dtype", "path", "reshard"),
-    [
-        (2, "float32", "factored", True),
-        (3, "float32", "materialised", False),
-        (2, "8bit", "factored", False),
-        (2, "8bit", "materialised", True),
-        (3, "8bit", "materialised", False),
-    ],
+    only_first_quick(
+        [
+            (2, "float32", "factored", True),
+            (3, "float32", "materialised", False),
+            (2, "8bit", "factored", False),
+            (2, "8bit", "materialised", True),
+            (3, "8bit", "materialised", False),
+        ]
+    ),
 )
 def test_mixed_precision_computes_in_bfloat16_and_reduces_in_float32(
     world_size: int, frozen_dtype: str, path: Any, reshard: bool

@@ -13,6 +13,7 @@ from lowrank_train.memory.step import predict
 from lowrank_train.plan import Plan
 from lowrank_train.train.metrics import read_metrics
 from tests.runs import ROOT, arguments, failure, losses, train_on
+from tests.tiers import only_first_quick
 from tests.train.test_failures import spoil
 
 RECIPES = sorted((ROOT / "configs" / "budget").glob("*.yaml"))
@@ -21,7 +22,7 @@ RECIPES = sorted((ROOT / "configs" / "budget").glob("*.yaml"))
 # ------------------------------------------------------------------------------------------------ updates in backward
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", only_first_quick([1, 2]))
 def test_updates_in_backward_train_as_updates_after_it(text: Path, tmp_path: Path, world_size: int) -> None:
     found = []
     for fused in ("true", "false"):
@@ -63,7 +64,7 @@ def test_global_clipping_that_cannot_wait_names_the_keys(text: Path, tmp_path: P
 # ---------------------------------------------------------------------------------------- weights and state in few bits
 
 
-@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+@pytest.mark.parametrize("weights", only_first_quick(["bfloat16", "int8"]))
 def test_low_precision_weights_learn_nearly_as_float32_does(text: Path, tmp_path: Path, weights: str) -> None:
     settings = ["precision=bfloat16", "optimizer.other_state_dtype=8bit", "steps=20"]
     low = train_on(1, arguments(text, tmp_path / "low", *settings, f"weights={weights}"))[0]

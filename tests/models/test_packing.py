@@ -18,6 +18,7 @@ from lowrank_train.models.packing import block_mask
 from lowrank_train.text.labels import positions, starting
 from tests.runs import SEQUENCE, arguments, documents, failure, losses, train_on, write_jsonl
 from tests.text.test_supervised import END, KEYS, WORDS, tokenizer
+from tests.tiers import only_first_quick
 
 __all__ = ["tokenizer"]
 
@@ -50,10 +51,13 @@ def alone(model: Any, sequences: Sequence[tuple[list[int], int]]) -> float:
 
 @pytest.mark.parametrize(
     ("name", "world_size", "precision"),
-    [
-        *(("llama", 1, "float32"), ("llama", 2, "float64"), ("llama_gqa", 1, "float64")),
-        *(("opt", 1, "float32"), ("opt", 2, "float64")),
-    ],
+    only_first_quick(
+        [
+            *(("llama", 1, "float32"), ("llama", 2, "float64"), ("llama_gqa", 1, "float64")),
+            *(("opt", 1, "float32"), ("opt", 2, "float64")),
+        ],
+        2,
+    ),
 )
 def test_a_packed_example_has_the_loss_it_has_alone(
     tmp_path: Path, tokenizer: str, name: str, world_size: int, precision: str

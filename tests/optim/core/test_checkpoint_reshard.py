@@ -213,6 +213,7 @@ def state_dict_of_a_new_optimizer() -> None:
         assert_equal(weights(model), weights(twin))
 
 
+@pytest.mark.slow
 def test_asking_a_new_optimizer_for_its_state_changes_nothing() -> None:
     run_distributed(state_dict_of_a_new_optimizer, 2)
 

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lowrank_train import optim
 from tests.distributed import run_distributed
 from tests.optim.models import MixedModel, assert_equal, build, gradient, prepare, tolerance, trainable, whole
+from tests.tiers import only_first_quick
 
 MATRIX_METHODS = optim.names(of_matrices=True)
 OF_WHOLE_MODELS = ("sst", "relora")
@@ -139,13 +140,14 @@ def on_two_axes() -> dict[str, dict[str, Tensor]]:
     return results
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", only_first_quick([2, 3]))
 def test_gradients_with_other_placements_than_their_parameters(world_size: int) -> None:
     for results in run_distributed(on_one_axis, world_size):
         for name in optim.names():
             assert_equal(results[name], stepped(name), tolerance(name))
 
 
+@pytest.mark.slow
 def test_parameters_sharded_over_two_mesh_axes() -> None:
     by_rank = run_distributed(on_two_axes, 4)
     assert by_rank[0].keys() == set(optim.names()) - set(OF_WHOLE_MODELS)
@@ -304,7 +306,14 @@ def loops(kinds: tuple[str, ...]) -> dict[tuple[str, str], Any]:
 
 @pytest.mark.parametrize(
     ("kinds", "world_size"),
-    [(("TP", "SP", "DDP"), 2), (("TP", "SP", "DDP", "FSDP2"), 3), (("TP + FSDP2", "SP + FSDP2"), 4)],
+    only_first_quick(
+        [
+            (("TP",), 2),
+            (("SP", "DDP"), 2),
+            (("TP", "SP", "DDP", "FSDP2"), 3),
+            (("TP + FSDP2", "SP + FSDP2"), 4),
+        ]
+    ),
 )
 def test_plain_loops_are_those_of_one_process(kinds: tuple[str, ...], world_size: int) -> None:
     by_rank = run_distributed(loops, world_size, kinds)
@@ -351,6 +360,7 @@ def load(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: str) ->
     set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optim"])
 
 
+@pytest.mark.slow
 def test_checkpoints_of_two_mesh_axes_load_on_one_process(tmp_path: Path) -> None:
     run_distributed(saved_and_loaded, 4, str(tmp_path))
     for name in ("adamw", "dct_adamw", "muon"):
@@ -386,6 +396,7 @@ def hugging_face(folder: str) -> dict[str, dict[str, Tensor]]:
     return results
 
 
+@pytest.mark.slow
 def test_tp_plan_of_hugging_face(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM  # before the forks, which inherit it
 

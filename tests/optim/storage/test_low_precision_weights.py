@@ -180,6 +180,7 @@ def test_noise_does_not_depend_on_the_ranks() -> None:
         assert_equal(found, alone, 0)
 
 
+@pytest.mark.slow
 def test_offloaded_state_is_sharded_too() -> None:
     def worker() -> dict[str, dict[str, Tensor]]:
         return {name: sharded_training(name, torch.float64, {"offload_state": True}) for name in OFFLOADING}

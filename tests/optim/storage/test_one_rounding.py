@@ -60,6 +60,7 @@ def test_a_step_is_that_of_float32_rounded_once(case: str, dtype: torch.dtype) -
     check(case, one_step(case, dtype, dtype), exact)
 
 
+@pytest.mark.slow
 def test_sharded_weights_are_rounded_as_whole_ones() -> None:
     layouts: tuple[Placement, ...] = ("preferred", "rows", "columns")
 
