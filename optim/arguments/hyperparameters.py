@@ -52,13 +52,7 @@ def check_whole(
 ) -> None:
     """Raise ValueError unless a setting is a whole number from ``least``, or None where it is optional.
 
-    Args:
-        settings: hyperparameters.
-        key: of the one to check.
-        least: smallest value.
-        name: of the parameter it is for, for the message.
-        unit: what is counted, for the message (" of steps").
-        optional: whether None is allowed.
+    ``name``: the parameter it is for; ``unit``: what it counts (" of steps"). Both are for the message.
     """
     value = settings[key]
     if (value is None and optional) or (is_whole(value) and value >= least):

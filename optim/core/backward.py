@@ -29,7 +29,7 @@ from lowrank_train.optim.arguments.hyperparameters import check_whole
 from lowrank_train.optim.arguments.surroundings import undisturbed
 from lowrank_train.optim.arguments.torch_arguments import is_number
 from lowrank_train.optim.core.optimizer import MatrixOptimizer
-from lowrank_train.optim.core.stepping import at_work, matrices
+from lowrank_train.optim.core.stepping import at_work, matrices, step_slots
 from lowrank_train.optim.parameters.slot import Slot, stored_gradient
 from lowrank_train.optim.parameters.wrappers import bare_model, bare_optimizer, is_replicated
 from lowrank_train.optim.shards.collectives import sum_over_shards
@@ -211,7 +211,7 @@ class BackwardUpdates:
                     with at_work([own[i]], self._update_of) as (copy,):
                         self._update_of(slot.group).step_coordinates(copy, of_matrix)
         elif slot.param.grad is not None:
-            self._optimizer.step_slots([slot])
+            step_slots([slot], self._update_of)
             slot.param.grad = None
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowrank_train.optim.core import adam as rules
-from lowrank_train.optim.core.update import Traffic, Update
+from lowrank_train.optim.core.update import Group, Traffic, Update
 from lowrank_train.optim.core.working_copies import rounding_seed
 from lowrank_train.optim.manifolds import points
 from lowrank_train.optim.parameters.slot import COUNTER, Slot, dense_gradient, stored_gradient
@@ -108,9 +108,7 @@ class PointsUpdate(Update):
             gradient = dense_gradient(slot) if slot.grad is not None else None
             points.step_points(slot.name, slot.param, gradient, slot.state, slot.group)
 
-    def sent(
-        self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int, dim: int
-    ) -> Traffic:
+    def sent(self, shape: Sequence[int], dtype: torch.dtype, group: Group, world_size: int, dim: int) -> Traffic:
         """Return the bytes of a choice of directions."""
         return Traffic(refresh_bytes=points.refresh_bytes(shape, dtype, group))
 

@@ -153,7 +153,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             if self.in_backward is not None:
                 self.in_backward.finish()
             else:
-                self.step_slots(slots)
+                step_slots(slots, self.update_of)
             self.end_step()
         return loss
 
@@ -167,10 +167,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def figures(self) -> dict[str, float]:
         """Numbers worth a curve while training, by name; what there is on the host, without communication."""
         return {}
-
-    def step_slots(self, slots: list[Slot]) -> None:
-        """Update these parameters from their gradients."""
-        step_slots(slots, self.update_of)
 
     # --------------------------------------------------------------------------------------------------------- state
 

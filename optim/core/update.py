@@ -18,12 +18,12 @@ from torch import Tensor
 
 from lowrank_train.optim.parameters import stacks
 from lowrank_train.optim.parameters.slot import COUNTER, Promotion, Slot
-from lowrank_train.optim.shards.layout import StateTensor
+from lowrank_train.optim.shards.layout import StateTensor, preferred_shard_dim
 from lowrank_train.optim.shards.placements import is_scattered
 from lowrank_train.optim.shards.workspace import MatrixShape, Workspace
 from lowrank_train.optim.storage.quantization import BITS, as_stored
 
-__all__ = ["Traffic", "Update", "UpdateOf"]
+__all__ = ["Group", "Traffic", "Update", "UpdateOf"]
 
 Group = dict[str, Any]
 
@@ -56,6 +56,9 @@ class Update(ABC):
     is_element_wise = False
     """Whether each number is updated by itself, so that any piece of a parameter will do."""
 
+    prefers_long_side = False
+    """Whether a matrix is best sharded along its longer dimension, where it is worked on as (m, d), m >= d."""
+
     works_between_steps = False
     """Whether the optimizer reads the state between steps too. It must then lie whole and unconverted on the device."""
 
@@ -80,7 +83,7 @@ class Update(ABC):
 
     def shard_dim(self, shape: Sequence[int], world_size: int) -> int:
         """Return the dimension to shard a parameter along for the least communication; advice, never required."""
-        return 0
+        return preferred_shard_dim(shape, world_size) if self.prefers_long_side else 0
 
     def sent(self, shape: Sequence[int], dtype: torch.dtype, group: Group, world_size: int, dim: int) -> Traffic:
         """Return what one matrix costs in communication, if it is sharded along ``dim`` over two ranks or more."""

@@ -39,7 +39,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.optim.optimizer import ParamsT
 
 from lowrank_train.optim.core.optimizer import MatrixOptimizer
-from lowrank_train.optim.core.update import Traffic, Update
+from lowrank_train.optim.core.update import Group, Traffic, Update
 from lowrank_train.optim.low_rank.bases import find_basis
 from lowrank_train.optim.low_rank.residuals import find_residual
 from lowrank_train.optim.low_rank.settings import check_settings, low_rank_state, resolved_rank
@@ -47,7 +47,7 @@ from lowrank_train.optim.low_rank.step import ZERO, MatrixStep
 from lowrank_train.optim.parameters.slot import Slot
 from lowrank_train.optim.shards.blocks import chunks
 from lowrank_train.optim.shards.collectives import decide_on_one_rank, sum_over_shards
-from lowrank_train.optim.shards.layout import StateTensor, matrix_shape, preferred_shard_dim
+from lowrank_train.optim.shards.layout import StateTensor, matrix_shape
 from lowrank_train.optim.shards.tall import turned_numbers
 from lowrank_train.optim.shards.workspace import MatrixShape, Workspace
 
@@ -79,6 +79,7 @@ class LowRankUpdate(Update):
     structural_settings = ("basis", "residual")
     interval_setting = "refresh_interval"
     takes = "moments as stored"
+    prefers_long_side = True
 
     def state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
         """Return moments, ages and what basis and residual store; raises ValueError for settings that do not fit."""
@@ -90,13 +91,7 @@ class LowRankUpdate(Update):
             raise ValueError(f"basis={group['basis']!r} for {name!r} of shape {tuple(param.shape)}: {objection}")
         return low_rank_state(param.shape, param.dtype, r, basis=group["basis"], residual=group["residual"])
 
-    def shard_dim(self, shape: Sequence[int], world_size: int) -> int:
-        """Return the unprojected dimension, so that the projection and its reverse are local."""
-        return preferred_shard_dim(shape, world_size)
-
-    def sent(
-        self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int, dim: int
-    ) -> Traffic:
+    def sent(self, shape: Sequence[int], dtype: torch.dtype, group: Group, world_size: int, dim: int) -> Traffic:
         """Return the bytes of the basis's statistics, of its decision if one rank makes it, and of the residual's sums.
 
         To these come the gradient and the update of a matrix that is sharded along its projected dimension.

@@ -32,13 +32,13 @@ from torch.optim.optimizer import ParamsT
 from lowrank_train.optim.arguments.hyperparameters import check_fraction
 from lowrank_train.optim.core.optimizer import MatrixOptimizer
 from lowrank_train.optim.core.published import Published, arguments
-from lowrank_train.optim.core.update import Traffic, Update
+from lowrank_train.optim.core.update import Group, Traffic, Update
 from lowrank_train.optim.core.weight_update import decay_of
 from lowrank_train.optim.orthogonalize import CHUNK_NUMBERS, newton_schulz
 from lowrank_train.optim.parameters.slot import Slot, dense_gradient
 from lowrank_train.optim.shards.blocks import chunks
 from lowrank_train.optim.shards.collectives import on_whole_matrices
-from lowrank_train.optim.shards.layout import StateTensor, local, matrix_shape, preferred_shard_dim, shard_count
+from lowrank_train.optim.shards.layout import StateTensor, local, matrix_shape, shard_count
 from lowrank_train.optim.shards.tall import add_tall, tall, turned_numbers
 from lowrank_train.optim.shards.workspace import MatrixShape, Workspace
 
@@ -52,6 +52,8 @@ _SCALES: dict[str, Callable[[int, int], float]] = {
 
 class MuonUpdate(Update):
     """Muon on all matrices at once."""
+
+    prefers_long_side = True
 
     def state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
         """Return a step count and one average; raises ValueError for hyperparameters out of range."""
@@ -72,13 +74,7 @@ class MuonUpdate(Update):
             for slot, update in zip(chunk, on_whole_matrices(params, travelling, newton_schulz), strict=True):
                 _apply(slot, update)
 
-    def shard_dim(self, shape: Sequence[int], world_size: int) -> int:
-        """Return the longer dimension, so that the matrix need not be resharded."""
-        return preferred_shard_dim(shape, world_size)
-
-    def sent(
-        self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int, dim: int
-    ) -> Traffic:
+    def sent(self, shape: Sequence[int], dtype: torch.dtype, group: Group, world_size: int, dim: int) -> Traffic:
         """Return the bytes of X to its owner and O back; twice if the matrix is sharded along its shorter dimension."""
         d, m = sorted(matrix_shape(shape))
         size = torch.promote_types(dtype, torch.float32)

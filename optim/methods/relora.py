@@ -44,7 +44,7 @@ from lowrank_train.optim.core.common_updates import ADAMW
 from lowrank_train.optim.core.groups import param_groups
 from lowrank_train.optim.core.optimizer import MatrixOptimizer
 from lowrank_train.optim.core.published import Published, arguments
-from lowrank_train.optim.core.update import Traffic, Update
+from lowrank_train.optim.core.update import Group, Traffic, Update
 from lowrank_train.optim.parameters.slot import Slot
 from lowrank_train.optim.shards.collectives import sum_over_shards, take_rows
 from lowrank_train.optim.shards.layout import StateTensor, local, row_range
@@ -88,9 +88,7 @@ class FactorUpdate(Update):
         for own in members.values():
             ADAMW.step_group(own, lr=_rate(own[0]), clock="age")
 
-    def sent(
-        self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int, dim: int
-    ) -> Traffic:
+    def sent(self, shape: Sequence[int], dtype: torch.dtype, group: Group, world_size: int, dim: int) -> Traffic:
         """Return the bytes of all of A at a restart, in float32 or wider."""
         size = torch.promote_types(dtype, torch.float32).itemsize
         return Traffic(refresh_bytes=math.prod(shape) * size if group["role"] == "lora_a" else 0)

@@ -32,7 +32,7 @@ from torch.optim.optimizer import ParamsT
 from lowrank_train.optim.arguments.hyperparameters import check_fraction
 from lowrank_train.optim.core.optimizer import MatrixOptimizer
 from lowrank_train.optim.core.published import Published, arguments
-from lowrank_train.optim.core.update import Traffic, Update
+from lowrank_train.optim.core.update import Group, Traffic, Update
 from lowrank_train.optim.core.weight_update import decay_of
 from lowrank_train.optim.parameters.slot import Slot, dense_gradient
 from lowrank_train.optim.shards.blocks import row_blocks, widened
@@ -77,9 +77,7 @@ class SCALEUpdate(Update):
             if slot.grad is not None:
                 _apply(slot, direction, square)
 
-    def sent(
-        self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int, dim: int
-    ) -> Traffic:
+    def sent(self, shape: Sequence[int], dtype: torch.dtype, group: Group, world_size: int, dim: int) -> Traffic:
         """Return the bytes of a sum for each output whose inputs are split: of an embedding, along dimension 0."""
         inputs = _inputs(group, len(shape))
         if dim not in inputs:

@@ -43,20 +43,13 @@ from lowrank_train.optim.core.adam import adam_direction
 from lowrank_train.optim.core.groups import param_groups
 from lowrank_train.optim.core.optimizer import MatrixOptimizer
 from lowrank_train.optim.core.published import Published, arguments
-from lowrank_train.optim.core.update import Traffic, Update
+from lowrank_train.optim.core.update import Group, Traffic, Update
 from lowrank_train.optim.linalg import decompose_bytes
 from lowrank_train.optim.parameters.slot import Slot, dense_gradient
 from lowrank_train.optim.shards.layout import StateTensor, local, row_range
 from lowrank_train.optim.shards.workspace import MatrixShape, Workspace
 from lowrank_train.optim.spectral.factors import SpectralFactors, factors_of
-from lowrank_train.optim.spectral.iterations import (
-    MOMENTS,
-    draw,
-    orthogonality_error,
-    re_svd,
-    settings_of,
-    turns,
-)
+from lowrank_train.optim.spectral.iterations import MOMENTS, draw, orthogonality_error, re_svd, settings_of, turns
 from lowrank_train.optim.spectral.sampling import SAMPLERS
 
 __all__ = ["SST"]
@@ -96,9 +89,7 @@ class FactorUpdate(Update):
             if slot.grad is not None:
                 (_update_vectors if slot.group["role"] == "singular_vectors" else _update_values)(slot)
 
-    def sent(
-        self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int, dim: int
-    ) -> Traffic:
+    def sent(self, shape: Sequence[int], dtype: torch.dtype, group: Group, world_size: int, dim: int) -> Traffic:
         """Return the most that a draw takes: all active rows out and in, and once more to measure them.
 
         Re-SVDs, which are rarer, are not in it: they sum each W onto one rank and broadcast U, sigma and V.

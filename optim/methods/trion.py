@@ -40,7 +40,7 @@ from torch.optim.optimizer import ParamsT
 from lowrank_train.optim.arguments.hyperparameters import check_fraction
 from lowrank_train.optim.core.optimizer import MatrixOptimizer
 from lowrank_train.optim.core.published import Published, arguments
-from lowrank_train.optim.core.update import Traffic, Update
+from lowrank_train.optim.core.update import Group, Traffic, Update
 from lowrank_train.optim.core.weight_update import WeightUpdate, decay_of
 from lowrank_train.optim.low_rank.bases import BASES, Directions, find_basis
 from lowrank_train.optim.low_rank.bases.columns import ColumnBasis
@@ -49,7 +49,7 @@ from lowrank_train.optim.orthogonalize import CHUNK_NUMBERS, orthogonalized
 from lowrank_train.optim.parameters.slot import Slot, dense_gradient
 from lowrank_train.optim.shards.blocks import chunks, row_blocks
 from lowrank_train.optim.shards.collectives import sum_over_shards
-from lowrank_train.optim.shards.layout import StateTensor, local, matrix_shape, preferred_shard_dim
+from lowrank_train.optim.shards.layout import StateTensor, local, matrix_shape
 from lowrank_train.optim.shards.tall import tall, turned_numbers
 from lowrank_train.optim.shards.workspace import MatrixShape, Workspace
 
@@ -62,6 +62,8 @@ _UNIT = 2.0**-16
 
 class TrionUpdate(Update):
     """Trion on all matrices at once."""
+
+    prefers_long_side = True
 
     def state(self, name: str, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
         """Return momentum and the last columns; raises ValueError for settings that do not fit."""
@@ -108,13 +110,7 @@ class TrionUpdate(Update):
             chosen = _column_basis(slot.group).choose(total, total.numel(), index.numel(), 0)["basis_index"]
             index.copy_(torch.where(total.sum() > 0, chosen, index))
 
-    def shard_dim(self, shape: Sequence[int], world_size: int) -> int:
-        """Return the longer dimension, so that only two sums are communicated."""
-        return preferred_shard_dim(shape, world_size)
-
-    def sent(
-        self, shape: Sequence[int], dtype: torch.dtype, group: dict[str, Any], world_size: int, dim: int
-    ) -> Traffic:
+    def sent(self, shape: Sequence[int], dtype: torch.dtype, group: Group, world_size: int, dim: int) -> Traffic:
         """Return the bytes of energies and b^T b; of B and an update too, twice, if sharded along the shorter side."""
         d = min(matrix_shape(shape))
         size = torch.promote_types(dtype, torch.float32).itemsize

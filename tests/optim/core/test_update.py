@@ -90,7 +90,7 @@ def test_what_is_not_declared_is_taken_in_float32() -> None:
 def test_costs_that_are_not_declared_are_none() -> None:
     update = Sign.updates["matrix"]
     assert update.sent((4, 3), torch.float32, {}, 2, 0) == Traffic()
-    assert update.workspace([], {}) == Workspace()
+    assert update.workspace([]) == Workspace()
     assert Sign.shard_dim("matrix", (4, 6), 2) == 0
     assert update.interval({"beta": 7}) == 7
 
