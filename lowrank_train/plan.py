@@ -30,7 +30,7 @@ _TRAINED: dict[str, Callable[[PreTrainedModel], object]] = {
 """Value of ``train`` -> what takes the gradient from the other parameters."""
 
 _OTHER_ROLES = (*methods.OTHER_ROLES, "points")
-"""Of parameters that are neither matrices nor what matrices are made of."""
+"""The roles of parameters that are neither matrices nor parts of matrices."""
 
 
 class MeshShape(NamedTuple):

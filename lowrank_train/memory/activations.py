@@ -24,7 +24,7 @@ __all__ = ["Activations", "Sizes", "activations", "loss_bytes", "sizes"]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one forward pass, and of its numbers."""
+    """The sizes of one forward pass, and of its numbers."""
 
     tokens: int
     length: int
@@ -37,7 +37,7 @@ class Sizes:
     compute: int
     """Bytes of a number in the arithmetic."""
     exact: int
-    """Of one in the loss and in LLaMA's norms: float32 or wider."""
+    """Bytes of a number in the loss and in LLaMA's norms: float32 or wider."""
     masked: bool = False
     """Whether attention is given a mask, which keeps documents apart."""
 
@@ -52,13 +52,13 @@ class Activations:
     """Bytes that wait for backward."""
 
     layers: list[int]
-    """Of each decoder layer, when it is run to be differentiated."""
+    """Activations of each decoder layer, when it is run to be differentiated."""
     recomputed: list[int]
-    """Likewise, with what checkpointing kept of it: more, if the first norm copies its input to float32."""
+    """The same, with what checkpointing kept of the layer: more, if the first norm copies its input to float32."""
     inputs: list[int]
-    """Of each, what full checkpointing keeps of it."""
+    """What full checkpointing keeps of each layer."""
     selective: list[int]
-    """Of each, what selective checkpointing keeps of it: that, and outputs of products and of attention."""
+    """What selective checkpointing keeps of each layer: that, and outputs of products and of attention."""
     around: int
     """Outside of the layers: embeddings, positions, the final norm; not the last hidden states."""
     feed_forward: int
@@ -70,11 +70,11 @@ class Activations:
     forward: int
     """More of them in the middle of a layer's forward, where nothing is kept of it."""
     products: list[int]
-    """Of each layer, what its widest linear layer of factors makes and frees again."""
+    """What the widest linear layer of factors of each layer makes and frees again."""
 
 
 def sizes(config: Config, model: PreTrainedModel) -> Sizes:
-    """Of a run's micro-batch."""
+    """Return the sizes of a run's micro-batch."""
     architecture = model.config
     compute = {"float32": 4, "bfloat16": 2, "float64": 8}[config.precision]
     head = architecture.hidden_size // architecture.num_attention_heads
@@ -93,7 +93,7 @@ def sizes(config: Config, model: PreTrainedModel) -> Sizes:
 
 
 def activations(model: PreTrainedModel, size: Sizes) -> Activations:
-    """Of a model as it is trained, its linear layers dense, spectral, low-rank or with adapters."""
+    """Return the activations of a model as it is trained, its linear layers dense, spectral, low-rank or with adapters."""
     make = _opt if model.config.model_type == "opt" else _llama
     layer, around, norm_backward, products = make(model.config, size)
     is_opt = make is _opt
@@ -207,7 +207,7 @@ def _rank(module: Any) -> int:
 
 
 def loss_bytes(size: Sizes, vocabulary: int, width: int, *, trains_head: bool) -> tuple[int, int, int]:
-    """Of the chunked loss: at its peak, as logits of that peak, and what it keeps for backward.
+    """Return the bytes of the chunked loss: at its peak, as logits of that peak, and what it keeps for backward.
 
     Args:
         size: of the forward pass.

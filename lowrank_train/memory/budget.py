@@ -32,7 +32,7 @@ OPTIMIZERS = [
 """Those of the table."""
 
 _8BIT = ("adamw", "galore_adamw", "dct_adamw", "apollo")
-"""Of them, with moments in 8 bits too."""
+"""Those of them that are shown with moments in 8 bits too."""
 
 _MOST_SEQUENCES = 4096
 _ASSUMED_RANK = 128
@@ -54,7 +54,7 @@ class Fit:
     budget: int
     memory: StepMemory = field(repr=False)
     time: StepTime | None = None
-    """Of its step, where a run like it has been recorded."""
+    """The time of its step, where a run like it has been recorded."""
     rank_is_assumed: bool = False
     """Whether nobody has chosen the rank, which the method cannot do without."""
 
@@ -71,7 +71,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one question."""
+    """The outcome of one question."""
 
     question: str
     fits: list[Fit]
@@ -80,7 +80,7 @@ class Outcome:
 
 
 def solve(config: BudgetConfig) -> Outcome:
-    """The table, or the answer for one model.
+    """Return the table, or the answer for one model.
 
     Raises:
         UserError: nothing fits (says what the smallest model needs), rank too large for the model.
@@ -119,7 +119,10 @@ def _why_none(config: BudgetConfig, budget: int, name: str, state_dtype: str | N
 
 
 def measured_against(config: BudgetConfig, fit: Fit) -> str:
-    """A row per phase: predicted, measured, and the difference of the prediction. Raises UserError as ``measure``."""
+    """Return a row per phase: predicted, measured, and the difference of the prediction.
+
+    Raises UserError as ``measure``.
+    """
     if config.recipe is not None:
         run = recipe_of(config)
     else:
@@ -136,7 +139,7 @@ def measured_against(config: BudgetConfig, fit: Fit) -> str:
 
 
 def explain(config: BudgetConfig) -> Fit:
-    """What ``--model`` needs. Raises UserError for settings that do not fit the model."""
+    """Return what ``--model`` needs. Raises UserError for settings that do not fit the model."""
     assert config.model is not None
     return _fit(
         config, budget_bytes(config.budget), config.optimizer, config.state_dtype, config.model, config.micro_batch or 1

@@ -22,26 +22,28 @@ class Group:
     travelling: int
     """The buffer they are gathered in."""
     widened: int
-    """For a single rank, the largest of those kept in int8, in the type of the arithmetic: it is copied then."""
+    """The largest parameter kept in int8, in the type of the arithmetic: a single rank copies it."""
     turned: int
     """Those of them that are sharded along dimension 1: they are put together in a second copy."""
     gradients: int
     """Whole gradients, in the type of the arithmetic."""
     reduced: int
-    """In the type they are reduced in."""
+    """Bytes of the gradients in the type they are reduced in."""
     stored: int
-    """In that of the weights, in which shards of them are kept."""
+    """Bytes of the gradients in the type of the weights, in which their shards are kept."""
     last: int
     """The last of the gradients, which FSDP2 holds on to until all are reduced, with more than one rank."""
 
     def reducing(self, world_size: int) -> int:
-        """Most that is needed to reduce: gradients beside their copy, or that beside this rank's share of the sum."""
+        """Return the most that is needed to reduce: gradients beside their copy, or that beside this rank's share of
+        the sum.
+        """
         last = self.last if world_size > 1 else 0
         converted = self.stored // world_size if self.stored < self.reduced else 0
         return self.reduced + max(self.gradients, self.reduced // world_size + last + converted)
 
     def summed(self, world_size: int, accumulates: bool) -> int:
-        """Of HSDP, the share of a rank as it was summed, where that is not the gradient itself: FSDP2 keeps both."""
+        """Return the share of a rank as HSDP summed it, where that is not the gradient itself: FSDP2 keeps both."""
         return self.reduced // world_size if self.stored < self.reduced or accumulates else 0
 
 

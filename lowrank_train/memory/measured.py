@@ -39,12 +39,12 @@ class MeasuredStep:
 
     @property
     def phases(self) -> dict[str, int]:
-        """Of each."""
+        """The peak of each phase."""
         return {name: getattr(self, name) for name in _PHASES}
 
     @property
     def peak(self) -> int:
-        """Of all."""
+        """The peak of all phases."""
         return max(self.phases.values())
 
 

@@ -21,7 +21,7 @@ class Phase:
     activations: int = 0
     """What waits for backward, and gradients of it."""
     logits: int = 0
-    """Of one chunk: logits, probabilities, their gradient."""
+    """Bytes of one chunk: logits, probabilities, their gradient."""
     gathered: int = 0
     """Whole parameters of groups, and buffers they travel in."""
     reductions: int = 0
@@ -29,11 +29,11 @@ class Phase:
     temporaries: int = 0
     """What an update, or a layer of factors, makes and frees; the cosine matrix or drawn directions between steps."""
     refresh: int = 0
-    """As temporaries, when directions are chosen or factors decomposed."""
+    """Temporaries when a basis is chosen or factors are decomposed."""
 
     @property
     def total(self) -> int:
-        """Of all terms."""
+        """The sum of all terms."""
         return sum(asdict(self).values())
 
     def plus(self, **more: int) -> Phase:
@@ -67,7 +67,7 @@ class StepMemory:
 
     @property
     def terms(self) -> dict[str, int]:
-        """Its bytes by term."""
+        """The bytes of the phase by term."""
         return asdict(getattr(self, self.phase))
 
     def in_words(self) -> str:

@@ -69,7 +69,7 @@ class BudgetConfig:
 
 
 def help_text() -> str:
-    """How to call it, and every key with its default and meaning."""
+    """Return how to call the command, and every key with its default and meaning."""
     usage = [
         "usage: launch/memory_budget.py --budget 24GiB --models llama opt --seq-len 1024 --world-size 1",
         "       launch/memory_budget.py --budget 80GiB --model llama_7b --optimizer dct_adamw --rank 512",
@@ -82,7 +82,7 @@ def help_text() -> str:
 
 
 def load_budget(arguments: Sequence[str]) -> BudgetConfig:
-    """The question. Raises UserError for unknown keys, models, optimizers or units, and values out of range."""
+    """Return the question. Raises UserError for unknown keys, models, optimizers or units, and values out of range."""
     config = load_schema(BudgetConfig, flags_to_keys(_joined(arguments), BudgetConfig))
     budget_bytes(config.budget)
     for name in [*config.optimizers, config.optimizer]:

@@ -19,17 +19,17 @@ _SAME_OF_OPTIMIZER = ("name", "rank", "state_dtype", "other_state_dtype", "offlo
 
 @dataclass(frozen=True)
 class StepTime:
-    """Of a run like it."""
+    """The time of a step, from the record of a similar run."""
 
     seconds: float
-    """For as many tokens as the step in question has."""
+    """Seconds for as many tokens as the step in question has."""
     device: str
     record: str
     """Its file."""
 
 
 def step_time(run: Config, world_size: int, folder: Path) -> StepTime | None:
-    """The newest record below ``folder`` of a run with the same work per token; None if there is none."""
+    """Return the newest record below ``folder`` of a run with the same work per token; None if there is none."""
     found = [path for path in folder.glob("**/record.json") if path.is_file()]
     for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
         try:

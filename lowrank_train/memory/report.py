@@ -25,11 +25,14 @@ _TERMS = {
     "temporaries": "temporaries",
     "refresh": "refresh",
 }
-"""Of ``memory.phases.Phase``, as headings."""
+"""The terms of ``memory.phases.Phase``, as headings."""
 
 
 def table(outcome: Outcome) -> str:
-    """Markdown, a row per setting; terms in GiB, at the worst moment of the step. What does not fit is named below."""
+    """Return Markdown, a row per setting; terms in GiB, at the worst moment of the step.
+
+    What does not fit is named below.
+    """
     times = ["s/step"] if any(fit.time for fit in outcome.fits) else []
     head = ["optimizer", "rank", "model", "micro-batch", "peak", "headroom", *times, "phase", *_TERMS.values()]
     lines = [outcome.question, "", _line(head), _line(["---"] * len(head))]
@@ -60,7 +63,7 @@ def check_budget(outcome: Outcome) -> None:
 
 
 def write_budget(outcome: Outcome, folder: Path) -> None:
-    """budget.csv, budget.json, budget.md and budget.png. Raises UserError if they cannot be written."""
+    """Write budget.csv, budget.json, budget.md and budget.png. Raises UserError if they cannot be written."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_csv(folder / "budget.csv", [_row(fit) for fit in outcome.fits])

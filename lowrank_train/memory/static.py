@@ -27,7 +27,7 @@ class StaticMemory:
 
     @property
     def total(self) -> int:
-        """Of all three."""
+        """The sum of all three."""
         return self.weights + self.gradients + self.optimizer_state
 
 
@@ -45,7 +45,7 @@ def predicted(plan: Plan, *, shard: int = 0) -> StaticMemory:
 
 
 def measured(model: nn.Module, optimizer: optim.MatrixOptimizer) -> StaticMemory:
-    """What this rank holds; gradients are there after a backward pass only."""
+    """Return what this rank holds; gradients are there after a backward pass only."""
     weights = [local(param) for param in model.parameters()]
     gradients = [local(param.grad) for param in model.parameters() if param.grad is not None]
     return StaticMemory(

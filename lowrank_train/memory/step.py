@@ -43,9 +43,9 @@ class Fixed:
     static: memory_static.StaticMemory
     workspace: Workspace
     of_layers: Workspace
-    """Of the parameters in decoder layers only."""
+    """The workspace of the parameters in decoder layers only."""
     of_root: Workspace
-    """Of embeddings, final norm and head only."""
+    """The workspace of embeddings, final norm and head only."""
     after: int
     """What follows all updates, now and then: decompositions, restarts."""
     waiting: int

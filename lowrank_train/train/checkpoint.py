@@ -261,7 +261,10 @@ class Checkpoints:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The whole weights in a checkpoint, by parameter name, in one process. Raises UserError if it is damaged."""
+    """Return the whole weights in a checkpoint, by parameter name, in one process.
+
+    Raises UserError if it is damaged.
+    """
     damage = damage_in(path) if has_checksums(path) else None
     if damage is not None:
         raise UserError(f"{path} is damaged ({damage})")

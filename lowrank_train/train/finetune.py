@@ -15,14 +15,14 @@ __all__ = ["finetuning_help", "load_finetuning"]
 
 
 def finetuning_help() -> str:
-    """Adapters, optimizers, and every key."""
+    """Return adapters, optimizers, and every key."""
     adapters = [f"  {line}" for line in describe_adapters()]
     usage, _, rest = help_text("launch/finetune.py").partition("\n")
     return "\n".join([usage, "", "adapters of peft (adapter.name) and their adapter.arguments:", *adapters, rest])
 
 
 def load_finetuning(arguments: Sequence[str]) -> Config:
-    """The configuration of a run that starts from a trained model.
+    """Load the configuration of a run that starts from a trained model.
 
     Args:
         arguments: YAML files and ``key=value``; ``model=`` (or ``model.name=``) is a folder: plain, compressed, or of a

@@ -60,7 +60,7 @@ class Metrics:
             self.say(f"{path}: {broken} broken line(s) were left out; the rows after them are kept")
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
-        """One row; values that are not finite are null in the file."""
+        """Write one row; values that are not finite are null in the file."""
         if not self.active or self.failure is not None:
             return
         try:
@@ -82,7 +82,7 @@ class Metrics:
             self._bar.update()
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
+        """Write a line above the bar."""
         if self.active:
             self._bar.write(text, file=sys.stderr)
 
@@ -96,7 +96,9 @@ class Metrics:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Rows of a run's metrics.jsonl; lines that are no rows, such as a last one cut short by a kill, are left out."""
+    """Return the rows of a run's metrics.jsonl; lines that are no rows, such as a last one cut short by a kill, are
+    left out.
+    """
     return _read_rows(folder / "metrics.jsonl")[0]
 
 

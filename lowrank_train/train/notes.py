@@ -16,7 +16,7 @@ __all__ = ["data_notes", "model_notes"]
 
 
 def data_notes(config: Config, found: Mapping[str, Any]) -> list[str]:
-    """Sentences about the text of a run.
+    """Return sentences about the text of a run.
 
     Args:
         config: of the run.
@@ -46,7 +46,7 @@ def data_notes(config: Config, found: Mapping[str, Any]) -> list[str]:
 
 
 def model_notes(config: Config, model: PreTrainedModel) -> list[str]:
-    """Sentences about the model of a run, where it differs from the folder it was read from.
+    """Return sentences about the model of a run, where it differs from the folder it was read from.
 
     Args:
         config: of the run.

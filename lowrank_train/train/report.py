@@ -16,7 +16,7 @@ __all__ = ["summary", "write_report"]
 
 
 def summary(record: RunRecord, folder: Path, checkpoint: Path | None) -> list[tuple[str, str]]:
-    """Rows (what, value) of the table shown when a run ends."""
+    """Return rows (what, value) of the table shown when a run ends."""
     rows = [
         ("status", record.status),
         ("model", f"{record.model}, {record.parameters:,} parameters"),

@@ -33,7 +33,7 @@ _NOT_ARCHITECTURE = {"dtype", "transformers_version", "_name_or_path", "architec
 
 @dataclass
 class Progress:
-    """Where a run stands; saved in every checkpoint."""
+    """The position of a run, which every checkpoint holds."""
 
     step: int = 0
     tokens: int = 0
@@ -93,7 +93,7 @@ class Run:
 
     @property
     def config(self) -> Config:
-        """As given."""
+        """The configuration, as given."""
         return self.plan.config
 
     def save(self) -> None:

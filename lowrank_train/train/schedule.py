@@ -11,7 +11,8 @@ __all__ = ["learning_rate_factor"]
 
 
 def learning_rate_factor(schedule: ScheduleConfig, steps: int) -> Callable[[int], float]:
-    """Factor for step 0 .. steps - 1: linear warm-up to 1 (never 0 at the first step), then as the schedule says.
+    """Return the factor for step 0 .. steps - 1: linear warm-up to 1 (never 0 at the first step), then as the schedule
+    says.
 
     cosine: down to ``min_ratio`` at the last step; wsd: 1, then linearly down to ``min_ratio`` over the last
     ``decay_fraction`` of the run (Hu et al. 2024, arXiv 2404.06395); constant: 1.

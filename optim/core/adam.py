@@ -58,7 +58,7 @@ def adam_direction(
     betas: tuple[float, float],
     eps: float,
 ) -> Tensor:
-    """Adam's m_hat / (sqrt(v_hat) + eps), with a bias correction per column; returns (m, r).
+    """Return Adam's m_hat / (sqrt(v_hat) + eps), (m, r), with a bias correction per column.
 
     m <- beta1 m + (1 - beta1) g;  v <- beta2 v + (1 - beta2) g^2.
     """

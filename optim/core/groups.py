@@ -25,7 +25,7 @@ _BIAS = re.compile(r"(^|[._])bias(es)?(_[^.]*)?$")
 def param_groups(
     model: nn.Module, *, rules: Mapping[str, Mapping[str, Any]] | None = None, **settings: Any
 ) -> list[dict[str, Any]]:
-    """Parameter groups with roles, for any optimizer of this package; every trainable parameter exactly once.
+    """Return parameter groups with roles, for any optimizer of this package; every trainable parameter exactly once.
 
     Roles: ``matrix`` (weights of linear maps, alone or in stacks), ``embedding``, ``head``, ``vector`` (everything
     else: norms, biases, convolutions, what is too thin); ``optim.parameters.roles`` has the rules and their reasons. A

@@ -40,18 +40,20 @@ __all__ = [
 ]
 
 AT_ONCE = 2**26
-"""Of the matrices that are copied together: 256 MiB of float32, or one matrix that is larger."""
+"""Numbers of the matrices that are copied together: 256 MiB of float32, or one matrix that is larger."""
 
 
 def rounding_seed(slot: Slot, key: str) -> Tensor | None:
-    """For storing the weight or a state tensor of a slot, another each time; None if it is rounded to the nearest."""
+    """Return a seed for storing the weight or a state tensor of a slot, another each time; None if it is rounded to the
+    nearest.
+    """
     if COUNTER not in slot.state:
         return None
     return seed_of(f"{slot.name}/{key}", slot.state[COUNTER])
 
 
 def is_copied(slot: Slot, promotion: Promotion) -> bool:
-    """Whether a step needs a copy of a parameter or of its state."""
+    """Return whether a step needs a copy of a parameter or of its state."""
     converted = promotion.moments and slot.group["state_dtype"] is not None and bool(slot.state)
     return bool(slot.group["offload_state"]) or promotion.rounded or converted
 
@@ -80,7 +82,7 @@ def copied_tensors(
 
 
 def chunked(slots: Sequence[Slot]) -> Iterator[list[Slot]]:
-    """Those that are copied together; the same on every rank."""
+    """Group the slots that are copied together; the groups are the same on every rank."""
     sizes = [slot.param.numel() // shard_count(slot.param) for slot in slots]
     yield from chunks(list(slots), sizes, AT_ONCE)
 
@@ -124,7 +126,7 @@ def gathered(slots: Sequence[Slot], scattered: Callable[[Slot], bool]) -> Iterat
 def copied(
     slots: Sequence[Slot], layouts: Sequence[Mapping[str, StateTensor]], promotions: Sequence[Promotion]
 ) -> Iterator[list[Slot]]:
-    """Slots to work on; what they hold in the end is stored.
+    """Give slots to work on; what they hold in the end is stored.
 
     Args:
         slots: as they are kept.

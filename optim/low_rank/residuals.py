@@ -93,19 +93,19 @@ class Residual(ABC):
     """How many numbers, summed over the rows of all ranks, it needs before it can add."""
 
     def state_tensors(self, m: int, d: int, dtype: torch.dtype) -> dict[str, StateTensor]:
-        """What it keeps for one matrix."""
+        """Return what the residual keeps for one matrix."""
         return {}
 
     def recall(self, gradient: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
-        """A from G (b, d) and the rows of the state that belong to them; may be G itself."""
+        """Return A from G (b, d) and the rows of the state that belong to them; may be G itself."""
         return gradient
 
     def partial_sums(self, block: Block, rates: Rates) -> Tensor:
-        """(sums,) of one block."""
+        """Return the sums (sums,) of one block."""
         raise NotImplementedError
 
     def factor(self, sums: Tensor, state: Mapping[str, Tensor]) -> Tensor | None:
-        """From the whole sums, one factor for the matrix; may update its scalars in ``state``."""
+        """Return one factor for the matrix from the whole sums; may update its scalars in ``state``."""
         return None
 
     @abstractmethod
@@ -359,7 +359,7 @@ RESIDUALS: dict[str, Residual] = {
 
 
 def find_residual(name: str) -> Residual:
-    """The treatment of a name; raises ValueError with the nearest names for an unknown one."""
+    """Return the treatment of a name. Raises ValueError with the nearest names for an unknown one."""
     if name not in RESIDUALS:
         raise ValueError(f"residual={name!r}; {suggestion(str(name), RESIDUALS)}")
     return RESIDUALS[name]

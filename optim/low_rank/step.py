@@ -65,26 +65,26 @@ class MatrixStep:
         return list(self.basis.state_tensors(self.d, self.r, self.dtype))
 
     def moment(self, key: str, rows: slice) -> Tensor:
-        """Rows (b, r), to be stored again."""
+        """Return rows (b, r), to be stored again."""
         return read(self.state, key, rows, self.r, self.dtype)
 
     def residual_rows(self, rows: slice) -> dict[str, Tensor]:
-        """What the residual stores of these rows."""
+        """Return what the residual stores of these rows."""
         keys = self.residual.state_tensors(1, self.d, self.dtype)
         return {key: local(self.state[key])[rows] for key, spec in keys.items() if spec.layout == "rows"}
 
     def blocks(self) -> Iterator[slice]:
-        """Of this rank's rows."""
+        """Return the blocks of this rank's rows."""
         yield from row_blocks(local(self.state["exp_avg"]).shape[0], self.d, self.like.device)
 
     def directions(self, state: Mapping[str, Tensor]) -> Directions:
-        """As stored in ``state``."""
+        """Return the basis as stored in ``state``."""
         return self.basis.directions(state, self.d, self.r, self.like)
 
     # ------------------------------------------------------------------------------------------------- refreshing
 
     def starting_directions(self) -> Mapping[str, Tensor]:
-        """The present ones, or what the first choice starts from."""
+        """Return the present basis, or what the first choice starts from."""
         if self.steps:
             return {key: self.state[key] for key in self.basis_keys}
         return self.basis.start(self.d, self.r, self.like, self.seed)
@@ -95,7 +95,7 @@ class MatrixStep:
         return int(self.group["seed"]) + self.steps
 
     def target(self) -> Tensor:
-        """What directions are chosen for: (1 - rho) A + rho lift(M_hat), (m_local, d)."""
+        """Return what a basis is chosen for: (1 - rho) A + rho lift(M_hat), (m_local, d)."""
         if not self.had_gradient:
             # zeros, whatever is owed: what is not updated does not change its state
             return self.gradient.to(self.dtype)
@@ -158,14 +158,14 @@ class MatrixStep:
             self.state["column_age"] += 1
 
     def project(self) -> Tensor:
-        """Coordinates of the whole gradient, (m_local, r)."""
+        """Return the projection of the whole gradient, (m_local, r)."""
         directions = self.directions(self.state)
         gradient = self.gradient  # perhaps a collective: before the blocks, of which a rank may have none
         blocks = [directions.project(gradient[rows].to(self.dtype)) for rows in self.blocks()]
         return torch.cat(blocks) if blocks else self.like.new_zeros(0, self.r)
 
     def adam(self) -> Iterator[tuple[slice, Block]]:
-        """Moments and coordinates, block by block."""
+        """Update moments and return projected updates, block by block."""
         state, group = self.state, self.group
         age = state["column_age"].double()
         bias_correction1 = (1 - group["betas"][0] ** age).to(self.dtype)
@@ -198,7 +198,7 @@ class MatrixStep:
             yield rows, Block(gradient, coordinates, update, directions, carried, previous)
 
     def single_pass(self) -> None:
-        """The update, where the residual needs no sums."""
+        """Make the update, where the residual needs no sums."""
         if self.had_gradient:
             self._add(self.adam(), None)
 
@@ -211,7 +211,7 @@ class MatrixStep:
         update.finish()
 
     def first_pass(self) -> Tensor:
-        """Adam, and this rank's part of the residual's sums."""
+        """Run Adam, and return this rank's part of the residual's sums."""
         total = torch.zeros(self.residual.sums, dtype=self.dtype, device=self.like.device)
         if self.had_gradient:
             for rows, block in self.adam():
@@ -220,7 +220,7 @@ class MatrixStep:
         return total
 
     def second_pass(self, total: Tensor) -> None:
-        """The update, from the whole sums."""
+        """Make the update, from the whole sums."""
         if not self.had_gradient:
             return
         factor = self.residual.factor(total, self.state)

@@ -28,7 +28,7 @@ BASES: dict[str, Basis] = {
 
 
 def find_basis(name: str) -> Basis:
-    """The basis of a name; raises ValueError with the nearest names for an unknown one."""
+    """Return the basis of a name. Raises ValueError with the nearest names for an unknown one."""
     if name not in BASES:
         raise ValueError(f"basis={name!r}; {suggestion(str(name), BASES)}")
     return BASES[name]

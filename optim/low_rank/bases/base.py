@@ -28,15 +28,15 @@ class Directions(ABC):
 
     @abstractmethod
     def project(self, rows: Tensor) -> Tensor:
-        """Coordinates (m, r) of rows (m, d)."""
+        """Return the projected gradient (m, r) of rows (m, d)."""
 
     @abstractmethod
     def lift(self, coordinates: Tensor) -> Tensor:
-        """Rows (m, d) with the given coordinates (m, r)."""
+        """Project (m, r) back to rows (m, d)."""
 
     @abstractmethod
     def add_lift_(self, rows: Tensor, coordinates: Tensor) -> None:
-        """``rows += lift(coordinates)``, in the cheapest way; rows may be any strided view, of any dtype."""
+        """Add ``lift(coordinates)`` to rows in the cheapest way; rows may be any strided view, of any dtype."""
 
 
 class Moments(NamedTuple):
@@ -77,42 +77,42 @@ class Basis(ABC):
     """At least; statistics of wider gradients are as wide."""
 
     def objection(self, d: int, r: int) -> str | None:
-        """Why this basis does not exist in these sizes; None if it does."""
+        """Return why this basis does not exist in these sizes; None if it does."""
         return None
 
     def rounds(self, step: int) -> int:
-        """How many times statistics and choice alternate when directions are chosen after ``step`` updates."""
+        """Return how many times statistics and choice alternate when a basis is chosen after ``step`` updates."""
         return 1
 
     def start(self, d: int, r: int, like: Tensor, seed: int) -> dict[str, Tensor]:
-        """What the very first statistics are given for ``state``, if they need something."""
+        """Return what the very first statistics are given for ``state``, if they need something."""
         return {}
 
     @abstractmethod
     def state_tensors(self, d: int, r: int, dtype: torch.dtype) -> dict[str, StateTensor]:
-        """The tensors stored for one matrix; their bytes are what memory prediction counts."""
+        """Return the tensors stored for one matrix; their bytes are what memory prediction counts."""
 
     @abstractmethod
     def statistics_shape(self, d: int, r: int) -> tuple[int, ...]:
-        """Shape of ``statistics``: what has to be summed over the ranks."""
+        """Return the shape of ``statistics``: what has to be summed over the ranks."""
 
     @abstractmethod
     def statistics(self, rows: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """What ``choose`` needs of rows (m, d): a tensor that is a sum over rows, zero for zero rows.
+        """Return what ``choose`` needs of rows (m, d): a tensor that is a sum over rows, zero for zero rows.
 
         ``state`` holds the directions so far, or what ``start`` returned before the first choice.
         """
 
     @abstractmethod
     def choose(self, statistics: Tensor, d: int, r: int, seed: int) -> dict[str, Tensor]:
-        """New directions from summed statistics: values for every name of ``state_tensors``.
+        """Return a new basis from summed statistics: values for every name of ``state_tensors``.
 
         ``seed`` differs from one refresh to the next and is equal on all ranks. May raise ``torch.linalg.LinAlgError``.
         """
 
     @abstractmethod
     def directions(self, state: Mapping[str, Tensor], d: int, r: int, like: Tensor) -> Directions:
-        """The stored directions, on the device and in the floating-point type of ``like``."""
+        """Return the stored basis vectors, on the device and in the floating-point type of ``like``."""
 
     @abstractmethod
     def workspace(self, shape: MatrixShape, r: int) -> BasisWorkspace:
@@ -127,4 +127,4 @@ class Basis(ABC):
         d: int,
         betas: tuple[float, float],
     ) -> Moments:
-        """Moments of the old directions expressed in the new ones (``moments="rotate"``)."""
+        """Return moments of the old basis expressed in the new one (``moments="rotate"``)."""

@@ -34,7 +34,7 @@ infinite, and choose nothing. Gradients below 1e-18 count as 0 instead."""
 
 
 def energy_(coordinates: Tensor, ranking: Literal["l1", "l2"]) -> Tensor:
-    """Energy (d,) of columns from coordinates (b, d), which are overwritten; squares in units of 2^32."""
+    """Return the energy (d,) of columns from coordinates (b, d), which are overwritten; squares in units of 2^32."""
     return (coordinates.mul_(_UNIT).square_() if ranking == "l2" else coordinates.abs_()).sum(0)
 
 
@@ -42,7 +42,7 @@ class FixedMatrix(ABC):
     """A fixed orthonormal (d, d) matrix Q, whose columns are the candidates."""
 
     def objection(self, d: int) -> str | None:
-        """Why the matrix does not exist in this size; None if it does."""
+        """Return why the matrix does not exist in this size; None if it does."""
         return None
 
     @abstractmethod
@@ -54,7 +54,7 @@ class FixedMatrix(ABC):
 
     @abstractmethod
     def columns(self, index: Tensor, d: int, like: Tensor) -> Directions:
-        """The columns with these ascending indices, in the type and on the device of ``like``."""
+        """Return the columns with these ascending indices, in the type and on the device of ``like``."""
 
     @abstractmethod
     def workspace(self, shape: MatrixShape, r: int) -> BasisWorkspace:
@@ -71,28 +71,28 @@ class ColumnBasis(Basis):
         self.ranking: Literal["l1", "l2"] = ranking
 
     def objection(self, d: int, r: int) -> str | None:
-        """The matrix's."""
+        """Return the objection of the matrix."""
         return self.matrix.objection(d)
 
     def state_tensors(self, d: int, r: int, dtype: torch.dtype) -> dict[str, StateTensor]:
-        """``basis_index`` (r,) int32, ascending."""
+        """Return ``basis_index`` (r,) int32, ascending."""
         return index_layout(r)
 
     def statistics_shape(self, d: int, r: int) -> tuple[int, ...]:
-        """One energy per column."""
+        """Return the shape of one energy per column."""
         return (d,)
 
     def statistics(self, rows: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """Energy of every column of G Q, (d,)."""
+        """Return the energy of every column of G Q, (d,)."""
         return self.matrix.energies(rows, self.ranking)
 
     def choose(self, statistics: Tensor, d: int, r: int, seed: int) -> dict[str, Tensor]:
-        """Indices of the r largest energies; among equals the lower index, so that every rank agrees."""
+        """Choose the indices of the r largest energies; among equals the lower index, so that every rank agrees."""
         order = torch.sort(statistics, descending=True, stable=True).indices
         return {"basis_index": order[:r].sort().values.to(torch.int32)}
 
     def directions(self, state: Mapping[str, Tensor], d: int, r: int, like: Tensor) -> Directions:
-        """The chosen columns."""
+        """Return the chosen columns."""
         return self.matrix.columns(state["basis_index"], d, like)
 
     def workspace(self, shape: MatrixShape, r: int) -> BasisWorkspace:
@@ -107,17 +107,17 @@ class ColumnBasis(Basis):
         d: int,
         betas: tuple[float, float],
     ) -> Moments:
-        """A column that stays keeps its moments and age, a new one starts from nothing: exact."""
+        """Keep moments and age of a column that stays, and start a new column from nothing: exact."""
         return match_columns(moments, old["basis_index"], new["basis_index"])
 
 
 def index_layout(r: int) -> dict[str, StateTensor]:
-    """State of a basis that is a selection of columns."""
+    """Return the state of a basis that is a selection of columns."""
     return {"basis_index": StateTensor((r,), torch.int32, "replicated")}
 
 
 def match_columns(moments: Moments, old: Tensor, new: Tensor) -> Moments:
-    """Columns of ``moments`` with indices ``old`` rearranged to indices ``new``, both ascending; 0 where not in old."""
+    """Rearrange columns of ``moments`` from indices ``old`` to indices ``new``, both ascending; 0 where not in old."""
     position = torch.searchsorted(old, new).clamp_(max=old.numel() - 1)
     kept = old[position] == new
 

@@ -41,7 +41,8 @@ _FFT_MIN_RANK = 96
 
 @kept
 def dct_matrix(d: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The orthonormal DCT-II vectors as rows, (d, d): row k is q_k, so a selection of columns of Q is contiguous.
+    """Return the orthonormal DCT-II vectors as rows, (d, d): row k is q_k, so a selection of columns of Q is
+    contiguous.
 
     The result is kept for the next call.
     """
@@ -60,7 +61,7 @@ class DCT(FixedMatrix):
         self.path = path
 
     def energies(self, rows: Tensor, ranking: Literal["l1", "l2"]) -> Tensor:
-        """Block by block, so that G Q never exists whole."""
+        """Return the energies, computed block by block, so that G Q never exists whole."""
         d = rows.shape[-1]
         columns = self.columns(torch.arange(d, device=rows.device), d, rows)
         total = rows.new_zeros(d)
@@ -70,7 +71,7 @@ class DCT(FixedMatrix):
         return total
 
     def columns(self, index: Tensor, d: int, like: Tensor) -> Directions:
-        """By FFT on a CPU unless there are few of them."""
+        """Return the columns: by FFT on a CPU unless there are few of them."""
         if self._by_fft(index.numel(), on_cpu=like.device.type == "cpu"):
             return FourierColumns(index, d, like)
         return Vectors(dct_matrix(d, like.device, like.dtype)[index])
@@ -126,7 +127,7 @@ class FourierColumns(Directions):
         )
 
     def lift(self, coordinates: Tensor) -> Tensor:
-        """The adjoint of ``project``, its steps in reverse."""
+        """Apply the adjoint of ``project``, its steps in reverse."""
         count, low = coordinates.shape[0], self.low
         spectrum = coordinates.new_zeros(count, 2 * (self.d // 2 + 1))
         for place, weight in ((self.real, self.folded_cosine), (self.imaginary, self.folded_sine)):
@@ -138,7 +139,7 @@ class FourierColumns(Directions):
         return torch.fft.irfft(halves, n=self.d, norm="forward").index_select(1, self.inverse_order)
 
     def add_lift_(self, rows: Tensor, coordinates: Tensor) -> None:
-        """Lift, then add."""
+        """Project back, then add."""
         add_rows_(rows, self.lift(coordinates))
 
 

@@ -28,7 +28,7 @@ def rotate(
     overlap: Tensor,  # R (r, r')
     betas: tuple[float, float],
 ) -> Moments:
-    """Moments (m, r') after the change of directions whose overlap R is given."""
+    """Return moments (m, r') after the change of basis whose overlap R is given."""
     exp_avg, exp_avg_sq, age = moments
     bias_correction1 = (1 - betas[0] ** age.double()).to(exp_avg.dtype)
     bias_correction2 = (1 - betas[1] ** age.double()).to(exp_avg.dtype)

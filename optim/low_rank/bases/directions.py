@@ -16,15 +16,15 @@ class Vectors(Directions):
         self.vectors = vectors  # (r, d)
 
     def project(self, rows: Tensor) -> Tensor:
-        """G V^T."""
+        """Return G V^T."""
         return rows @ self.vectors.mT
 
     def lift(self, coordinates: Tensor) -> Tensor:
-        """C V."""
+        """Return C V."""
         return coordinates @ self.vectors
 
     def add_lift_(self, rows: Tensor, coordinates: Tensor) -> None:
-        """One GEMM that accumulates into the rows, if they have its type."""
+        """Add by one GEMM that accumulates into the rows, if they have its type."""
         if rows.dtype == coordinates.dtype:
             rows.addmm_(coordinates, self.vectors)
         else:
@@ -39,11 +39,11 @@ class Columns(Directions):
         self.d = d
 
     def project(self, rows: Tensor) -> Tensor:
-        """The selected columns."""
+        """Return the selected columns."""
         return rows.index_select(1, self.index)
 
     def lift(self, coordinates: Tensor) -> Tensor:
-        """The coordinates in their columns, zeros elsewhere."""
+        """Return the coordinates in their columns, zeros elsewhere."""
         rows = coordinates.new_zeros(coordinates.shape[0], self.d)
         return rows.index_copy_(1, self.index, coordinates)
 

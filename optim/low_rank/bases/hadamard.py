@@ -27,7 +27,7 @@ class Hadamard(FixedMatrix):
     """Q = H / sqrt(d)."""
 
     def objection(self, d: int) -> str | None:
-        """Where neither construction applies."""
+        """Return an objection where neither construction applies."""
         if _paley_prime(d) is not None:
             return None
         return (
@@ -36,7 +36,7 @@ class Hadamard(FixedMatrix):
         )
 
     def energies(self, rows: Tensor, ranking: Literal["l1", "l2"]) -> Tensor:
-        """Block by block, so that G Q never exists whole."""
+        """Return the energies, computed block by block, so that G Q never exists whole."""
         d = rows.shape[-1]
         matrix = hadamard_matrix(d, rows.device, rows.dtype)
         total = rows.new_zeros(d)
@@ -46,7 +46,7 @@ class Hadamard(FixedMatrix):
         return total
 
     def columns(self, index: Tensor, d: int, like: Tensor) -> Directions:
-        """As vectors."""
+        """Return the columns as vectors."""
         return Vectors(hadamard_matrix(d, like.device, like.dtype)[index])
 
     def workspace(self, shape: MatrixShape, r: int) -> BasisWorkspace:

@@ -21,11 +21,11 @@ class Identity(FixedMatrix):
     """Q = I: no transform; on small models it captured as much gradient energy as the DCT (docs)."""
 
     def energies(self, rows: Tensor, ranking: Literal["l1", "l2"]) -> Tensor:
-        """Of the columns as they are."""
+        """Return the energies of the columns as they are."""
         return energy_(rows.clone(), ranking)
 
     def columns(self, index: Tensor, d: int, like: Tensor) -> Directions:
-        """A selection."""
+        """Return a selection of columns."""
         return Columns(index, d)
 
     def workspace(self, shape: MatrixShape, r: int) -> BasisWorkspace:
@@ -39,25 +39,25 @@ class RandomColumns(Basis):
     is_orthonormal = True
 
     def state_tensors(self, d: int, r: int, dtype: torch.dtype) -> dict[str, StateTensor]:
-        """``basis_index`` (r,) int32, ascending."""
+        """Return ``basis_index`` (r,) int32, ascending."""
         return index_layout(r)
 
     def statistics_shape(self, d: int, r: int) -> tuple[int, ...]:
-        """One number, which only tells whether there is a gradient."""
+        """Return the shape of one number, which only tells whether there is a gradient."""
         return (1,)
 
     def statistics(self, rows: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """The sum of squares."""
+        """Return the sum of squares."""
         return rows.square().sum().view(1)
 
     def choose(self, statistics: Tensor, d: int, r: int, seed: int) -> dict[str, Tensor]:
-        """Drawn in CPU memory, so that every device and rank gets the same columns."""
+        """Draw columns in CPU memory, so that every device and rank gets the same columns."""
         generator = torch.Generator().manual_seed(seed)
         index = torch.randperm(d, generator=generator)[:r].sort().values
         return {"basis_index": index.to(device=statistics.device, dtype=torch.int32)}
 
     def directions(self, state: Mapping[str, Tensor], d: int, r: int, like: Tensor) -> Directions:
-        """A selection."""
+        """Return a selection of columns."""
         return Columns(state["basis_index"], d)
 
     def workspace(self, shape: MatrixShape, r: int) -> BasisWorkspace:
@@ -72,5 +72,5 @@ class RandomColumns(Basis):
         d: int,
         betas: tuple[float, float],
     ) -> Moments:
-        """By index."""
+        """Match moments by index."""
         return match_columns(moments, old["basis_index"], new["basis_index"])

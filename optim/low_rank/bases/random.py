@@ -34,23 +34,23 @@ class RandomVectors(Basis):
         self.is_orthonormal = orthonormal
 
     def state_tensors(self, d: int, r: int, dtype: torch.dtype) -> dict[str, StateTensor]:
-        """``basis_seed``, in CPU memory."""
+        """Return ``basis_seed``, in CPU memory."""
         return {"basis_seed": StateTensor((), torch.int64, "host")}
 
     def statistics_shape(self, d: int, r: int) -> tuple[int, ...]:
-        """One number, which only tells whether there is a gradient."""
+        """Return the shape of one number, which only tells whether there is a gradient."""
         return (1,)
 
     def statistics(self, rows: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """The sum of squares."""
+        """Return the sum of squares."""
         return rows.square().sum().view(1)
 
     def choose(self, statistics: Tensor, d: int, r: int, seed: int) -> dict[str, Tensor]:
-        """The next seed."""
+        """Return the next seed."""
         return {"basis_seed": torch.tensor(seed)}
 
     def directions(self, state: Mapping[str, Tensor], d: int, r: int, like: Tensor) -> Directions:
-        """Drawn anew when the seed has changed."""
+        """Return the vectors, drawn anew when the seed has changed."""
         key = (d, r, self.is_orthonormal, like.device, like.dtype)
         if not tensors_hold_numbers():
             return Vectors(_draw(0, *key))
@@ -75,7 +75,7 @@ class RandomVectors(Basis):
         d: int,
         betas: tuple[float, float],
     ) -> Moments:
-        """By the overlap of the two draws."""
+        """Rotate moments by the overlap of the two draws."""
         r = moments.age.numel()
         vectors = [self.directions(state, d, r, moments.exp_avg) for state in (old, new)]
         assert isinstance(vectors[0], Vectors)

@@ -63,7 +63,7 @@ class ExactSVD(_StoredVectors):
     statistics_dtype = torch.float64
 
     def statistics_shape(self, d: int, r: int) -> tuple[int, ...]:
-        """The Gram matrix."""
+        """Return the shape of the Gram matrix."""
         return (d, d)
 
     def statistics(self, rows: Tensor, state: Mapping[str, Tensor]) -> Tensor:
@@ -88,20 +88,20 @@ class SubspaceIteration(_StoredVectors):
         self.cold_rounds = cold_rounds
 
     def rounds(self, step: int) -> int:
-        """More from a random start than from the last directions."""
+        """Return more rounds from a random start than from the last basis."""
         return self.warm_rounds if step else self.cold_rounds
 
     def start(self, d: int, r: int, like: Tensor, seed: int) -> dict[str, Tensor]:
-        """A Gaussian matrix, the same on all ranks and devices."""
+        """Return a Gaussian matrix, the same on all ranks and devices."""
         normal = torch.randn(r, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         return {"basis": normal.to(device=like.device, dtype=like.dtype)}
 
     def statistics_shape(self, d: int, r: int) -> tuple[int, ...]:
-        """Y^T."""
+        """Return the shape of Y^T."""
         return (r, d)
 
     def statistics(self, rows: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """Y^T = (G Q)^T G."""
+        """Return Y^T = (G Q)^T G."""
         return (rows @ state["basis"].to(rows.dtype).mT).mT @ rows
 
     def choose(self, statistics: Tensor, d: int, r: int, seed: int) -> dict[str, Tensor]:
