@@ -12,8 +12,12 @@ import inspect
 import json
 import re
 import textwrap
+from collections import Counter
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from lowrank_train import optim
 from lowrank_train.optim.low_rank.engine import LowRankOptimizer
@@ -62,7 +66,13 @@ STEP_ROW = {"dct+normalized": "low_rank_adamw"}
 def pages() -> dict[Path, str]:
     """Return all generated pages by path."""
     reference = {DOCS / "reference" / f"{name}.md": page_of(name) for name in optim.names()}
-    return {DOCS.parent / "README.md": readme(), DOCS / "README.md": index(), **reference}
+    costs = with_costs((DOCS / "optimizers.md").read_text())
+    return {
+        DOCS.parent / "README.md": readme(),
+        DOCS / "README.md": index(),
+        DOCS / "optimizers.md": costs,
+        **reference,
+    }
 
 
 def readme() -> str:
@@ -242,6 +252,76 @@ def markup(text: str) -> str:
 def prose(text: str) -> list[str]:
     """Return the text in lines of at most 120 characters."""
     return textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def with_costs(page: str) -> str:
+    """The page of all optimizers with its first table made anew, from what every class says of itself."""
+    before, _, rest = page.partition("| name |")
+    _, _, after = rest.partition("\n\n")
+    head = [
+        "| name | state of the matrix, bytes | sharded along m, it sends, bytes | paper |",
+        "| --- | --- | --- | --- |",
+    ]
+    rows = []
+    for name in optim.names():
+        cls = optim.find(name)
+        text = inspect.getdoc(cls) or ""
+        costs = (sentence("State", text), sentence("Communication when sharded", text))
+        if cls.layers is None:
+            costs = (state_formula(name), sent_formula(name))
+        rows.append(f"| [`{name}`](reference/{name}.md) | {costs[0]} | {costs[1]} | {cls.published.paper} |")
+    return before + "\n".join([*head, *rows]) + "\n\n" + after
+
+
+def sentence(start: str, text: str) -> str:
+    """What a docstring says after these words, up to the next paragraph or such words."""
+    found = re.search(rf"^{start}[^:]*: (.*?)(?=\n\n|\nCommunication|\Z)", text, re.DOTALL | re.MULTILINE)
+    return markup(" ".join(found[1].split())) if found else "of its layers"
+
+
+def optimizer_of(name: str, m: int, n: int, r: int, dtype: torch.dtype) -> optim.MatrixOptimizer:
+    """An optimizer of one matrix, at rank r unless it has its own."""
+    rank = inspect.signature(optim.find(name)).parameters.get("rank")
+    arguments = {} if rank is None or rank.default is not None else {"rank": r}
+    matrix = torch.empty(m, n, dtype=dtype, device="meta")
+    return optim.create(name, [{"params": [("matrix", matrix)], "role": "matrix"}], **arguments)
+
+
+def state_formula(name: str) -> str:
+    """Bytes of the state of a matrix m x n at rank r, of numbers of b bytes: read off the shapes of its tensors."""
+    sizes = {1009: "m", 211: "n", 53: "r"}
+    optimizer = optimizer_of(name, *sizes, torch.bfloat16)  # type: ignore[arg-type]
+    terms: Counter[str] = Counter()
+    for slot in optimizer.slots():
+        for spec in optimizer.state_layout(slot.name, slot.param, slot.group).values():
+            stored = spec.dtype == torch.bfloat16
+            symbols = [*(sizes[side] for side in sorted(spec.shape, reverse=True) if side > 1), *["b"] * stored]
+            terms[" ".join(symbols)] += 1 if stored else spec.dtype.itemsize
+    return (
+        " + ".join(f"{count} {symbols}".removeprefix("1 ") for symbols, count in terms.items() if symbols)
+        or "a step count"
+    )
+
+
+def sent_formula(name: str) -> str:
+    """Bytes that a rank of P hands to collectives for a float32 matrix: polynomials fitted to its costs."""
+    symbols = ("", "n", "r", "n r", "n^2", "r^2", "m n / P")
+    sizes = [(80 * (i + 5), 11 + 3 * i + i * i % 7, 2 + i % 5 + i % 3) for i in range(14)]
+    terms = [(1, n, r, n * r, n * n, r * r, m * n // 8) for m, n, r in sizes]
+    costs = []
+    for m, n, r in sizes:
+        optimizer = optimizer_of(name, m, n, r, torch.float32)
+        (group,) = optimizer.param_groups
+        costs.append(optimizer.update_of(group).sent((m, n), torch.float32, group, 8, 0))
+    found = []
+    for values, when_sent in zip(zip(*costs, strict=True), ("per step", "per refresh"), strict=True):
+        fitted = np.linalg.lstsq(np.array(terms, float), np.array(values, float), rcond=None)[0].round().astype(int)
+        assert (np.array(terms) @ fitted == values).all(), f"the bytes {name} sends are no polynomial of {symbols}"
+        formula = " + ".join(
+            f"{count} {symbol}".strip() for count, symbol in zip(fitted, symbols, strict=True) if count
+        )
+        found += [f"{formula} {when_sent}"] * bool(formula)
+    return ", ".join(found) or "nothing"
 
 
 def when(label: str, settings: dict[str, Any]) -> str:
