@@ -26,6 +26,7 @@ from lowrank_train.common.errors import UserError
 from lowrank_train.common.record import RunRecord
 from lowrank_train.config.schema import Config, load_config
 from lowrank_train.data.blocks import TokenFile, TokenStream
+from lowrank_train.models.families import FAMILIES, Family
 from lowrank_train.train.loop import train
 from lowrank_train.train.metrics import read_metrics
 from tests.distributed import run_distributed
@@ -40,24 +41,26 @@ _WORDS = re.findall(
     "small large wind over mountain old new and then she he they water light answered nobody knew why it had been so",
 )
 
-TINY = {
-    "llama": [
-        "model.name=llama_9m",
-        "model.overrides.hidden_size=32",
-        "model.overrides.intermediate_size=48",
-        "model.overrides.num_hidden_layers=2",
-        "model.overrides.num_attention_heads=2",
-    ],
-    "opt": [
-        "model.name=opt_125m",
-        "model.overrides.hidden_size=32",
-        "model.overrides.word_embed_proj_dim=32",
-        "model.overrides.ffn_dim=48",
-        "model.overrides.num_hidden_layers=2",
-        "model.overrides.num_attention_heads=2",
-        "model.overrides.max_position_embeddings=64",
-    ],
-}
+_SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+_SMALL_WHERE_GIVEN = {"word_embed_proj_dim": 32, "num_key_value_heads": 1, "head_dim": 24, "sliding_window": 12}
+"""Keys that only some families have; a window is shorter than a sequence."""
+
+
+def tiny(family: Family) -> tuple[str, dict[str, int]]:
+    """A size of a family, and what to override of it."""
+    name = next(iter(family.sizes))
+    given = {**family.defaults, **family.sizes[name]}
+    small = {**_SMALL, **{key: value for key, value in _SMALL_WHERE_GIVEN.items() if key in given}}
+    positions = {"max_position_embeddings": 64} if family.learned_positions else {}
+    return name, {**small, family.feed_forward: 48, **positions}
+
+
+def _words(name: str, overrides: dict[str, int]) -> list[str]:
+    return [f"model.name={name}", *(f"model.overrides.{key}={value}" for key, value in overrides.items())]
+
+
+TINY = {family.model_type: _words(*tiny(family)) for family in FAMILIES}
+"""Family -> the words of a tiny model."""
 
 OPTIMIZERS = {
     "adamw": ["optimizer.name=adamw", "optimizer.lr=3e-3"],

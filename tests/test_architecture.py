@@ -43,20 +43,23 @@ ROOMS: dict[str, str] = {
     "reports": "common",
     "files": "common optim optim/shards optim/storage",
     "text": "common files",
-    "layers": "common optim/shards optim/arguments optim/core optim/linalg optim/spectral optim/methods",
+    "models/families": "common",
+    "layers": "common models/families optim/shards optim/arguments optim/core optim/linalg optim/spectral"
+    " optim/methods",
     "config": "common files text layers optim optim/arguments",
     "data": "common files text config",
-    "models": "common files text config layers data optim optim/shards optim/arguments optim/storage",
+    "models": "common files text config layers data models/families optim optim/shards optim/arguments optim/storage",
     "peft": "common files text config layers data models optim/arguments",
     "plan": "common config layers models peft optim",
-    "memory": "common reports files config layers models plan optim optim/shards optim/arguments optim/storage"
-    " optim/costs",
+    "memory": "common reports files config layers models models/families plan optim optim/shards optim/arguments"
+    " optim/storage optim/costs",
     "train": "common reports files text config layers data models peft plan memory optim optim/shards optim/storage",
-    "spectra": "common reports files text config layers data models train optim/spectral optim/linalg optim/costs",
+    "spectra": "common reports files text config layers data models models/families train optim/spectral"
+    " optim/linalg optim/costs",
     "hyperbolic": "common files config layers train optim optim/core",
     "hyperbolic/graphs": "common reports config train hyperbolic",
     "hyperbolic/translation": "common reports text config data train hyperbolic",
-    "compress": "common reports files config data layers models spectra optim/spectral optim/costs",
+    "compress": "common reports files config data layers models models/families spectra optim/spectral optim/costs",
     "bench": "common reports files config layers models plan memory train spectra compress hyperbolic hyperbolic/graphs"
     " hyperbolic/translation optim optim/core optim/costs",
     "bench/steps": "common config layers models bench optim optim/costs",

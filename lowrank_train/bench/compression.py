@@ -19,7 +19,6 @@ from lowrank_train.compress.command import CompressConfig, compressed, weights_h
 from lowrank_train.compress.ranks import rank_reduction
 from lowrank_train.config.loading import load_schema
 from lowrank_train.config.settings import key_help, setting
-from lowrank_train.layers.choice import BLOCK_MATRICES
 from lowrank_train.models.folders import load_model, model_folder
 from lowrank_train.spectra.pruning import TextConfig, evaluation_blocks
 
@@ -53,7 +52,9 @@ class CompressionConfig:
         16384, "tokens for whiten and owl, from the text that follows the evaluated one", at_least=1
     )
     micro_batch: int = setting(8, "sequences in one forward pass", at_least=1, at_most=10**6)
-    layers: str = setting(BLOCK_MATRICES, "regular expression: which linear layers, by name")
+    layers: str | None = setting(
+        None, "regular expression: which linear layers, by name; null: attention and feed-forward matrices"
+    )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
     output: str = setting("runs/compression", "folder of the results", path=True)
 

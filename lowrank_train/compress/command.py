@@ -28,9 +28,10 @@ from lowrank_train.config.settings import key_help, setting
 from lowrank_train.data.export_files import save_tokenizer
 from lowrank_train.data.tokenizer_folder import read_tokenizer
 from lowrank_train.files.json_files import read_mapping
-from lowrank_train.layers.choice import BLOCK_MATRICES, linear_layers
+from lowrank_train.layers.choice import linear_layers
 from lowrank_train.layers.plain import merge
 from lowrank_train.models.compressed_folder import is_compressed, save_model
+from lowrank_train.models.families import family_of
 from lowrank_train.models.folders import load_model, model_folder
 from lowrank_train.optim.spectral.ranks import SCORES
 from lowrank_train.reports import writing
@@ -74,7 +75,9 @@ class CompressConfig:
     data: TextConfig = field(default_factory=TextConfig)
     perplexity: bool = setting(True, "measure perplexity before and after")
     micro_batch: int = setting(8, "sequences in one forward pass", at_least=1, at_most=10**6)
-    layers: str = setting(BLOCK_MATRICES, "regular expression: which linear layers, by name")
+    layers: str | None = setting(
+        None, "regular expression: which linear layers, by name; null: attention and feed-forward matrices"
+    )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
     cache: str | None = setting(
         None, "folder of spectra by the model's hash; null: ~/.cache/lowrank_train/spectra", path=True
@@ -149,7 +152,7 @@ def compress_folder(folder: Path, config: CompressConfig) -> str:
 
 def compressed(model: PreTrainedModel, folder: Path, config: CompressConfig, ranks: Ranks) -> Compression:
     """Compress the model of a folder in place, and measure it before and after. Raises UserError or ValueError."""
-    _check_architecture(model, folder)
+    family_of(model.config.model_type, folder)
     linears = linear_layers(model, config.layers)
     is_owl = config.method == "owl" and config.ranks is None
     blocks, batches = _text(model, folder, config, ranks, calibrates=config.whiten or is_owl)
@@ -385,8 +388,3 @@ def _write(model: PreTrainedModel, tokenizer: Any, folder: Path, out: Path) -> N
         raise
     except Exception as error:  # the writers in Rust raise errors of their own
         raise UserError(f"cannot write to out={out}: {error}; set out to another folder") from None
-
-
-def _check_architecture(model: PreTrainedModel, folder: Path) -> None:
-    if model.config.model_type not in ("llama", "opt"):
-        raise UserError(f"{folder} is a {model.config.model_type!r} model; expected a LLaMA or an OPT")

@@ -7,10 +7,10 @@ import re
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lowrank_train.models.families import block_matrices
 from lowrank_train.optim.shards.layout import is_sharded
 
 __all__ = [
-    "BLOCK_MATRICES",
     "freeze_vocabulary",
     "linear_layers",
     "replace_module",
@@ -18,20 +18,19 @@ __all__ = [
     "trained_layers",
 ]
 
-BLOCK_MATRICES = r"\.(q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|down_proj|fc1|fc2)(\.(left|right))?$"
-"""Attention and feed-forward matrices of Hugging Face's LLaMA and OPT, or the factors of compressed ones."""
 
-
-def linear_layers(model: nn.Module, layers: str = BLOCK_MATRICES) -> dict[str, nn.Linear]:
+def linear_layers(model: nn.Module, layers: str | None = None) -> dict[str, nn.Linear]:
     """Return the ``nn.Linear`` modules whose name matches.
 
     Args:
         model: any module.
-        layers: regular expression (``re.search``) on module names; ``""`` for all.
+        layers: regular expression (``re.search``) on module names; ``""`` for all; None: attention and feed-forward
+            matrices of the model's family, or of any family if it has none.
 
     Raises:
         ValueError: the expression cannot be read, or matches none.
     """
+    layers = _block_matrices(model) if layers is None else layers
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     try:
         found = {name: linear for name, linear in linears.items() if re.search(layers, name)}
@@ -43,7 +42,7 @@ def linear_layers(model: nn.Module, layers: str = BLOCK_MATRICES) -> dict[str, n
     return found
 
 
-def replaceable_layers(model: nn.Module, layers: str = BLOCK_MATRICES) -> dict[str, nn.Linear]:
+def replaceable_layers(model: nn.Module, layers: str | None = None) -> dict[str, nn.Linear]:
     """Return the layers of ``linear_layers``, each of which can be replaced by a layer of another kind.
 
     Raises:
@@ -74,7 +73,11 @@ def trained_layers(model: nn.Module, layers: str | None) -> str:
     if layers is not None:
         return layers
     linears = [name for name, linear in linear_layers(model).items() if linear.weight.requires_grad]
-    return "^(" + "|".join(map(re.escape, linears)) + ")$" if linears else BLOCK_MATRICES
+    return "^(" + "|".join(map(re.escape, linears)) + ")$" if linears else _block_matrices(model)
+
+
+def _block_matrices(model: nn.Module) -> str:
+    return block_matrices(getattr(getattr(model, "config", None), "model_type", None))
 
 
 def freeze_vocabulary(model: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_train.common.errors import UserError
-from lowrank_train.layers.choice import BLOCK_MATRICES, replaceable_layers, trained_layers
+from lowrank_train.layers.choice import replaceable_layers, trained_layers
 from lowrank_train.layers.parametrization import Parametrization
 from lowrank_train.optim.arguments.torch_arguments import is_number
 from lowrank_train.optim.methods.relora import drawn_factor, merged_weight
@@ -91,15 +91,15 @@ class LowRankAdapters(Parametrization):
 
 @torch.no_grad()
 def add_adapters(
-    model: nn.Module, rank: int, *, layers: str = BLOCK_MATRICES, alpha: float | None = None, seed: int = 0
+    model: nn.Module, rank: int, *, layers: str | None = None, alpha: float | None = None, seed: int = 0
 ) -> nn.Module:
     """Give linear layers an adapter each, in place, before ``fully_shard``; outputs stay as they are.
 
     Args:
         model: any module; on the meta device only shapes are made.
         rank: as of ``LowRankAdapters``.
-        layers: regular expression (``re.search``) on module names: which ``nn.Linear``; ``""`` for all. The default
-            takes attention and feed-forward matrices of LLaMA and OPT.
+        layers: regular expression (``re.search``) on module names: which ``nn.Linear``; ``""`` for all; None:
+            attention and feed-forward matrices, as the model's family names them.
         alpha: as of ``LowRankAdapters``.
         seed: of the draw, as of ``LowRankAdapters``.
 
@@ -137,7 +137,7 @@ def add_adapters(
     return model
 
 
-def _convertible(model: nn.Module, adapters: LowRankAdapters, layers: str) -> dict[str, nn.Linear]:
+def _convertible(model: nn.Module, adapters: LowRankAdapters, layers: str | None) -> dict[str, nn.Linear]:
     if any(adapters.converted(module) for module in model.modules()):
         raise ValueError("the model has adapters already; add them only once")
     found = {name: linear for name, linear in replaceable_layers(model, layers).items() if name}

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lowrank_train.layers.choice import BLOCK_MATRICES, replace_module, replaceable_layers
+from lowrank_train.layers.choice import replace_module, replaceable_layers
 from lowrank_train.layers.spectral_product import factored_is_cheaper, spectral_product
 from lowrank_train.optim.linalg import decompose
 from lowrank_train.optim.spectral.factors import FACTORS, SCALES, decode, encode
@@ -134,7 +134,7 @@ def to_spectral(
     model: nn.Module,
     rank: int,
     *,
-    layers: str = BLOCK_MATRICES,
+    layers: str | None = None,
     sampling: Literal["multinomial", "uniform", "sequential", "top"] = "multinomial",
     seed: int = 0,
     gradient: Literal["enhanced", "plain"] = "enhanced",
@@ -146,8 +146,8 @@ def to_spectral(
     Args:
         model: any module; on the meta device only shapes are made.
         rank: r, triplets trained at a time in every layer.
-        layers: regular expression (``re.search``) on module names: which ``nn.Linear`` to replace; ``""`` for all.
-            The default takes attention and feed-forward matrices of LLaMA and OPT.
+        layers: regular expression (``re.search``) on module names: which ``nn.Linear`` to replace; ``""`` for all;
+            None: attention and feed-forward matrices, as the model's family names them.
         sampling: how the first active triplets are drawn, as ``optim.SST`` draws the later ones.
         seed: of that draw.
         gradient: of the layers, see ``SpectralLinear``.

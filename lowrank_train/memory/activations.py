@@ -1,9 +1,6 @@
-"""What the forward pass of a LLaMA or an OPT leaves for backward, tensor by tensor, and what the loss needs.
+"""What the forward pass leaves for backward, and what the loss needs.
 
-N tokens in a micro-batch of sequences of T, h hidden, f feed-forward width, a heads, c bytes of the arithmetic. A
-tensor is counted once, by whom it is made for; what only the forward pass needs is gone by the end of its layer.
-Attention is torch's scaled_dot_product_attention, which keeps no T x T matrix. Where documents are kept apart, all
-layers share one mask of T x T numbers per sequence, and keys and values are repeated to one per head.
+A family of models says what its dense layers keep (``models/families/``); here is what other layers add to it.
 """
 
 from __future__ import annotations
@@ -12,39 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lowrank_train.config.schema import Config
 from lowrank_train.layers.low_rank import LowRankLinear
 from lowrank_train.layers.spectral import SpectralLinear
 from lowrank_train.layers.spectral_product import factored_is_cheaper
+from lowrank_train.models.families import Family, Sizes, family_of
+from lowrank_train.models.packing import attention_windows
 
-__all__ = ["Activations", "Sizes", "activations", "loss_bytes", "sizes"]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes of one forward pass, and of its numbers."""
-
-    tokens: int
-    length: int
-    hidden: int
-    feed_forward: int
-    heads: int
-    key_values: int
-    """Numbers of the keys, or the values, of a token."""
-    chunk: int
-    compute: int
-    """Bytes of a number in the arithmetic."""
-    exact: int
-    """Bytes of a number in the loss and in LLaMA's norms: float32 or wider."""
-    masked: bool = False
-    """Whether attention is given a mask, which keeps documents apart."""
-
-    @property
-    def mask(self) -> int:
-        """Bytes of the mask of attention and of the positions that it is made of."""
-        return self.tokens * (self.length * self.compute + 8) * self.masked
+__all__ = ["Activations", "activations", "loss_bytes", "sizes"]
 
 
 @dataclass(frozen=True)
@@ -75,91 +49,57 @@ class Activations:
 
 def sizes(config: Config, model: PreTrainedModel) -> Sizes:
     """Return the sizes of a run's micro-batch."""
-    architecture = model.config
+    architecture, length = model.config, config.seq_len
     compute = {"float32": 4, "bfloat16": 2, "float64": 8}[config.precision]
-    head = architecture.hidden_size // architecture.num_attention_heads
+    heads, tokens = architecture.num_attention_heads, config.micro_batch * length
+    windows = attention_windows(architecture, length)
+    masked = config.data.separates or any(windows.values())
+    # one for all sequences where only windows make it; beside it the positions of documents
+    masks = len(windows) * (tokens if config.data.separates else length) * length * compute * masked
     return Sizes(
-        tokens=config.micro_batch * config.seq_len,
-        length=config.seq_len,
+        tokens=tokens,
+        length=length,
         hidden=architecture.hidden_size,
-        feed_forward=getattr(architecture, "intermediate_size", None) or architecture.ffn_dim,
-        heads=architecture.num_attention_heads,
-        key_values=head * (getattr(architecture, "num_key_value_heads", None) or architecture.num_attention_heads),
-        chunk=min(config.loss_chunk, config.micro_batch * config.seq_len),
+        feed_forward=getattr(architecture, _family(model).feed_forward),
+        heads=heads,
+        key_value_heads=getattr(architecture, "num_key_value_heads", None) or heads,
+        head=getattr(architecture, "head_dim", None) or architecture.hidden_size // heads,
+        chunk=min(config.loss_chunk, tokens),
         compute=compute,
         exact=max(4, compute),
-        masked=config.data.separates,
+        mask=masks + 8 * tokens * config.data.separates,
     )
 
 
 def activations(model: PreTrainedModel, size: Sizes) -> Activations:
-    """Return the activations of a model as it is trained, its linear layers dense, spectral, low-rank or with adapters."""
-    make = _opt if model.config.model_type == "opt" else _llama
-    layer, around, norm_backward, products = make(model.config, size)
-    is_opt = make is _opt
-    copied = not is_opt and size.compute < size.exact
+    """Return the activations of a model as it is trained, its linear layers dense, spectral, low-rank or adapted.
+
+    The model's family must have ``activations``.
+    """
+    formula = _family(model).activations
+    assert formula is not None
+    of = formula(model.config, size)
     decoder = model.get_decoder().layers
     stream = size.tokens * size.hidden * size.compute
     extra = [sum(_kept(module, size) for module in block.modules()) for block in decoder]
     wide = size.tokens * size.feed_forward * size.compute
     adapters = any(_is_adapter(module) for module in decoder.modules())  # what they add to an output, beside it
     return Activations(
-        layers=[layer + more for more in extra],
-        recomputed=[layer + more + stream * copied for more in extra],
+        layers=[of.layer + more for more in extra],
+        recomputed=[of.layer + of.copied + more for more in extra],
         inputs=[stream] * len(decoder),
-        selective=[stream + products + sum(_factors_kept(m, size) for m in block.modules()) for block in decoder],
-        around=around + size.mask,
-        feed_forward=2 * wide,  # LLaMA: of the product and its factors, less the product itself; OPT: both of relu's
+        selective=[stream + of.products + sum(_factors_kept(m, size) for m in block.modules()) for block in decoder],
+        around=of.around + size.mask,
+        feed_forward=of.feed_forward,
         stream=stream,
-        norm_backward=norm_backward,
-        # OPT: relu's input and output, sum, norm, projection; LLaMA: silu, up, product, sum, norm
-        forward=(2 * wide + 3 * stream if is_opt else 3 * wide + 2 * stream) + wide * adapters,
+        norm_backward=of.norm_backward,
+        forward=of.forward + wide * adapters,
         products=[max((_product(module, size) for module in block.modules()), default=0) for block in decoder],
     )
 
 
-def _llama(architecture: PretrainedConfig, size: Sizes) -> tuple[int, int, int, int]:
-    tokens, c, exact = size.tokens, size.compute, size.exact
-    stream = tokens * size.hidden
-    # x in float32: in bfloat16 a copy, else the layer's input or the sum of the residual, of which it takes the place
-    norm = exact * stream
-    norm += exact * tokens  # 1 / rms of each token
-    norm += c * stream  # x / rms, for the gradient of the weight
-    norm += c * stream  # the norm's output, for the linear layers that read it
-    attention = c * stream  # queries, turned by rotary embeddings
-    read = size.hidden if size.masked else size.key_values
-    attention += c * tokens * read  # keys, turned by rotary embeddings
-    attention += c * tokens * read  # values
-    attention += c * stream  # attention's output, for itself and for the output projection
-    attention += 4 * tokens * size.heads  # its logsumexp, float32
-    feed_forward = c * tokens * size.feed_forward * 4  # gate, silu(gate), up, and their product
-    around = norm - c * stream  # the final norm; its output, the loss's hidden states, is counted there
-    around += 2 * c * size.length * (size.hidden // size.heads)  # cosines and sines, shared by all layers
-    around += 8 * tokens * 2  # token ids and labels
-    products = c * (4 * stream + 2 * tokens * size.key_values)  # queries, keys, values, attention, two projections
-    products += 4 * tokens * size.heads + 2 * c * tokens * size.feed_forward
-    return 2 * norm + attention + feed_forward, around, 3 * exact * stream, products
-
-
-def _opt(architecture: PretrainedConfig, size: Sizes) -> tuple[int, int, int, int]:
-    tokens, c = size.tokens, size.compute
-    stream = tokens * size.hidden
-    norm = c * stream  # its input: the layer's, or a sum with the residual
-    norm += 2 * 4 * tokens  # mean and 1 / deviation
-    norm += c * stream  # its output, for what reads it
-    attention = 4 * c * stream  # scaled queries, keys, values, output
-    attention += 4 * tokens * size.heads  # logsumexp
-    feed_forward = c * tokens * size.feed_forward  # relu's output; its input is not needed
-    layer = 2 * norm + attention + feed_forward
-    if architecture.dropout > 0:
-        layer += 2 * tokens * size.hidden  # two masks, a byte each
-    # input of the final norm; what the last one puts out, the loss's hidden states, is counted there
-    around = norm - c * stream if architecture.do_layer_norm_before else 0
-    if architecture.word_embed_proj_dim != size.hidden:
-        around += c * tokens * architecture.word_embed_proj_dim + c * stream  # inputs of the two projections
-    around += 8 * tokens * 4  # token ids, labels, positions
-    products = 6 * c * stream + 4 * tokens * size.heads + c * tokens * size.feed_forward
-    return layer, around, c * stream, products
+def _family(model: PreTrainedModel) -> Family:
+    return family_of(model.config.model_type, "the model of a run")
 
 
 def _kept(module: nn.Module, size: Sizes) -> int:

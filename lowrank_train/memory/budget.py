@@ -21,6 +21,7 @@ from lowrank_train.memory.question import BudgetConfig, budget_bytes, circumstan
 from lowrank_train.memory.records import StepTime, step_time
 from lowrank_train.memory.step import Fixed, fixed, predict
 from lowrank_train.models import build as models
+from lowrank_train.models.families import family_of
 from lowrank_train.optim.costs.table import aligned
 from lowrank_train.plan import Plan
 
@@ -153,7 +154,7 @@ def _solve_one(config: BudgetConfig, budget: int) -> Outcome:
     if config.largest is None:
         return Outcome(f"{model} against {where}", [explain(config)], [])
     if config.largest == "model":
-        names = model_names([model.split("_")[0]])
+        names = model_names([models.architecture(ModelConfig(name=model)).model_type])
         for found in _largest_models(config, budget, name, state_dtype, names):
             if found is not None:
                 return Outcome(f"largest model in {where}", [found], [])
@@ -181,7 +182,9 @@ def _largest_models(
 ) -> Iterator[Fit | None]:
     """From the largest of them down: one that fits with the micro-batch given, or 1 and then grown; None if not."""
     for model in reversed(names):
-        if config.seq_len > models.architecture(ModelConfig(name=model)).max_position_embeddings and "opt" in model:
+        architecture = models.architecture(ModelConfig(name=model))
+        has_learned = family_of(architecture.model_type, model).learned_positions
+        if has_learned and config.seq_len > architecture.max_position_embeddings:
             continue
         try:
             found = _fit(config, budget, name, state_dtype, model, config.micro_batch or 1)

@@ -17,7 +17,7 @@ from lowrank_train.common.units import show_bytes
 from lowrank_train.config.schema import Config
 from lowrank_train.layers.choice import linear_layers
 from lowrank_train.memory.phases import StepMemory
-from lowrank_train.memory.step import predict
+from lowrank_train.memory.step import not_predicted, predict
 from lowrank_train.models import build as models
 from lowrank_train.plan import Plan
 
@@ -88,7 +88,7 @@ def check_step(plan: Plan, ranks: Ranks) -> None:
     Raises:
         UserError: on all ranks, if it does not fit on one of their machines; with a setting that fits the devices.
     """
-    if plan.config.adapter.name is not None:  # whose memory is not predicted
+    if not_predicted(plan) is not None:
         return
     memory = predict(plan)
     if ranks.device.type == "cuda":

@@ -14,6 +14,7 @@ from lowrank_train.config.loading import flags_to_keys, load_schema
 from lowrank_train.config.schema import Config, ParallelConfig, load_config
 from lowrank_train.config.settings import key_help, setting
 from lowrank_train.models import build as models
+from lowrank_train.models.families import FAMILIES
 from lowrank_train.optim.arguments.suggestion import suggestion
 
 __all__ = ["BudgetConfig", "budget_bytes", "circumstances", "help_text", "load_budget", "model_names", "recipe_of"]
@@ -24,7 +25,9 @@ class BudgetConfig:
     """What is asked."""
 
     budget: str = setting("24GiB", "memory of one device, with its unit: 24GiB or 24G (2^30 bytes each), 80GB (10^9)")
-    models: list[str] = setting(["llama"], "families (llama, opt), or sizes: --models llama opt")  # noqa: RUF009
+    models: list[str] = setting(  # noqa: RUF009
+        ["llama"], f"families ({', '.join(f.model_type for f in FAMILIES)}), or sizes: --models llama opt"
+    )
     model: str | None = setting(None, "one model to explain, or to solve for; null: the table", path=True)
     optimizers: list[str] = setting([], "of the table; empty: ten, four of them in 8 bits too")  # noqa: RUF009
     optimizer: str = setting("adamw", "the optimizer of --model")
@@ -133,13 +136,12 @@ def recipe_of(config: BudgetConfig) -> Config:
 
 
 def model_names(names: Sequence[str]) -> list[str]:
-    """Return models of families, or by name, smallest first; those below 60M are for tests."""
+    """Return models of families, or by name, smallest first, without those for tests."""
     found = []
-    families = {name.split("_")[0] for name in models.SIZES}
+    families = {family.model_type: family for family in FAMILIES if family.sizes}
     for name in names:
         if name in families:
-            tests = ("llama_9m", "llama_20m", "llama_35m")
-            found += [size for size in models.SIZES if size.startswith(f"{name}_") and size not in tests]
+            found += [size for size in families[name].sizes if size not in families[name].for_tests]
         elif name in models.SIZES or Path(name, "config.json").is_file():
             found.append(name)
         else:

@@ -24,16 +24,17 @@ from dataclasses import dataclass, replace
 from lowrank_train import optim
 from lowrank_train.common.errors import UserError
 from lowrank_train.memory import static as memory_static
-from lowrank_train.memory.activations import Activations, Sizes, activations, loss_bytes, sizes
+from lowrank_train.memory.activations import Activations, activations, loss_bytes, sizes
 from lowrank_train.memory.groups import Group, fsdp_groups
 from lowrank_train.memory.phases import Phase, StepMemory
+from lowrank_train.models.families import Sizes, family_of
 from lowrank_train.models.recompute import checkpointed_layers
 from lowrank_train.optim.costs.workspace import step_workspace
 from lowrank_train.optim.shards.layout import local_shape
 from lowrank_train.optim.shards.workspace import Workspace
 from lowrank_train.plan import Plan
 
-__all__ = ["Fixed", "fixed", "predict"]
+__all__ = ["Fixed", "fixed", "not_predicted", "predict"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,19 @@ def _waiting_gradients(optimizer: optim.MatrixOptimizer, world_size: int, shard:
     return total
 
 
+def not_predicted(plan: Plan) -> str | None:
+    """Return why the memory of a step is not predicted; None if it is."""
+    config, kind = plan.config, plan.model.config.model_type
+    if config.adapter.name is not None:
+        return (
+            f"the memory of a step is not predicted with adapter.name={config.adapter.name}; leave the adapter out for "
+            "that of training everything"
+        )
+    if family_of(kind, config.model.name).activations is None:
+        return f"the memory of a step is not predicted: what layers of a {kind} model keep for backward is not known"
+    return None
+
+
 def predict(plan: Plan, *, shard: int = 0, known: Fixed | None = None) -> StepMemory:
     """Return what one rank will need for a step.
 
@@ -101,14 +115,12 @@ def predict(plan: Plan, *, shard: int = 0, known: Fixed | None = None) -> StepMe
         known: what ``fixed`` gave for the same model, optimizer and ranks.
 
     Raises:
-        UserError: the run has an adapter, whose activations are not known.
+        UserError: the activations are not known, as ``not_predicted`` says.
     """
     config, model = plan.config, plan.model
-    if config.adapter.name is not None:
-        raise UserError(
-            f"the memory of a run with adapter.name={config.adapter.name} is not predicted before it is built; leave "
-            "the adapter out for that of training everything"
-        )
+    reason = not_predicted(plan)
+    if reason is not None:
+        raise UserError(reason)
     known = fixed(plan, shard=shard) if known is None else known
     static, workspace = known.static, known.workspace
     size = sizes(config, model)

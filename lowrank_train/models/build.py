@@ -1,4 +1,4 @@
-"""LLaMA and OPT by name and exact size, built without memory and initialised the same on any number of ranks."""
+"""Models by name and exact size, built without memory and initialised the same on any number of ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from lowrank_train.common.errors import UserError, last_line
@@ -21,58 +21,12 @@ from lowrank_train.files.pretrained import read_pretrained
 from lowrank_train.layers.parametrization import Parametrization
 from lowrank_train.models.compressed_folder import is_compressed, read_compressed, shaped
 from lowrank_train.models.embeddings import add_rows, train_every_row
+from lowrank_train.models.families import SIZES, family_of
 from lowrank_train.models.fsdp import fill
 from lowrank_train.models.values import check_known, check_model_values, check_weights_used, read_config
 from lowrank_train.optim.arguments.suggestion import suggestion
 
 __all__ = ["SIZES", "architecture", "initialize", "load_weights", "parameter_count", "skeleton"]
-
-
-def _llama(hidden: int, intermediate: int, layers: int, heads: int, **others: Any) -> LlamaConfig:
-    settings = {
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "vocab_size": 32000,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-    }
-    return LlamaConfig(**{**settings, **others})
-
-
-def _opt(hidden: int, layers: int, heads: int, **others: Any) -> OPTConfig:
-    settings = {
-        "hidden_size": hidden,
-        "ffn_dim": 4 * hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "vocab_size": 50272,
-        "word_embed_proj_dim": hidden,
-        "dropout": 0.0,  # pretraining sees each token about once; model.overrides.dropout=0.1 is the original recipe
-    }
-    return OPTConfig(**{**settings, **others})
-
-
-SIZES: dict[str, tuple[Callable[..., PretrainedConfig], tuple[int, ...], dict[str, Any]]] = {
-    # LLaMA: the sizes of ReLoRA and GaLore (arXiv 2307.05695, 2403.03507)
-    "llama_9m": (_llama, (128, 352, 4, 4), {}),
-    "llama_20m": (_llama, (256, 688, 4, 4), {}),
-    "llama_35m": (_llama, (384, 1024, 6, 8), {}),
-    "llama_60m": (_llama, (512, 1376, 8, 8), {}),
-    "llama_130m": (_llama, (768, 2048, 12, 12), {}),
-    "llama_350m": (_llama, (1024, 2736, 24, 16), {}),
-    "llama_1b": (_llama, (2048, 5461, 24, 32), {}),
-    "llama_3b": (_llama, (2560, 6848, 32, 32), {}),
-    "llama_7b": (_llama, (4096, 11008, 32, 32), {}),
-    # OPT: Zhang et al. (arXiv 2205.01068), table 1; 350M is the one with post-norm and narrower embeddings
-    "opt_125m": (_opt, (768, 12, 12), {}),
-    "opt_350m": (_opt, (1024, 24, 16), {"word_embed_proj_dim": 512, "do_layer_norm_before": False}),
-    "opt_1.3b": (_opt, (2048, 24, 32), {}),
-    "opt_2.7b": (_opt, (2560, 32, 32), {}),
-    "opt_6.7b": (_opt, (4096, 32, 32), {}),
-}
-"""Name -> builder of its Hugging Face configuration, with the vocabulary of the original."""
 
 
 def architecture(
@@ -90,25 +44,25 @@ def architecture(
         vocab_size: of the tokenizer; None keeps the original's. A folder keeps its own if that is large enough.
         original_vocab_size: of the tokenizer without tokens that were added to it, for which a folder's grows; None: no
             token was added.
-        seq_len: positions needed; LLaMA's are extended, OPT's learned ones must be enough.
+        seq_len: positions needed; learned ones must be enough, others are extended.
         token_ids: bos_token_id, eos_token_id, pad_token_id of the tokenizer.
 
     Raises:
-        UserError: unknown name, folder of another kind of model, unknown override, vocabulary or positions too few.
+        UserError: unknown name, folder of a model without a family, unknown override, vocabulary or positions too few.
     """
     if model.name in SIZES:
-        build, numbers, others = SIZES[model.name]
-        check_known(model.overrides, build(*numbers, **others))
+        family = SIZES[model.name]
+        settings = {**family.defaults, **family.sizes[model.name]}
+        check_known(model.overrides, AutoConfig.for_model(family.model_type, **settings))
         check_model_values(model.overrides, "model.overrides.")
         vocabulary = {} if vocab_size is None else {"vocab_size": vocab_size}
         # OPT's own pad id 1 would silence token 1 of any other tokenizer
         changes = {"pad_token_id": None, **vocabulary, **token_ids, **model.overrides}
         # all at once, because transformers derives other values (key-value heads, head_dim) from some
-        config = _valid(lambda: build(*numbers, **{**others, **changes}))
+        config = _valid(lambda: AutoConfig.for_model(family.model_type, **{**settings, **changes}))
     elif Path(model.name, "config.json").is_file():
         config = read_config(model.name, f"model.name={model.name}")
-        if config.model_type not in ("llama", "opt"):
-            raise UserError(f"model.name={model.name} is a {config.model_type!r} model; expected a LLaMA or an OPT")
+        family = family_of(config.model_type, f"model.name={model.name}")
         check_known(model.overrides, config)
         check_model_values(model.overrides, "model.overrides.")
         _valid(lambda: config.update(model.overrides))
@@ -134,7 +88,7 @@ def architecture(
             f"{config.num_key_value_heads}; change model.overrides"
         )
     if seq_len is not None and seq_len > config.max_position_embeddings:
-        if config.model_type == "opt":
+        if family.learned_positions:
             raise UserError(
                 f"seq_len={seq_len} exceeds the {config.max_position_embeddings} learned positions of {model.name}; "
                 "use at most that, or set model.overrides.max_position_embeddings"

@@ -31,7 +31,7 @@ def shard_model(
     optimizer prefers.
 
     Args:
-        model: a LLaMA or OPT, on meta or with its weights; ``token_loss`` becomes a forward method of it, as is
+        model: on meta or with its weights; ``token_loss`` becomes a forward method of it, as is
             ``adapter_penalty`` if it has that.
         mesh: 1-D (shard) or 2-D (replicate, shard).
         optimizer: class that will train it.
@@ -47,8 +47,8 @@ def shard_model(
     def placement(param: nn.Parameter) -> Shard:
         return Shard(dims.get(param, 0))
 
-    # OPT's layers end in a view; transformers never writes into it in place, which is what the warning is about.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .FSDPOPTDecoderLayer. returned a view tensor")
+    # a layer may end in a view (OPT's); transformers never writes into it in place, which is what the warning is about
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .FSDP\w+DecoderLayer. returned a view tensor")
     for layer in [] if one_group else _decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
     fully_shard(model, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)

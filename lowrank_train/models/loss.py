@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from lowrank_train.models.packing import document_inputs
+from lowrank_train.models.packing import attention_inputs
 from lowrank_train.text.labels import IGNORED
 
 __all__ = ["chunked_cross_entropy", "token_loss"]
@@ -80,13 +80,13 @@ def token_loss(
     """Return the summed cross-entropy of a Hugging Face causal model. Labels are given per position, already shifted.
 
     Args:
-        model: a LLaMA or OPT with an output head.
+        model: with an output head.
         input_ids: (batch, length).
         labels: (batch, length), the token that follows each position, or ``IGNORED``.
         chunk: positions whose logits exist at one time.
         positions: (batch, length), 0 where a document starts, which then attends to itself only; None: a row is one
             document.
     """
-    inputs = document_inputs(model, positions)
+    inputs = attention_inputs(model, input_ids, positions)
     hidden = model.base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
     return chunked_cross_entropy(hidden, model.get_output_embeddings().weight, labels, chunk)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_train.models.loss import token_loss
-from lowrank_train.models.packing import document_inputs
+from lowrank_train.models.packing import attention_inputs
 from lowrank_train.text.labels import IGNORED, marked_positions, split
 
 __all__ = ["needs_data", "prepare", "prepare_adapter"]
@@ -59,7 +59,7 @@ def prepare_adapter(wrapper: Any, config: Any, batches: Iterable[Tensor]) -> Non
         forward_fn=lambda model, batch: model.get_base_model().base_model(
             input_ids=batch["input_ids"],
             use_cache=False,
-            **document_inputs(model.get_base_model(), batch.get("positions")),
+            **attention_inputs(model.get_base_model(), batch["input_ids"], batch.get("positions")),
         ),
         gather_distributed_inputs=False,  # every rank sees all of them
         show_progress_bar=False,
@@ -75,7 +75,7 @@ def _corda(model: PreTrainedModel, config: Any, batches: Iterable[Tensor]) -> No
                 for one in blocks.split(1):  # its hooks know no batch
                     positions = marked_positions(one.to(model.device))
                     inputs = split(one)[0].to(model.device)
-                    model.base_model(input_ids=inputs, use_cache=False, **document_inputs(model, positions))
+                    model.base_model(input_ids=inputs, use_cache=False, **attention_inputs(model, inputs, positions))
 
     importlib.import_module("peft.tuners.lora.corda").preprocess_corda(model, config, run_model=look)
 

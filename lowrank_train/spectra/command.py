@@ -17,7 +17,8 @@ from lowrank_train.common.ranks import Ranks, start
 from lowrank_train.common.record import provenance
 from lowrank_train.config.loading import load_schema
 from lowrank_train.config.settings import key_help, setting
-from lowrank_train.layers.choice import BLOCK_MATRICES, linear_layers
+from lowrank_train.layers.choice import linear_layers
+from lowrank_train.models.families import family_of
 from lowrank_train.models.folders import is_export_of_run, load_model, model_folder, model_label
 from lowrank_train.reports import writing
 from lowrank_train.spectra.history import history
@@ -29,7 +30,6 @@ from lowrank_train.text.labels import IGNORED
 
 __all__ = ["SpectrumConfig", "help_text", "load_settings", "measure"]
 
-_LLAMA_OR_OPT = ("llama", "opt")
 """Kinds of model whose loss ``token_loss`` computes."""
 
 
@@ -57,7 +57,9 @@ class SpectrumConfig:
     )
     data: TextConfig = field(default_factory=TextConfig)
     micro_batch: int = setting(8, "sequences in one forward pass", at_least=1, at_most=10**6)
-    layers: str = setting(BLOCK_MATRICES, "regular expression: which linear layers, by name; . for all")
+    layers: str | None = setting(
+        None, "regular expression: which linear layers, by name; . for all; null: attention and feed-forward matrices"
+    )
     checkpoints: bool = setting(False, "of one run folder: how the spectra changed over its checkpoints, and no more")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
     out: str | None = setting(
@@ -193,10 +195,10 @@ def _counterparts(linears: dict[str, nn.Linear], before: nn.Module, folder: str)
 
 
 def _check_prunable(model: PreTrainedModel, linears: dict[str, nn.Linear], length: int, folder: Path) -> None:
-    if model.config.model_type not in _LLAMA_OR_OPT:
-        raise UserError(
-            f"{folder} is a {model.config.model_type!r} model; perplexity needs a LLaMA or an OPT: set prune=false"
-        )
+    try:
+        family_of(model.config.model_type, folder)
+    except UserError as error:
+        raise UserError(f"{error}, for perplexity; or set prune=false") from None
     if length > model.config.max_position_embeddings:
         raise UserError(
             f"data.seq_len={length} exceeds the {model.config.max_position_embeddings} positions of {folder}; "

@@ -19,6 +19,7 @@ from lowrank_train.config.schema import Config
 from lowrank_train.files.checkpoint_folder import checkpoints_of
 from lowrank_train.files.checksums import unverified
 from lowrank_train.layers.plain import merged_state_dict
+from lowrank_train.models.families import block_matrices
 from lowrank_train.optim.costs.table import aligned
 from lowrank_train.spectra.spectrum import Summary, spectrum_of, summarize
 from lowrank_train.train.checkpoint import read_weights
@@ -35,12 +36,12 @@ class Snapshot:
     sigma: dict[str, Tensor]
 
 
-def history(run: Path, layers: str) -> list[Snapshot]:
+def history(run: Path, layers: str | None) -> list[Snapshot]:
     """Return the spectra of every checkpoint of a run folder, oldest first.
 
     Args:
         run: its folder; spectral layers, adapters and low-rank factors are multiplied out.
-        layers: regular expression on module names.
+        layers: regular expression on module names; None: matrices of the layers of any family.
 
     Raises:
         UserError: no run, no checkpoint, a damaged one, no matrix that matches, or weights that are not finite.
@@ -58,6 +59,7 @@ def history(run: Path, layers: str) -> list[Snapshot]:
         kind = methods.find(str(settings.get("name"))).parametrization(settings)
     except ValueError as error:
         raise UserError(f"in {run / 'config.yaml'}: {error}") from None
+    layers = block_matrices() if layers is None else layers
     snapshots = []
     for path in show_progress(found, "singular values", "checkpoints"):
         weights = merged_state_dict(kind.plain_state_dict(read_weights(path)))

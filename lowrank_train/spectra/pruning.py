@@ -137,7 +137,7 @@ def pruning_curve(
     """Measure the loss at every share kept; the model is left as it was.
 
     Args:
-        model: unsharded, on the device of ``ranks``; a LLaMA or an OPT.
+        model: unsharded, on the device of ``ranks``.
         layers: those to truncate.
         keep_percents: of the sum of singular values, above 0, at most 100.
         blocks: (n, length + 1) token ids, ``IGNORED`` where there is none.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from lowrank_train.common.progress import show_progress
-from lowrank_train.layers.choice import BLOCK_MATRICES, linear_layers
+from lowrank_train.layers.choice import linear_layers
 from lowrank_train.optim.linalg import decompose, singular_values
 
 __all__ = [
@@ -64,9 +64,7 @@ def factors_of_weight(name: str, weight: Tensor) -> dict[str, Tensor]:
         raise ValueError(f"{name!r} has no singular values: {str(error).splitlines()[0]}") from None
 
 
-def decompositions(
-    model: nn.Module, layers: str = BLOCK_MATRICES
-) -> Iterator[tuple[str, nn.Linear, dict[str, Tensor]]]:
+def decompositions(model: nn.Module, layers: str | None = None) -> Iterator[tuple[str, nn.Linear, dict[str, Tensor]]]:
     """Name, layer and factors of every matching matrix, one at a time, so that one matrix's factors exist at once.
 
     Raises:
@@ -76,7 +74,7 @@ def decompositions(
         yield name, linear, factors_of_weight(name, linear.weight)
 
 
-def spectra(model: nn.Module, layers: str = BLOCK_MATRICES) -> dict[str, Tensor]:
+def spectra(model: nn.Module, layers: str | None = None) -> dict[str, Tensor]:
     """Return the singular values (k,) of every matching matrix by the name of its module: falling, float64, on the
     CPU.
 

@@ -27,7 +27,7 @@ from lowrank_train.files.checkpoint_folder import checkpoints_of, choose_checkpo
 from lowrank_train.files.disk import check_space, checkpoints_to_come, local_bytes, parameter_bytes, write_failure
 from lowrank_train.memory.check import check_size, check_step
 from lowrank_train.memory.phases import StepMemory
-from lowrank_train.memory.step import predict
+from lowrank_train.memory.step import not_predicted, predict
 from lowrank_train.models import build as models
 from lowrank_train.models.evaluate import evaluate
 from lowrank_train.models.export import export_huggingface
@@ -66,7 +66,7 @@ def train(config: Config) -> RunRecord:
         notes = ranks.first(lambda: _settle(_only(folder), config, run.progress))
         metrics = Metrics(run.folder, start=run.progress.step, steps=config.steps, active=ranks.is_first)
         predicted = _predicted_memory(run)
-        peak = [f"a step will need {predicted.in_words()} on rank 0"] if predicted else []
+        peak = [f"a step will need {predicted.in_words()} on rank 0" if predicted else str(not_predicted(run.plan))]
         about = [*data_notes(config, run.data.description), *model_notes(config, run.model)]
         for note in [_greeting(run, checkpoint), *found, *_adapter(run), *peak, *notes, *run.data.notes, *about]:
             metrics.say(note)
@@ -118,7 +118,7 @@ def _adapter(run: Run) -> list[str]:
     trained, whole = _trained_parameters(run), models.parameter_count(run.model)
     return [
         f"adapter {run.config.adapter.name}: {trained:,} of {whole:,} parameters are trained "
-        f"({100 * trained / whole:.3g} %); the memory of a step is not predicted"
+        f"({100 * trained / whole:.3g} %)"
     ]
 
 
@@ -127,10 +127,8 @@ def _trained_parameters(run: Run) -> int:
 
 
 def _predicted_memory(run: Run) -> StepMemory | None:
-    """None with an adapter, whose activations are peft's affair."""
-    if run.adapted is not None:
-        return None
-    return predict(run.plan, shard=run.ranks.rank % run.plan.mesh.shards)
+    """Return None where activations are not known."""
+    return None if not_predicted(run.plan) else predict(run.plan, shard=run.ranks.rank % run.plan.mesh.shards)
 
 
 def _only(folder: RunFolder | None) -> RunFolder:

@@ -525,7 +525,7 @@ HALF = "rank_reduction=0.5"
         (["MODELS/llama", "MODELS/opt", HALF], "2 models given; expected one"),
         (["nowhere", HALF], "nowhere is not a folder"),
         (["BROKEN/empty", HALF], "has no config.json"),
-        (["BROKEN/gpt2", HALF], "is a 'gpt2' model; expected a LLaMA or an OPT"),
+        (["BROKEN/gpt2", HALF], "is a 'gpt2' model; expected one of llama, opt"),
         (["BROKEN/not_finite", HALF], "'model.layers.1.mlp.up_proj' has no singular values: the weight has entries"),
         (["BROKEN/no_tokenizer", HALF, "perplexity=false"], "cannot load the tokenizer in"),
         (["MODELS/llama"], "give one of rank_reduction, size, ranks and merge; got none"),

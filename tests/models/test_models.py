@@ -22,20 +22,12 @@ from lowrank_train.config.schema import ModelConfig
 from lowrank_train.layers.parametrization import Dense
 from lowrank_train.models import build as models
 from lowrank_train.models import fsdp
+from lowrank_train.models.families import FAMILIES
 from tests.distributed import run_distributed
+from tests.runs import tiny as tiny_size
 
 VOCABULARY = 301  # uneven over 2 ranks
-TINY = {
-    "llama_9m": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2},
-    "opt_125m": {
-        "hidden_size": 32,
-        "word_embed_proj_dim": 32,
-        "ffn_dim": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 40,
-    },
-}
+TINY = dict(tiny_size(family) for family in FAMILIES)
 PUBLISHED = {
     "llama_60m": 58_073_600,
     "llama_130m": 134_105_856,
@@ -48,6 +40,13 @@ PUBLISHED = {
     "opt_1.3b": 1_315_758_080,
     "opt_2.7b": 2_651_596_800,
     "opt_6.7b": 6_658_473_984,
+    "mistral_7b": 7_241_732_096,
+    "qwen3_0.6b": 596_049_920,
+    "qwen3_1.7b": 1_720_574_976,
+    "qwen3_4b": 4_022_468_096,
+    "qwen3_8b": 8_190_735_360,
+    "qwen3_14b": 14_768_307_200,
+    "qwen3_32b": 32_762_123_264,
 }
 SMALL_LLAMAS = {"llama_9m": (128, 352, 4), "llama_20m": (256, 688, 4), "llama_35m": (384, 1024, 6)}
 
@@ -148,7 +147,7 @@ def test_initial_weights_do_not_depend_on_the_number_of_ranks(name: str) -> None
     for world_size in (1, 2):
         for weights, tied in run_distributed(sharded, world_size):
             assert_same_tensors(weights, alone)
-            assert tied == (name == "opt_125m")
+            assert tied == (name in ("opt_125m", "qwen3_0.6b"))
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -219,7 +218,7 @@ def test_unknown_model_names_the_closest() -> None:
 
 def test_folder_of_another_kind_of_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    assert "'gpt2' model; expected a LLaMA or an OPT" in error(ModelConfig(name=str(tmp_path)))
+    assert "'gpt2' model; expected one of llama, opt" in error(ModelConfig(name=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -261,8 +260,8 @@ def test_vocabulary_smaller_than_the_tokenizers(folders: dict[str, str]) -> None
 
 
 def test_opt_has_no_more_positions_than_it_learned() -> None:
-    assert "40 learned positions" in error(tiny("opt_125m"), seq_len=41)
-    assert models.architecture(tiny("opt_125m"), seq_len=40).max_position_embeddings == 40
+    assert "64 learned positions" in error(tiny("opt_125m"), seq_len=65)
+    assert models.architecture(tiny("opt_125m"), seq_len=40).max_position_embeddings == 64
 
 
 def test_weights_of_another_shape_or_none(folders: dict[str, str], tmp_path: Path) -> None:

@@ -460,7 +460,7 @@ def test_settings_that_do_not_go_together(folders: Path, tmp_path: Path) -> None
         load_finetuning([*words(folders, tmp_path, "lora"), "adapter.name=null"])
     with pytest.raises(UserError, match=r"adapter\.sequences=0; expected a number >= 1"):
         load_finetuning([*words(folders, tmp_path, "lora"), "adapter.sequences=0"])
-    with pytest.raises(UserError, match="is not predicted before it is built"):
+    with pytest.raises(UserError, match="is not predicted with adapter"):
         predict(Plan.of(load_finetuning(words(folders, tmp_path, "lora"))))
     config = load_finetuning(words(folders, tmp_path, "lora"))
     config.model.name = "llama_9m"

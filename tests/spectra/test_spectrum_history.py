@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from lowrank_train.common.errors import UserError
-from lowrank_train.layers.choice import BLOCK_MATRICES
 from lowrank_train.models.folders import load_model
 from lowrank_train.spectra.command import load_settings, measure
 from lowrank_train.spectra.history import history
@@ -33,7 +32,7 @@ def runs(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ["dense", "sst"])
 def test_the_last_checkpoint_has_the_spectra_of_the_exported_model(runs: Path, name: str) -> None:
-    snapshots = history(runs / name, BLOCK_MATRICES)
+    snapshots = history(runs / name, None)
     assert [snapshot.step for snapshot in snapshots] == [10, 20]
     exported = spectra(load_model(runs / name / "huggingface"))
     assert snapshots[1].sigma.keys() == exported.keys()
@@ -81,7 +80,7 @@ def test_bad_input(runs: Path, tmp_path: Path, spoil: Callable[[Path], None] | N
     if spoil is not None:
         spoil(folder)
     with pytest.raises(UserError, match=message):
-        history(folder, layers or BLOCK_MATRICES)
+        history(folder, layers or None)
 
 
 def test_one_run_at_a_time(runs: Path) -> None:
