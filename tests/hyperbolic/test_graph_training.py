@@ -55,7 +55,7 @@ def history(run_dir: Path) -> list[dict[str, object]]:
 # ------------------------------------------------------------------------------------------------------------ learning
 
 
-@pytest.mark.parametrize("geometry", ["lorentz", "euclidean"])
+@pytest.mark.parametrize("geometry", only_first_quick(["lorentz", "euclidean"]))
 def test_classes_are_learned(folder: Path, tmp_path: Path, geometry: str) -> None:
     """A node's class is that of all but one of its neighbours; chance is a third."""
     record = train(words(folder, tmp_path / "run", *NODES, "epochs=60", f"model.geometry={geometry}"))
@@ -66,7 +66,7 @@ def test_classes_are_learned(folder: Path, tmp_path: Path, geometry: str) -> Non
     assert record.manifold_error < (1e-4 if geometry == "lorentz" else 1e-30)
 
 
-@pytest.mark.parametrize("protocol", ["clean", "inherited"])
+@pytest.mark.parametrize("protocol", only_first_quick(["clean", "inherited"]))
 def test_links_are_learned(folder: Path, tmp_path: Path, protocol: str) -> None:
     record = train(
         words(folder, tmp_path / "run", "epochs=60", "data.test_share=0.3", "margin=0.5", f"data.protocol={protocol}")

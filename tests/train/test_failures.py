@@ -187,7 +187,7 @@ def disk_full_from(step: int, how: str, rank: int = 0) -> Callable[[], None]:
 @pytest.mark.parametrize("background", only_first_quick(["true", "false"]))
 @pytest.mark.parametrize(
     ("world_size", "how", "rank"),
-    [(1, "file size limit", 0), (2, "weights", 1), (2, "metadata", 0)],
+    only_first_quick([(1, "file size limit", 0), (2, "weights", 1), (2, "metadata", 0)]),
 )
 def test_a_full_disk_keeps_the_last_good_checkpoint(
     text: Path, tmp_path: Path, background: str, world_size: int, how: str, rank: int
@@ -235,6 +235,7 @@ def test_no_space_for_the_tokens(text: Path, tmp_path: Path) -> None:
     assert str(tmp_path) in failure(arguments(text, tmp_path), 2, limit)
 
 
+@pytest.mark.slow
 def test_no_space_for_the_exported_model(text: Path, tmp_path: Path) -> None:
     """The last checkpoint is written before it, and the next start needs only to export."""
 

@@ -57,7 +57,7 @@ def test_two_ranks_equal_one(text: Path, tmp_path: Path, method: str, model: str
     assert one[-1] < one[0] - 0.1
 
 
-@pytest.mark.parametrize(("method", "world_size"), only_first_quick([("sst, 8 bit", 2), ("relora", 1)]))
+@pytest.mark.parametrize(("method", "world_size"), only_first_quick([("relora", 1), ("sst, 8 bit", 2)]))
 def test_a_resumed_run_is_bit_identical(text: Path, tmp_path: Path, method: str, world_size: int) -> None:
     """Stopped in the middle of an iteration; the next draw, re-SVD or restart comes after."""
     train_on(world_size, words(text, tmp_path / "whole", method))
@@ -81,7 +81,7 @@ def test_spectral_training_goes_on_on_other_ranks(text: Path, tmp_path: Path) ->
     assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), rel=1e-9)
 
 
-@pytest.mark.parametrize(("method", "model"), [("sst", "opt"), ("relora", "llama")])
+@pytest.mark.parametrize(("method", "model"), only_first_quick([("sst", "opt"), ("relora", "llama")]))
 def test_the_exported_folder_is_a_plain_model_with_the_loss_of_the_run(
     text: Path, tmp_path: Path, method: str, model: str
 ) -> None:
@@ -99,7 +99,7 @@ def test_the_exported_folder_is_a_plain_model_with_the_loss_of_the_run(
     assert record.validation_loss == pytest.approx(total / 300, rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["sst", "lora"])
+@pytest.mark.parametrize("method", only_first_quick(["sst", "lora"]))
 def test_a_folder_is_converted_without_changing_its_loss(text: Path, tmp_path: Path, method: str) -> None:
     before = train_on(1, arguments(text, tmp_path / "dense", "steps=3"))[0]
     more = [w for w in words(text, tmp_path / "next", method) if not w.startswith("model.")]
@@ -107,6 +107,7 @@ def test_a_folder_is_converted_without_changing_its_loss(text: Path, tmp_path: P
     assert record.initial_validation_loss == pytest.approx(before.validation_loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_conversion_leaves_the_initial_model_as_it_is(text: Path, tmp_path: Path) -> None:
     dense = train_on(1, arguments(text, tmp_path / "dense", "steps=1"))[0]
     for method in ("sst", "sst, 8 bit", "relora"):

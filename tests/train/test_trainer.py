@@ -107,6 +107,7 @@ def test_how_a_step_is_cut_changes_nothing(runs: Runs, world_size: int, more: li
     assert runs.losses(world_size, *more, **DOUBLE) == pytest.approx(runs.losses(1, **DOUBLE), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_recomputes(text: Path, tmp_path: Path) -> None:
     """That losses are equal would also hold if the switch did nothing."""
     calls = tmp_path / "calls"
@@ -147,6 +148,7 @@ def test_seed_changes_weights_and_order(runs: Runs) -> None:
     assert runs.losses(1, "seed=1", **DOUBLE)[0] != pytest.approx(runs.losses(1, **DOUBLE)[0], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_runs_repeat_exactly(runs: Runs, text: Path, tmp_path: Path) -> None:
     train_on(2, arguments(text, tmp_path, **DOUBLE))
     assert losses(tmp_path) == runs.losses(2, **DOUBLE)
@@ -203,7 +205,7 @@ def test_gradient_norms_do_not_depend_on_the_ranks(runs: Runs) -> None:
 # ---------------------------------------------------------------------------------------------------------- evaluation
 
 
-@pytest.mark.parametrize("model", ["llama", "opt"])
+@pytest.mark.parametrize("model", only_first_quick(["llama", "opt"]))
 def test_perplexity_is_the_mean_over_tokens_on_any_ranks(runs: Runs, model: str) -> None:
     """Against the exported folder, transformers' logits and torch's cross-entropy, one long mean over tokens."""
     run_dir, (record, _) = runs.make(2, model=model, precision="float64")

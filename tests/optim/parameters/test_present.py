@@ -28,6 +28,7 @@ from tests.optim.models import (
     trainable,
     weights,
 )
+from tests.tiers import only_first_quick
 
 every_name = pytest.mark.parametrize("name", optim.names())
 
@@ -355,7 +356,7 @@ def test_a_matrix_that_shrinks(name: str) -> None:
 # ---------------------------------------------------------------------------------------------------------- in backward
 
 
-@every_name
+@pytest.mark.parametrize("name", only_first_quick(optim.names(), 4))
 def test_updates_in_backward_follow_the_model_too(name: str) -> None:
     tokens = torch.arange(24).view(2, 12) % 11
     results = []
