@@ -60,7 +60,7 @@ class CompressionConfig:
 
 
 def help_text() -> str:
-    """Every key with its default and meaning."""
+    """Return every key with its default and meaning."""
     usage = "usage: launch/benchmark.py compression model=FOLDER [FILE.yaml ...] [key=value ...]"
     return "\n".join([usage, "", *key_help(CompressionConfig)])
 

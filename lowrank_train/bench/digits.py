@@ -154,7 +154,7 @@ def report(figures: Mapping[str, Any]) -> Report:
 
 
 def images_and_classes() -> Data:
-    """A fixed fifth is for testing."""
+    """Return images and classes; a fixed fifth is for testing."""
     try:
         datasets = importlib.import_module("sklearn.datasets")
     except ImportError as error:

@@ -65,7 +65,7 @@ class GraphBenchmark:
 
 
 def load(arguments: Sequence[str]) -> GraphBenchmark:
-    """Settings from YAML files and ``key=value`` overrides.
+    """Load settings from YAML files and ``key=value`` overrides.
 
     Raises:
         UserError: unreadable file, unknown key, wrong value; nothing to train.
@@ -83,7 +83,7 @@ def load(arguments: Sequence[str]) -> GraphBenchmark:
 
 
 def help_text() -> str:
-    """Every key with its default and meaning."""
+    """Return every key with its default and meaning."""
     usage = "usage: launch/benchmark.py hyperbolic configs/benchmark/hyperbolic.yaml [FILE.yaml ...] [key=value ...]"
     return "\n".join([usage, "", *key_help(GraphBenchmark)])
 

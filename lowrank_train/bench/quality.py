@@ -74,7 +74,7 @@ def load(arguments: Sequence[str]) -> QualityConfig:
 
 
 def help_text() -> str:
-    """Every key with its default and meaning."""
+    """Return every key with its default and meaning."""
     return "\n".join(
         ["usage: launch/benchmark.py quality [FILE.yaml ...] [key=value ...]", "", *key_help(QualityConfig)]
     )

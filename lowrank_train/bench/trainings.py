@@ -53,13 +53,13 @@ C = TypeVar("C", bound=Configured)
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one training ended."""
+    """The outcome of one training."""
 
     status: Literal["finished", "diverged", "failed"]
     record: dict[str, Any] | None = None
     """record.json of a finished run."""
     message: str = ""
-    """Of one that did not finish."""
+    """The reason why a training did not finish."""
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class TranslationBenchmark:
 
 
 def load(arguments: Sequence[str]) -> TranslationBenchmark:
-    """Settings from YAML files and ``key=value`` overrides.
+    """Load settings from YAML files and ``key=value`` overrides.
 
     Raises:
         UserError: unreadable file, unknown key, wrong value; nothing to train; rows with more rates than others.
@@ -67,7 +67,7 @@ def load(arguments: Sequence[str]) -> TranslationBenchmark:
 
 
 def help_text() -> str:
-    """Every key with its default and meaning."""
+    """Return every key with its default and meaning."""
     usage = "usage: launch/benchmark.py translation configs/benchmark/translation.yaml [FILE.yaml ...] [key=value ...]"
     return "\n".join([usage, "", *key_help(TranslationBenchmark)])
 

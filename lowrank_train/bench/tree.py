@@ -79,7 +79,7 @@ METHODS: dict[str, Callable[[Tensor, float], tuple[Tensor, torch.optim.Optimizer
 
 
 def tree_edges(depth: int) -> Tensor:
-    """Pairs (e, 2) of neighbours, in both directions, of a tree of ``depth`` generations below its root."""
+    """Return pairs (e, 2) of neighbours, in both directions, of a tree of ``depth`` generations below its root."""
     nodes = sum(CHILDREN**level for level in range(depth + 1))
     children = torch.arange(1, nodes)
     pairs = torch.stack([children, (children - 1) // CHILDREN], dim=1)
@@ -92,7 +92,9 @@ def distances(x: Tensor, y: Tensor) -> Tensor:
 
 
 def mean_average_precision(points: Tensor, edges: Tensor) -> float:
-    """Of every node's neighbours among all other nodes, the nearest first, in per cent; points (n, d)."""
+    """Return the mean average precision of every node's neighbours among all other nodes, the nearest first, in per cent; points (n,
+    d).
+    """
     points, n = points.double(), len(points)
     neighbours = torch.zeros(n, n, dtype=torch.bool)
     neighbours[edges[:, 0], edges[:, 1]] = True

@@ -97,7 +97,8 @@ def help_text() -> str:
 
 
 def load_settings(arguments: Sequence[str]) -> tuple[Path, CompressConfig]:
-    """Return the folder of the model and the settings.
+    """Return the folder of the model and the settings. Raises UserError for unknown keys, values out of range, no
+    model.
 
     Raises UserError for unknown keys, values out of range, no model.
     """

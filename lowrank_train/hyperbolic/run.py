@@ -42,7 +42,7 @@ _NOT_LEARNED = ("folder", "root", "tokenizer_folder")
 
 @dataclass
 class Progress:
-    """Where a run stands; saved in every checkpoint."""
+    """The position of a run, which every checkpoint holds."""
 
     done: int = 0
     """Steps, or epochs."""

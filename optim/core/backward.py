@@ -123,7 +123,7 @@ class BackwardUpdates:
             )
 
     def detach(self) -> None:
-        """Back to gradients that wait for ``step()``."""
+        """Return to gradients that wait for ``step()``."""
         for hook in self._hooks:
             hook.remove()
         self._optimizer.in_backward = None
@@ -136,7 +136,7 @@ class BackwardUpdates:
             param.grad = None
 
     def finish(self) -> None:
-        """Called by ``optimizer.step()``: the updates that could not be made in backward, and the norm."""
+        """Make the updates that could not be made in backward, and compute the norm; ``optimizer.step()`` calls it."""
         if not self._checked and is_replicated(self._model):
             raise ValueError(_REPLICATED)
         self._checked = True

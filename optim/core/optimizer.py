@@ -67,7 +67,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     """Role -> the update of the method; parameters of all other roles get ``optim.core.common_updates``."""
 
     needs_roles: ClassVar[bool]
-    """Whether it has an update of its own, so that plain ``model.parameters()`` would not tell what to update by it."""
+    """Whether the method has an update besides AdamW, so that plain ``model.parameters()`` would not be enough."""
 
     layers: ClassVar[str | None]
     """What it trains in place of matrices, by the package that converts them (``spectral``); None: matrices."""
@@ -133,7 +133,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     @eagerly
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One update of every parameter that has a gradient; returns the closure's loss, if any.
+        """Update every parameter that has a gradient; returns the loss of the closure, if any.
 
         The parameters are the model's at this time: those that ``fully_shard``, ``to_empty`` or a new layer put in the
         place of others are found by their names, and where the model was moved, converted or resized state is allocated
@@ -158,14 +158,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return loss
 
     def end_step(self) -> None:
-        """Called when every parameter has been updated: what a method does to the model as a whole, now and then."""
+        """Do what a method does now and then to the model as a whole; called when every parameter has been updated."""
 
     def end_bytes(self, world_size: int) -> int:
         """Return what ``end_step`` needs now and then, with parameters sharded over so many ranks."""
         return 0
 
     def figures(self) -> dict[str, float]:
-        """Numbers worth a curve while training, by name; what there is on the host, without communication."""
+        """Return numbers worth a curve while training, by name; only what is on the host, without communication."""
         return {}
 
     # --------------------------------------------------------------------------------------------------------- state
@@ -238,7 +238,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     )
 
     def slots(self) -> Iterator[Slot]:
-        """All parameters with their state, group by group."""
+        """Return all parameters with their state, group by group."""
         unnamed = 0
         for group in self.param_groups:
             for name, param in named_parameters(group, unnamed):
@@ -288,11 +288,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
         present.note([param for group in self.param_groups for param in group["params"]])
 
     def has_changed(self, param: Tensor) -> bool:
-        """Whether a parameter has another shape, dtype, device or placement than when its state was allocated."""
+        """Return whether a parameter has another shape, dtype, device or placement than when its state was allocated."""
         return self._present.change(param) is not None
 
     def state_allocated(self, slots: list[Slot]) -> None:
-        """Called when state was allocated for parameters that a group had before."""
+        """Take note that state was allocated for parameters that a group had before."""
 
     def defer_state(self) -> None:
         """Free the state, before any update, until ``step()`` needs it or the parameters are sharded.
@@ -313,14 +313,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
     @eagerly
     @undisturbed()
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's, of the model's present parameters, see ``step``."""
+        """Reset gradients as torch's optimizer does, for the model's present parameters, see ``step``."""
         if self.state:  # deferred state stays deferred
             self._follow_model(if_updated="leave")
         super().zero_grad(set_to_none)
 
     @undisturbed()
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; raises RuntimeError if a framework replaced parameters that had been updated."""
+        """Return torch's state dict. Raises RuntimeError if a framework replaced parameters that had been updated."""
         if self.state or any(is_distributed(slot.param) for slot in self.slots()):
             # torch looks every key of the state up among the parameters of the groups
             self._follow_model(if_updated="leave")

@@ -48,9 +48,9 @@ class Communication:
 
     world_size: int
     step_payload: float
-    """At every step."""
+    """Bytes at every step."""
     refresh_payload: float
-    """More of them at a step that chooses new directions."""
+    """More bytes at a step that chooses a new basis."""
     mean_payload: float
     """Mean bytes of a step, over the refresh interval of every group."""
     interval: int | None

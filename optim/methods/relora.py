@@ -173,7 +173,7 @@ class ReLoRA(MatrixOptimizer):
         return max(w.numel() // world_size * torch.promote_types(w.dtype, torch.float32).itemsize for w in weights)
 
     def figures(self) -> dict[str, float]:
-        """How many restarts there have been, and the share of the rate that A and B get at the next step."""
+        """Return how many restarts there have been, and the share of the rate that A and B get at the next step."""
         slot = self._adapters()[0].a
         return {"restarts": _clock(slot) // slot.group["restart_every"], "warmup": _warmup(slot)}
 
@@ -206,7 +206,7 @@ class ReLoRA(MatrixOptimizer):
 
 
 def drawn_factor(shape: tuple[int, int], *, seed: int, index: int, restart: int) -> Tensor:
-    """A (r, in) of adapter ``index`` after a number of restarts: float64 on the CPU, U(-1/sqrt(in), 1/sqrt(in)).
+    """Return A (r, in) of adapter ``index`` after some restarts: float64 on the CPU, U(-1/sqrt(in), 1/sqrt(in)).
 
     LoRA's own initial values, Kaiming's with a = sqrt(5).
     """
@@ -222,7 +222,7 @@ def merged_weight(
     b: Tensor,  # (m, r), the same rows as of the weight
     scale: float,
 ) -> Tensor:
-    """W + scale B A (m, in), summed in float32 or wider and rounded to the type of W once."""
+    """Return W + scale B A (m, in), summed in float32 or wider and rounded to the type of W once."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return torch.addmm(weight.to(dtype), b.to(dtype), a.to(dtype), alpha=scale).to(weight.dtype)
 

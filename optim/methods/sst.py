@@ -227,7 +227,7 @@ class SST(MatrixOptimizer):
         return max((decompose_bytes(*layer.shape) for layer in layers), default=0)
 
     def figures(self) -> dict[str, float]:
-        """Where the schedule stands, and how the last iteration ended.
+        """Return where the schedule stands, and how the last iteration ended.
 
         ``orthogonality_error``: largest |<u_i, u_j>| of an active vector and another of its layer, or of v, before the
         last draw;

@@ -37,7 +37,7 @@ Groups = list[dict[str, Any]]
 
 
 def measure(arguments: Sequence[str]) -> str:
-    """Time the steps ``arguments`` ask for and write step.json and step.md into ``--out``.
+    """Time the steps that ``arguments`` ask for, and write step.json and step.md into ``--out``.
 
     Returns:
         The table, in Markdown.
@@ -219,7 +219,7 @@ def _check_memory(
 
 
 def find_device(name: str | None) -> torch.device:
-    """By name; None: CUDA where there is one. Raises UserError for what is not here."""
+    """Return a device by name; None: CUDA where there is one. Raises UserError for what is not here."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
@@ -244,7 +244,7 @@ def _load() -> str:
 
 
 def communication(arguments: Sequence[str]) -> str:
-    """What every optimizer sends per step when a model is sharded, beside formulas of other implementations.
+    """Return what every optimizer sends per step when a model is sharded, beside formulas of other implementations.
 
     Raises:
         UserError: arguments that do not fit together.

@@ -49,7 +49,7 @@ class _Trained:
 
 
 def measure(arguments: Sequence[str]) -> str:
-    """Time whole training steps of ``arguments`` and write training.json and training.md into ``--out``.
+    """Time whole training steps of ``arguments``, and write training.json and training.md into ``--out``.
 
     Returns:
         The table, in Markdown.
