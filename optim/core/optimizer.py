@@ -288,7 +288,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         present.note([param for group in self.param_groups for param in group["params"]])
 
     def has_changed(self, param: Tensor) -> bool:
-        """Return whether a parameter has another shape, dtype, device or placement than when its state was allocated."""
+        """Return whether shape, dtype, device or placement of a parameter changed since its state was allocated."""
         return self._present.change(param) is not None
 
     def state_allocated(self, slots: list[Slot]) -> None:

@@ -50,8 +50,8 @@ class Update(ABC):
     """The hyperparameter that says after how many steps ``Traffic.refresh_bytes`` are due again."""
 
     takes: Literal["as stored", "moments as stored", "float32"] = "float32"
-    """The types in which ``step`` takes its tensors: everything as it is stored; moments as they are stored, and what is
-    rounded stochastically in float32; or weights and moments in float32 or wider."""
+    """The types in which ``step`` takes its tensors: everything as it is stored; moments as they are stored, and
+    what is rounded stochastically in float32; or weights and moments in float32 or wider."""
 
     is_element_wise = False
     """Whether each number is updated by itself, so that any piece of a parameter will do."""
