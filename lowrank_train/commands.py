@@ -8,7 +8,6 @@ from pathlib import Path
 
 from lowrank_train.common.command import Command, Work, command
 from lowrank_train.common.errors import UserError
-from lowrank_train.common.signals import resume_command
 
 __all__ = ["COMMANDS", "compress", "finetune", "hyperbolic", "memory_budget", "pretrain", "spectrum"]
 
@@ -16,7 +15,7 @@ __all__ = ["COMMANDS", "compress", "finetune", "hyperbolic", "memory_budget", "p
 @command("train")
 def pretrain(words: list[str]) -> Work:
     """Pretrain a model; the same command resumes it."""
-    from lowrank_train.config.schema import help_text, load_config
+    from lowrank_train.config.run_config import help_text, load_config
     from lowrank_train.train.loop import train
 
     return Work(help_text, lambda: train(load_config(words)))
@@ -84,7 +83,6 @@ def hyperbolic(words: list[str]) -> Work:
     from lowrank_train.hyperbolic.graphs.config import GraphConfig
     from lowrank_train.hyperbolic.graphs.train import train_graph
     from lowrank_train.hyperbolic.recipes import load_recipe, recipe_help
-    from lowrank_train.hyperbolic.record import NetworkRecord
     from lowrank_train.hyperbolic.translation.config import TranslationConfig
     from lowrank_train.hyperbolic.translation.train import train_translation
 
@@ -96,12 +94,9 @@ def hyperbolic(words: list[str]) -> Work:
 
     def do() -> None:
         if task == "translation":
-            keys = flags_to_keys(words, TranslationConfig)
-            record: NetworkRecord = train_translation(load_recipe(TranslationConfig, keys))
+            train_translation(load_recipe(TranslationConfig, flags_to_keys(words, TranslationConfig)))
         else:
-            record = train_graph(load_recipe(GraphConfig, flags_to_keys(words, GraphConfig)))
-        if record.status != "finished":
-            print(f"stopped at {record.stopped_at}; resume with: {resume_command()}", file=sys.stderr)
+            train_graph(load_recipe(GraphConfig, flags_to_keys(words, GraphConfig)))
 
     if task == "translation":
         return Work(lambda: recipe_help(TranslationConfig, "data.task=translation "), do)

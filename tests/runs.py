@@ -24,7 +24,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from lowrank_train.common.errors import UserError
 from lowrank_train.common.record import RunRecord
-from lowrank_train.config.schema import Config, load_config
+from lowrank_train.config.run_config import load_config
+from lowrank_train.config.schema import Config
 from lowrank_train.data.blocks import TokenFile, TokenStream
 from lowrank_train.models.families import FAMILIES, Family
 from lowrank_train.train.loop import train

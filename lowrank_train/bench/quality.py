@@ -17,7 +17,8 @@ from lowrank_train.bench.trainings import Trainer, check_same
 from lowrank_train.common.errors import UserError
 from lowrank_train.config import methods
 from lowrank_train.config.loading import load_schema
-from lowrank_train.config.schema import Config, complete
+from lowrank_train.config.run_config import complete
+from lowrank_train.config.schema import Config
 from lowrank_train.config.settings import key_help, setting
 from lowrank_train.memory.check import check_size
 from lowrank_train.plan import Plan

@@ -38,6 +38,11 @@ class Ranks:
         """Whether this rank writes files and talks to the user."""
         return self.rank == 0
 
+    @property
+    def replicas(self) -> int:
+        """Sharded copies of the model, of which each keeps the same."""
+        return self.mesh.size(0) if self.mesh.ndim > 1 else 1
+
     def first(self, work: Callable[[], T]) -> T:
         """Run ``work`` on the first rank only and give its (picklable) result, or its UserError, to all ranks."""
         box: list[T | UserError | None] = [None]

@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_train.common.errors import UserError
-from lowrank_train.config.schema import Config
 from lowrank_train.files.json_files import mapping_or_empty
 
 __all__ = [
@@ -43,16 +42,21 @@ _TEMPLATES = "additional_chat_templates"
 _OF_SAFETENSORS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def source_folder(config: Config) -> Path | None:
-    """Return the folder that the model of a run came from; None for a model that is trained from scratch."""
-    return Path(config.model.name) if Path(config.model.name, "config.json").is_file() else None
+def source_folder(model: str) -> Path | None:
+    """Return the folder that a model came from by its ``model.name``; None for one that is trained from scratch."""
+    return Path(model) if Path(model, "config.json").is_file() else None
 
 
-def export_dtype(config: Config) -> torch.dtype | None:
-    """Return the dtype in which a run writes its model; None: that of the weights as they are trained."""
-    source = source_folder(config)
-    if config.export.dtype != "source":
-        return getattr(torch, config.export.dtype)  # type: ignore[no-any-return]
+def export_dtype(model: str, dtype: str) -> torch.dtype | None:
+    """Return the dtype in which a run writes its model; None: that of the weights as they are trained.
+
+    Args:
+        model: ``model.name``.
+        dtype: ``export.dtype``.
+    """
+    if dtype != "source":
+        return getattr(torch, dtype)  # type: ignore[no-any-return]
+    source = source_folder(model)
     return None if source is None else source_dtype(source)
 
 

@@ -5,33 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import torch
-from torch import nn
-
-from lowrank_train import optim
 from lowrank_train.common.errors import UserError
 from lowrank_train.common.units import show_bytes
-from lowrank_train.optim.shards.layout import local
-from lowrank_train.optim.storage.int8_weight import Int8Weight
 
-__all__ = ["check_space", "checkpoints_to_come", "local_bytes", "parameter_bytes", "write_failure"]
-
-
-def parameter_bytes(model: nn.Module) -> int:
-    """Return the bytes of parameters and buffers that this rank holds, as a checkpoint stores them."""
-    parts = [local(tensor) for tensor in [*model.parameters(), *model.buffers()]]
-    kept = [[p.codes, p.scale] if isinstance(p, Int8Weight) else [p] for p in parts]
-    return sum(tensor.numel() * tensor.element_size() for tensors in kept for tensor in tensors)
-
-
-_ENTRY_BYTES = 3 * 2**10
-"""What a tensor takes in a checkpoint beside its numbers: the archive it is in, its part of the index."""
-
-
-def local_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Return the bytes that this rank writes into a checkpoint."""
-    tensors = len(list(model.parameters())) + sum(len(state) for state in optimizer.state.values())
-    return parameter_bytes(model) + optim.state_bytes(optimizer) + _ENTRY_BYTES * tensors
+__all__ = ["check_space", "checkpoints_to_come", "write_failure"]
 
 
 def checkpoints_to_come(done: int, steps: int, every: int) -> int:

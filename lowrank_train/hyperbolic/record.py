@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ __all__ = ["NetworkRecord"]
 
 
 @dataclass(kw_only=True)
-class NetworkRecord(ABC):
+class NetworkRecord:
     """One run. Times in seconds, memory in GiB (2^30 bytes) or bytes."""
 
     status: str
@@ -36,11 +35,6 @@ class NetworkRecord(ABC):
     config: dict[str, Any]
     """All settings, resolved."""
     provenance: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    @abstractmethod
-    def stopped_at(self) -> str:
-        """The position, for the line that says how to continue."""
 
     @property
     def how(self) -> str:

@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import math
 import pickle
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_train import optim
 from lowrank_train.common.errors import Diverged, UserError, first_line
+from lowrank_train.common.ranks import Ranks, start
 from lowrank_train.common.record import peak_memory_gib, provenance
-from lowrank_train.common.signals import Stop
 from lowrank_train.config import methods
-from lowrank_train.files.checkpoint_folder import checkpoints_of, last_good
-from lowrank_train.files.disk import check_space, checkpoints_to_come, local_bytes, parameter_bytes, write_failure
+from lowrank_train.files.checkpoint_folder import last_good
 from lowrank_train.files.finite import name_not_finite
 from lowrank_train.hyperbolic.recipes import RecipeConfig
 from lowrank_train.layers.parametrization import Parametrization
 from lowrank_train.train.checkpoint import Checkpoints
 from lowrank_train.train.metrics import Metrics
+from lowrank_train.train.session import hold_session
+from lowrank_train.train.training import Training, method_settings
 
-__all__ = ["CPU", "DTYPES", "NetworkRun", "Progress", "load_saved"]
+__all__ = ["CPU", "DTYPES", "NetworkRun", "Progress", "load_saved", "train_alone"]
 
 N = TypeVar("N", bound=nn.Module)
+C = TypeVar("C", bound=RecipeConfig)
+R = TypeVar("R", bound="NetworkRun")
+Record = TypeVar("Record")
 
 CPU = torch.device("cpu")
 """Where these networks are trained."""
@@ -51,15 +55,15 @@ class Progress:
 
 
 @dataclass
-class NetworkRun(ABC):
-    """Built once."""
+class NetworkRun(Training):
+    """Abstract: a network on one process, built once."""
 
-    unit: ClassVar[str]
-    """What ``progress.done`` counts: step, or epoch."""
+    exported = "network.pt"
 
     config: RecipeConfig
+    ranks: Ranks
     folder: Path
-    network: nn.Module
+    model: nn.Module
     layers: Parametrization
     """What its linear maps are made of."""
     optimizer: optim.MatrixOptimizer
@@ -69,17 +73,13 @@ class NetworkRun(ABC):
     """The hash of the data."""
 
     @property
-    @abstractmethod
-    def finished(self) -> bool:
-        """Whether all that was asked for is done."""
+    def done(self) -> int:
+        """Steps, or epochs."""
+        return self.progress.done
 
     @abstractmethod
     def arguments(self) -> dict[str, Any]:
         """Return the arguments that the plain network is built from, beside its weights."""
-
-    @abstractmethod
-    def greeting(self) -> str:
-        """Return what is trained, for the first line."""
 
     def step(self, loss: Tensor) -> float:
         """Make one step of the optimizer; returns the norm of the whole gradient before it was clipped.
@@ -89,7 +89,7 @@ class NetworkRun(ABC):
         """
         loss.backward()
         clip = math.inf if self.config.clip is None else self.config.clip
-        norm = float(nn.utils.clip_grad_norm_([p for p in self.network.parameters() if p.requires_grad], clip))
+        norm = float(nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], clip))
         if not (math.isfinite(loss.item()) and math.isfinite(norm)):
             raise Diverged(
                 f"the loss or the gradient of {self.unit} {self.progress.done + 1} is not finite; "
@@ -110,58 +110,23 @@ class NetworkRun(ABC):
             **{f"optimizer/{name}": value for name, value in self.optimizer.figures().items()},
         }
 
-    def keep(self, metrics: Metrics, stop: Stop) -> None:
-        """Write a checkpoint after a step if one is due.
-
-        Raises:
-            UserError: it cannot be written, or figures could not be.
-        """
-        if metrics.failure is not None:
-            raise write_failure("metrics", self.folder, str(metrics.failure), last_good(self.checkpoints.folder))
-        every = self.config.checkpoint_every
-        if (every > 0 and self.progress.done % every == 0) or self.finished or stop.requested:
-            self.save()
-
-    def check_space(self, steps: int) -> None:
-        """Raise UserError if the disk cannot take the checkpoints and the network that are to come."""
-        check_space(
-            self.folder,
-            local_bytes(self.network, self.optimizer),
-            to_come=checkpoints_to_come(self.progress.done, steps, self.config.checkpoint_every),
-            there=len(checkpoints_of(self.checkpoints.folder)),
-            keep=self.checkpoints.keep,
-            export=parameter_bytes(self.network),
-        )
-
-    def save(self) -> None:
-        """Write a checkpoint of all that a resumed run needs."""
+    def progress_state(self) -> dict[str, Any]:
+        """Return the progress, its dictionaries as sections."""
         values = asdict(self.progress)
-        nested = {name: value for name, value in values.items() if isinstance(value, dict)}  # sections of their own
-        plain = {name: value for name, value in values.items() if name not in nested}
-        extra = {"progress": plain, **nested, "random": {"cpu": torch.get_rng_state()}}
-        self.checkpoints.save(self.progress.done, self.network, self.optimizer, extra, self.about)
+        nested = {name: value for name, value in values.items() if isinstance(value, dict)}
+        return {"progress": {name: value for name, value in values.items() if name not in nested}, **nested}
 
-    def restore(self, checkpoint: Path) -> None:
-        """Continue where a checkpoint was written; hyperparameters stay as configured now."""
-        configured = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
-        extra = self.checkpoints.load(checkpoint, self.network, self.optimizer, self.about)
-        for group, settings in zip(self.optimizer.param_groups, configured, strict=True):
-            group.update(settings)
-        torch.set_rng_state(extra.pop("random")["cpu"])
-        try:
-            self.progress = type(self.progress)(**extra.pop("progress"), **extra)
-        except TypeError as error:
-            raise UserError(
-                f"{checkpoint} was written by another version of lowrank-train ({error}); set run_dir to another folder"
-            ) from None
+    def load_progress(self, saved: dict[str, Any]) -> None:
+        """Take the progress that ``progress_state`` returned."""
+        self.progress = type(self.progress)(**saved.pop("progress"), **saved)
 
     @property
     def about(self) -> dict[str, Any]:
         """What a checkpoint must have in common with the run that loads it, the tensors aside."""
-        name = self.config.optimizer["name"]
-        layers = {f"optimizer.{key}": value for key, value in methods.find(name).layer_settings(self.config.optimizer)}
+        method = methods.find(self.config.optimizer["name"])
         data = {f"data.{key}": value for key, value in asdict(self.config.data).items() if key not in _NOT_LEARNED}
-        return {"optimizer.name": name, **layers, "model": asdict(self.config.model), **data, "sha1": self.sha1}
+        settings = method_settings(method, self.config.optimizer)
+        return {**settings, "model": asdict(self.config.model), **data, "sha1": self.sha1}
 
     def write_network(self, state: dict[str, Tensor]) -> None:
         """Leave the plain network in network.pt, for ``load_saved``; ``state`` is that of the one in training.
@@ -192,8 +157,8 @@ class NetworkRun(ABC):
             "geometry": config.model.geometry,
             "optimizer": dict(config.optimizer),
             "seconds": self.progress.seconds,
-            "parameters": sum(v.numel() for v in self.layers.plain_state_dict(self.network.state_dict()).values()),
-            "trainable_parameters": sum(p.numel() for p in self.network.parameters() if p.requires_grad),
+            "parameters": sum(v.numel() for v in self.layers.plain_state_dict(self.model.state_dict()).values()),
+            "trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             "optimizer_state_bytes": optim.state_bytes(self.optimizer),
             "peak_memory_gib": peak_memory_gib(CPU),
             "seed": config.seed,
@@ -201,6 +166,22 @@ class NetworkRun(ABC):
             "config": asdict(config),
             "provenance": provenance(CPU),
         }
+
+
+def train_alone(
+    config: C,
+    build: Callable[[C, Ranks], R],
+    train: Callable[[R, Metrics], Iterator[None]],
+    finish: Callable[[R], Record],
+) -> Record:
+    """Hold a session on one process; arguments as of ``hold_session``. Raises UserError for more than one rank."""
+    with start(CPU.type) as ranks:
+        if ranks.world_size > 1:
+            raise UserError(
+                f"these networks are trained in one process, not in {ranks.world_size}; start launch/hyperbolic.py "
+                "with python"
+            )
+        return hold_session(config, ranks, build=lambda: build(config, ranks), train=train, finish=finish)
 
 
 def load_saved(folder: Path, build: Callable[[dict[str, Any]], N]) -> N:

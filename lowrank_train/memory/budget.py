@@ -14,7 +14,8 @@ from typing import Any
 from lowrank_train.common.errors import UserError
 from lowrank_train.common.units import show_bytes
 from lowrank_train.config import methods
-from lowrank_train.config.schema import Config, ModelConfig, ParallelConfig, complete
+from lowrank_train.config.run_config import complete
+from lowrank_train.config.schema import Config, ModelConfig, ParallelConfig
 from lowrank_train.memory.measured import measure
 from lowrank_train.memory.phases import StepMemory
 from lowrank_train.memory.question import BudgetConfig, budget_bytes, circumstances, model_names, recipe_of

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from lowrank_train.models.fsdp import shard_dims
 from lowrank_train.optim.storage.int8_weight import Int8Weight, held_bytes
-from lowrank_train.plan import Plan
+
+if TYPE_CHECKING:
+    from lowrank_train.plan import Plan
 
 __all__ = ["Group", "fsdp_groups"]
 

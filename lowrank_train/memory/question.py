@@ -11,7 +11,8 @@ from lowrank_train.common.errors import UserError
 from lowrank_train.common.units import parse_bytes
 from lowrank_train.config import methods
 from lowrank_train.config.loading import flags_to_keys, load_schema
-from lowrank_train.config.schema import Config, ParallelConfig, load_config
+from lowrank_train.config.run_config import load_config
+from lowrank_train.config.schema import Config, ParallelConfig
 from lowrank_train.config.settings import key_help, setting
 from lowrank_train.models import build as models
 from lowrank_train.models.families import FAMILIES

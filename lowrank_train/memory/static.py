@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -11,7 +12,9 @@ from lowrank_train import optim
 from lowrank_train.models.fsdp import shard_dims
 from lowrank_train.optim.shards.layout import StateTensor, local, local_shape
 from lowrank_train.optim.storage.int8_weight import held_bytes
-from lowrank_train.plan import Plan
+
+if TYPE_CHECKING:
+    from lowrank_train.plan import Plan
 
 __all__ = ["StaticMemory", "measured", "predicted"]
 

@@ -47,7 +47,7 @@ from lowrank_train.files.finite import name_not_finite
 from lowrank_train.optim.shards.layout import laid_out_as, local
 from lowrank_train.optim.storage.int8_weight import Int8Weight
 
-__all__ = ["Checkpoints", "read_weights"]
+__all__ = ["Checkpoints", "local_bytes", "parameter_bytes", "read_weights"]
 
 
 class Checkpoints:
@@ -56,12 +56,14 @@ class Checkpoints:
     Args:
         folder: holds ``step-N`` folders; made if absent.
         ranks: the run's ranks; all must make the same calls.
+        every: steps between two of them; 0: only at the end.
         keep: newest checkpoints kept.
         asynchronous: write in the background.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks, *, keep: int, asynchronous: bool) -> None:
-        self.folder, self.ranks, self.keep, self.asynchronous = folder, ranks, keep, asynchronous
+    def __init__(self, folder: Path, ranks: Ranks, *, every: int, keep: int, asynchronous: bool) -> None:
+        self.folder, self.ranks, self.asynchronous = folder, ranks, asynchronous
+        self.every, self.keep = every, keep
         self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30)) if asynchronous else None
         self._pending: tuple[Path, Future[Any]] | None = None
         self._failed: UserError | None = None
@@ -258,6 +260,23 @@ class Checkpoints:
         others = [other.name for other in checkpoints_of(path.parent) if other != path]
         then = f"delete it, and resume=auto goes on from {others[-1]}" if others else "there is no other beside it"
         return UserError(f"{path} is damaged ({error_cause(error)}); {then}")
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    """Return the bytes of parameters and buffers that this rank holds, as a checkpoint stores them."""
+    parts = [local(tensor) for tensor in [*model.parameters(), *model.buffers()]]
+    kept = [[p.codes, p.scale] if isinstance(p, Int8Weight) else [p] for p in parts]
+    return sum(tensor.numel() * tensor.element_size() for tensors in kept for tensor in tensors)
+
+
+_ENTRY_BYTES = 3 * 2**10
+"""What a tensor takes in a checkpoint beside its numbers: the archive it is in, its part of the index."""
+
+
+def local_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Return the bytes that this rank writes into a checkpoint."""
+    tensors = len(list(model.parameters())) + sum(len(state) for state in optimizer.state.values())
+    return parameter_bytes(model) + optim.state_bytes(optimizer) + _ENTRY_BYTES * tensors
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

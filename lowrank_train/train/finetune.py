@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from lowrank_train.common.errors import UserError
 from lowrank_train.config.loading import load_schema
-from lowrank_train.config.schema import Config, complete, help_text
+from lowrank_train.config.run_config import complete, help_text
+from lowrank_train.config.schema import Config
 from lowrank_train.models.build import SIZES
 from lowrank_train.models.folders import model_folder
 from lowrank_train.peft.names import describe_adapters

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,18 +15,13 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from lowrank_train import optim
 from lowrank_train.common.clock import DeviceClock
-from lowrank_train.common.errors import Diverged, UserError
-from lowrank_train.common.host_memory import say_out_of_memory
+from lowrank_train.common.errors import Diverged
 from lowrank_train.common.ranks import start
 from lowrank_train.common.record import RunRecord, peak_memory_gib, perplexity, provenance
-from lowrank_train.common.signals import Stop, resume_command, stop_signals
 from lowrank_train.config.schema import Config
 from lowrank_train.data.export_files import export_dtype, source_folder
-from lowrank_train.files.checkpoint_folder import checkpoints_of, choose_checkpoint, find_checkpoint, last_good
-from lowrank_train.files.disk import check_space, checkpoints_to_come, local_bytes, parameter_bytes, write_failure
+from lowrank_train.files.checkpoint_folder import find_checkpoint, last_good
 from lowrank_train.memory.check import check_size, check_step
-from lowrank_train.memory.phases import StepMemory
-from lowrank_train.memory.step import not_predicted, predict
 from lowrank_train.models import build as models
 from lowrank_train.models.evaluate import evaluate
 from lowrank_train.models.export import export_huggingface
@@ -35,11 +29,10 @@ from lowrank_train.peft.export import export_adapter
 from lowrank_train.plan import Plan
 from lowrank_train.text.labels import count_labels, positions, split
 from lowrank_train.train.metrics import Metrics
-from lowrank_train.train.notes import data_notes, model_notes
 from lowrank_train.train.report import write_report
-from lowrank_train.train.run import Progress, Run
-from lowrank_train.train.run_folder import RunFolder, changed_settings
+from lowrank_train.train.run import Run
 from lowrank_train.train.schedule import learning_rate_factor
+from lowrank_train.train.session import hold_session, show_report
 
 __all__ = ["train"]
 
@@ -57,95 +50,18 @@ def train(config: Config) -> RunRecord:
         check_size(config, ranks.world_size)
         plan = Plan.of(config, world_size=ranks.world_size)
         check_step(plan, ranks)
-        folder = ranks.on_first(lambda: RunFolder(Path(str(config.run_dir))))
-        checkpoint, found = choose_checkpoint(config.resume, Path(str(config.run_dir)) / "checkpoints", ranks)
-        run = Run.build(plan, ranks)
-        if checkpoint is not None:
-            run.restore(checkpoint)
-        _check_space(run)
-        notes = ranks.first(lambda: _settle(_only(folder), config, run.progress))
-        metrics = Metrics(run.folder, start=run.progress.step, steps=config.steps, active=ranks.is_first)
-        predicted = _predicted_memory(run)
-        peak = [f"a step will need {predicted.in_words()} on rank 0" if predicted else str(not_predicted(run.plan))]
-        about = [*data_notes(config, run.data.description), *model_notes(config, run.model)]
-        for note in [_greeting(run, checkpoint), *found, *_adapter(run), *peak, *notes, *run.data.notes, *about]:
-            metrics.say(note)
-        with stop_signals() as stop:
-            try:
-                with say_out_of_memory(predicted.peak if predicted else None):
-                    _loop(run, metrics, stop)
-            finally:
-                metrics.close()
-            return _finish(run)
+        return hold_session(config, ranks, build=lambda: Run.build(plan, ranks), train=_steps, finish=_finish)
 
 
-def _check_space(run: Run) -> None:
-    """Raise UserError on all ranks if the disk cannot take the checkpoints and the export that are to come."""
-    config, ranks = run.config, run.ranks
-    here = torch.tensor([local_bytes(run.model, run.optimizer), parameter_bytes(run.model)])
-    checkpoint, export = (size // run.plan.mesh.replicas for size in ranks.sum(here).tolist())
-    ranks.first(
-        lambda: check_space(
-            run.folder,
-            checkpoint,
-            to_come=checkpoints_to_come(run.progress.step, config.steps, config.checkpoint.every),
-            there=len(checkpoints_of(run.checkpoints.folder)),
-            keep=config.checkpoint.keep,
-            export=0 if (run.folder / "huggingface").exists() else export,
-            keys="lower checkpoint.keep",
-        )
-    )
-
-
-def _settle(folder: RunFolder, config: Config, progress: Progress) -> list[str]:
-    """Write the settings of this session; returns what changed since the last. A finished run must not change."""
-    changes, notes = changed_settings(folder.path, config) if progress.step > 0 else ({}, [])
-    if changes and progress.step >= config.steps:
-        key, (then, now) = next(iter(changes.items()))
-        raise UserError(
-            f"{folder.path} holds a run that is finished at step {progress.step}; {key} was {then}, is {now}: set "
-            "run_dir to another folder, or raise steps to train on"
-        )
-    folder.write_config(config)
-    changed = [f"changed since the last session: {key} {then} -> {now}" for key, (then, now) in changes.items()]
-    return [*notes, *changed]
-
-
-def _adapter(run: Run) -> list[str]:
-    """What is trained of an adapted model."""
-    if run.adapted is None:
-        return []
-    trained, whole = _trained_parameters(run), models.parameter_count(run.model)
-    return [
-        f"adapter {run.config.adapter.name}: {trained:,} of {whole:,} parameters are trained "
-        f"({100 * trained / whole:.3g} %)"
-    ]
-
-
-def _trained_parameters(run: Run) -> int:
-    return sum(param.numel() for param in run.model.parameters() if param.requires_grad)
-
-
-def _predicted_memory(run: Run) -> StepMemory | None:
-    """Return None where activations are not known."""
-    return None if not_predicted(run.plan) else predict(run.plan, shard=run.ranks.rank % run.plan.mesh.shards)
-
-
-def _only(folder: RunFolder | None) -> RunFolder:
-    assert folder is not None
-    return folder
-
-
-def _loop(run: Run, metrics: Metrics, stop: Stop) -> None:
+def _steps(run: Run, metrics: Metrics) -> Iterator[None]:
+    """Train, with an evaluation where one is due; yields after every step."""
     config, ranks, progress = run.config, run.ranks, run.progress
     rate_factor = learning_rate_factor(config.schedule, config.steps)
     optimizer_clock = DeviceClock(ranks.device)
-    predicted = _predicted_gib(run)
-    stopping = False
-    if progress.step == 0 or (progress.step >= config.steps and progress.validation_step != progress.step):
+    if progress.step == 0 or (run.finished and progress.validation_step != progress.step):
         _evaluate_and_log(run, metrics)
 
-    while progress.step < config.steps and not stopping:
+    while not run.finished:
         began = time.perf_counter()
         factor = rate_factor(progress.step)
         run.set_learning_rate(factor)
@@ -174,22 +90,16 @@ def _loop(run: Run, metrics: Metrics, stop: Stop) -> None:
                 "train/skipped_steps": progress.skipped_steps,
                 "throughput/tokens_per_second": config.tokens_per_step / took,
                 "memory/peak_gib": progress.peak_memory_gib,
-                **({} if predicted is None else {"memory/predicted_gib": predicted}),
+                **({} if run.predicted is None else {"memory/predicted_gib": run.predicted.peak / 2**30}),
                 **{f"optimizer/{name}": value for name, value in figures.items()},
             }
             metrics.log(progress.step, scalars)
         if progress.bad_in_a_row >= config.max_bad_steps:
             _give_up(run)
-        last = progress.step == config.steps
-        if last or _due(config.evaluation.every, progress.step):
+        every = config.evaluation.every
+        if run.finished or (every > 0 and progress.step % every == 0):
             _evaluate_and_log(run, metrics)
-        if ranks.any(run.checkpoints.poll() or metrics.failure is not None):
-            run.checkpoints.wait()  # raises what went wrong, on every rank
-            ranks.first(lambda: _check_written(run, metrics))
-        stopping = ranks.any(stop.requested)  # a signal may have reached some ranks only
-        if last or stopping or _due(config.checkpoint.every, progress.step):
-            run.save()
-    run.checkpoints.wait()
+        yield
 
 
 def _update(run: Run, optimizer_clock: DeviceClock) -> tuple[float, float]:
@@ -279,14 +189,10 @@ def _evaluate_and_log(run: Run, metrics: Metrics) -> None:
 
 def _finish(run: Run) -> RunRecord:
     config, ranks, progress = run.config, run.ranks, run.progress
-    finished = progress.step >= config.steps
-    if finished:
+    if run.finished:
         _export(run)
-    shards = run.plan.mesh.shards
-    shard = ranks.rank % shards
-    predicted = optim.layout_bytes(run.optimizer, world_size=shards, shard=shard)
     record = RunRecord(
-        status="finished" if finished else "interrupted",
+        status="finished" if run.finished else "interrupted",
         model=config.model.name,
         parameters=models.parameter_count(run.model),
         optimizer=dict(config.optimizer),
@@ -301,24 +207,27 @@ def _finish(run: Run) -> RunRecord:
         validation_step=progress.validation_step,
         validation_tokens=count_labels(run.data.validation),
         skipped_steps=progress.skipped_steps,
-        predicted_peak_gib=_predicted_gib(run),
+        predicted_peak_gib=None if run.predicted is None else run.predicted.peak / 2**30,
         peak_memory_gib=max(progress.peak_memory_gib, peak_memory_gib(ranks.device)),
         optimizer_state_bytes=optim.state_bytes(run.optimizer),
-        predicted_optimizer_state_bytes=predicted,
+        predicted_optimizer_state_bytes=optim.layout_bytes(
+            run.optimizer, world_size=run.plan.mesh.shards, shard=run.shard
+        ),
         world_size=ranks.world_size,
         precision=config.precision,
         seed=config.seed,
         data=run.data.description,
         config=asdict(config),
         provenance=provenance(ranks.device),
-        trained_parameters=_trained_parameters(run),
+        trained_parameters=run.trained_parameters,
     )
-    ranks.first(lambda: _tell(record, run))
+    show_report(run, lambda: write_report(record, run.folder, find_checkpoint("auto", run.checkpoints.folder)))
     return record
 
 
 def _export(run: Run) -> None:
-    source, dtype, tokenizer = source_folder(run.config), export_dtype(run.config), run.data.tokenizer
+    name, tokenizer = run.config.model.name, run.data.tokenizer
+    source, dtype = source_folder(name), export_dtype(name, run.config.export.dtype)
     if run.adapted is None:
         folder = run.folder / "huggingface"
         export_huggingface(run.model, run.plan.layers, tokenizer, folder, run.ranks, source=source, dtype=dtype)
@@ -333,27 +242,6 @@ def _export(run: Run) -> None:
         )
 
 
-def _predicted_gib(run: Run) -> float | None:
-    memory = _predicted_memory(run)
-    return None if memory is None else memory.peak / 2**30
-
-
-def _tell(record: RunRecord, run: Run) -> None:
-    """Write the report and show its table."""
-    try:
-        table = write_report(record, run.folder, find_checkpoint("auto", run.checkpoints.folder))
-    except OSError as error:
-        raise write_failure("the report", run.folder, str(error), last_good(run.checkpoints.folder)) from None
-    print(f"\n{table}\n", file=sys.stderr)
-    if record.status == "interrupted":
-        print(f"stopped at step {record.steps}; resume with: {resume_command()}", file=sys.stderr)
-
-
-def _check_written(run: Run, metrics: Metrics) -> None:
-    if metrics.failure is not None:
-        raise write_failure("metrics", run.folder, str(metrics.failure), last_good(run.checkpoints.folder))
-
-
 def _give_up(run: Run) -> None:
     run.checkpoints.wait()
     run.check_finite()
@@ -361,18 +249,4 @@ def _give_up(run: Run) -> None:
         f"the loss or the gradient was not finite for {run.progress.bad_in_a_row} steps in a row, up to step "
         f"{run.progress.step}; these steps changed nothing; {last_good(run.checkpoints.folder)}. Lower "
         "optimizer.lr, lengthen schedule.warmup_steps or lower clip, and resume"
-    )
-
-
-def _due(every: int, step: int) -> bool:
-    return every > 0 and step % every == 0
-
-
-def _greeting(run: Run, checkpoint: Path | None) -> str:
-    config = run.config
-    settings = ", ".join(f"{key} {value}" for key, value in config.optimizer.items())
-    start = f"resuming from {checkpoint}" if checkpoint else f"writing to {config.run_dir}"
-    return (
-        f"{config.model.name}: {models.parameter_count(run.model):,} parameters; optimizer {settings}; "
-        f"{run.ranks.world_size} rank(s) on {run.ranks.device.type}; {start}"
     )

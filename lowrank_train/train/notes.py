@@ -52,11 +52,11 @@ def model_notes(config: Config, model: PreTrainedModel) -> list[str]:
         config: of the run.
         model: that is trained.
     """
-    folder = source_folder(config)
+    folder = source_folder(config.model.name)
     if folder is None:
         return []
     notes = []
-    dtype, trained = export_dtype(config), next(iter(model.parameters())).dtype
+    dtype, trained = export_dtype(config.model.name, config.export.dtype), next(iter(model.parameters())).dtype
     if dtype is not None and dtype != trained:
         reason = f", as in {folder}" if config.export.dtype == "source" else ""
         short, long = (str(kind).removeprefix("torch.") for kind in (dtype, trained))

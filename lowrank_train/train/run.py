@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from lowrank_train.common.errors import UserError
 from lowrank_train.common.ranks import Ranks
 from lowrank_train.config.schema import Config
 from lowrank_train.data.tokens import Data, prepare_data
+from lowrank_train.memory.phases import StepMemory
+from lowrank_train.memory.step import predict
 from lowrank_train.models import build as models
 from lowrank_train.models import fsdp
 from lowrank_train.models.embeddings import rows_needed
@@ -24,6 +27,8 @@ from lowrank_train.peft.model import AdaptedModel, adapt
 from lowrank_train.peft.names import adapter_config
 from lowrank_train.plan import Plan
 from lowrank_train.train.checkpoint import Checkpoints
+from lowrank_train.train.notes import data_notes, model_notes
+from lowrank_train.train.training import Training, method_settings
 
 __all__ = ["Progress", "Run"]
 
@@ -49,8 +54,12 @@ class Progress:
 
 
 @dataclass
-class Run:
+class Run(Training):
     """Everything a run consists of, built once."""
+
+    exported = "huggingface"
+    to_train_on = ", or raise steps to train on"
+    to_need_less = "lower checkpoint.keep"
 
     plan: Plan
     """What the configuration stands for; its model has the shapes of ``model``, on meta, never sharded."""
@@ -96,30 +105,69 @@ class Run:
         """The configuration, as given."""
         return self.plan.config
 
-    def save(self) -> None:
-        """Write a checkpoint of all that a resumed run needs."""
-        extra = {
-            "progress": asdict(self.progress),
-            "data": self.data.train.state_dict(),
-            "random": _random_state(self.ranks),
-        }
+    @property
+    def steps(self) -> int:
+        """As configured."""
+        return self.config.steps
+
+    @property
+    def done(self) -> int:
+        """Of the steps, those that changed nothing included."""
+        return self.progress.step
+
+    def progress_state(self) -> dict[str, Any]:
+        """Progress, the position in the data, and AdaLoRA's budget."""
+        state = {"progress": asdict(self.progress), "data": self.data.train.state_dict()}
+        budget = None if self.adapted is None else self.adapted.budget
+        return state if budget is None else {**state, "budget": budget.state_dict()}
+
+    def load_progress(self, saved: dict[str, Any]) -> None:
+        """As ``progress_state`` has them."""
+        self.progress = Progress(**saved["progress"])
+        self.data.train.load_state_dict(saved["data"])
         if self.adapted is not None and self.adapted.budget is not None:
-            extra["budget"] = self.adapted.budget.state_dict()
-        self.checkpoints.save(self.progress.step, self.model, self.optimizer, extra, self.about)
+            self.adapted.budget.load_state_dict(saved.get("budget", {}))
+
+    @cached_property
+    def predicted(self) -> StepMemory | None:
+        """What a step needs on this rank; None with an adapter, whose activations are peft's affair."""
+        return None if self.adapted is not None else predict(self.plan, shard=self.shard)
+
+    @property
+    def predicted_bytes(self) -> int | None:
+        """The peak of ``predicted``."""
+        return None if self.predicted is None else self.predicted.peak
+
+    @property
+    def shard(self) -> int:
+        """Which of the ranks that share a copy of the model this is."""
+        return self.ranks.rank % self.plan.mesh.shards
+
+    @property
+    def trained_parameters(self) -> int:
+        """How many parameters are not frozen."""
+        return sum(param.numel() for param in self.model.parameters() if param.requires_grad)
+
+    def greeting(self) -> str:
+        """Return which model is trained."""
+        return f"{self.config.model.name}: {models.parameter_count(self.model):,} parameters"
+
+    def notes(self) -> list[str]:
+        """Return what is trained, what a step needs, and notes on the data and the model."""
+        if self.predicted is not None:
+            about = f"a step will need {self.predicted.in_words()} on rank 0"
+        else:
+            trained, whole = self.trained_parameters, models.parameter_count(self.model)
+            about = (
+                f"adapter {self.config.adapter.name}: {trained:,} of {whole:,} parameters are trained "
+                f"({100 * trained / whole:.3g} %); the memory of a step is not predicted"
+            )
+        of_data = [*self.data.notes, *data_notes(self.config, self.data.description)]
+        return [about, *of_data, *model_notes(self.config, self.model)]
 
     def check_finite(self) -> None:
         """Raise Diverged on all ranks if a weight is not finite on one of them, and name its parameter."""
         self.checkpoints.check_finite(self.progress.step, {"model": self.model.state_dict()})
-
-    def restore(self, checkpoint: Path) -> None:
-        """Continue where a checkpoint was written; hyperparameters stay as configured now."""
-        extra = self.checkpoints.load(checkpoint, self.model, self.optimizer, self.about)
-        self.progress = Progress(**extra["progress"])
-        self.data.train.load_state_dict(extra["data"])
-        _set_random_state(extra["random"], self.ranks)
-        if self.adapted is not None and self.adapted.budget is not None:
-            self.adapted.budget.load_state_dict(extra.get("budget", {}))
-        self.set_learning_rate(1.0)
 
     @property
     def about(self) -> dict[str, Any]:
@@ -127,12 +175,10 @@ class Run:
         architecture = self.model.config
         model = {key: value for key, value in architecture.to_dict().items() if key not in _NOT_ARCHITECTURE}
         model = {"model_type": architecture.model_type, **model}  # first, because the first difference is shown
-        method, optimizer = self.plan.method, self.config.optimizer
-        layers = {f"optimizer.{key}": value for key, value in method.layer_settings(optimizer)}
         trained = {} if self.config.train == "all" else {"train": self.config.train}
         kept = {} if self.config.weights == "full" else {"weights": self.config.weights}
         adapter = {} if self.config.adapter.name is None else {"adapter": asdict(self.config.adapter)}
-        named = {"optimizer.name": optimizer["name"], **layers}
+        named = method_settings(self.plan.method, self.config.optimizer)
         return {**named, **adapter, **trained, **kept, "model": model, **self.data.identity}
 
     def set_learning_rate(self, factor: float) -> None:
@@ -181,23 +227,9 @@ def _complete(plan: Plan, ranks: Ranks, folder: Path, data: Data, model: PreTrai
     optimizer = plan.optimizer(model)
     in_backward = plan.update_in_backward(model, optimizer) if config.fused_backward else None
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    kept = config.checkpoint
     checkpoints = Checkpoints(
-        folder / "checkpoints", ranks, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
+        folder / "checkpoints", ranks, every=kept.every, keep=kept.keep, asynchronous=kept.asynchronous
     )
     torch.manual_seed(config.seed + ranks.rank)
     return Run(plan, ranks, folder, data, model, optimizer, in_backward, settings, checkpoints, Progress())
-
-
-def _random_state(ranks: Ranks) -> dict[str, Tensor]:
-    state = {f"cpu_{ranks.rank}": torch.get_rng_state()}
-    if ranks.device.type == "cuda":
-        state[f"cuda_{ranks.rank}"] = torch.cuda.get_rng_state(ranks.device)
-    return state
-
-
-def _set_random_state(saved: dict[str, Tensor], ranks: Ranks) -> None:
-    """Continue this rank's random numbers; a rank the checkpoint did not have keeps its fresh seed."""
-    if f"cpu_{ranks.rank}" in saved:
-        torch.set_rng_state(saved[f"cpu_{ranks.rank}"])
-    if ranks.device.type == "cuda" and f"cuda_{ranks.rank}" in saved:
-        torch.cuda.set_rng_state(saved[f"cuda_{ranks.rank}"], ranks.device)

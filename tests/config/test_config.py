@@ -12,7 +12,8 @@ from lowrank_train import optim
 from lowrank_train.common.errors import UserError
 from lowrank_train.config import methods
 from lowrank_train.config.loading import save_config
-from lowrank_train.config.schema import Config, help_text, load_config
+from lowrank_train.config.run_config import help_text, load_config
+from lowrank_train.config.schema import Config
 from tests.runs import ROOT
 
 RECIPES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*.yaml"))

@@ -19,7 +19,8 @@ from lowrank_train.bench.translation import TranslationBenchmark
 from lowrank_train.common.errors import UserError
 from lowrank_train.compress.command import CompressConfig
 from lowrank_train.config.loading import load_schema
-from lowrank_train.config.schema import Config, load_config
+from lowrank_train.config.run_config import load_config
+from lowrank_train.config.schema import Config
 from lowrank_train.config.settings import key_help, keys, settle
 from lowrank_train.hyperbolic.graphs.config import GraphConfig
 from lowrank_train.hyperbolic.recipes import load_recipe

@@ -25,7 +25,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from lowrank_train.common.errors import UserError
-from lowrank_train.config.schema import Config, load_config
+from lowrank_train.config.run_config import load_config
+from lowrank_train.config.schema import Config
 from lowrank_train.data import tokens as data_module
 from lowrank_train.data.blocks import TokenFile, TokenStream, TrainingBlocks
 from lowrank_train.data.documents import embedded_documents, local_documents, lot

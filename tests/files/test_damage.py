@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from lowrank_train.common.errors import UserError
 from lowrank_train.common.ranks import start
-from lowrank_train.config.schema import load_config
+from lowrank_train.config.run_config import load_config
 from lowrank_train.data.tokens import prepare_data
 from lowrank_train.files.checkpoint_folder import choose_checkpoint
 from lowrank_train.files.checksums import CHECKSUMS

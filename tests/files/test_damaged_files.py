@@ -24,7 +24,8 @@ from lowrank_train.common.errors import UserError
 from lowrank_train.common.ranks import start
 from lowrank_train.compress.command import _plan_of_file, _read_cache
 from lowrank_train.config.loading import load_schema, save_config
-from lowrank_train.config.schema import Config, DataConfig, load_config
+from lowrank_train.config.run_config import load_config
+from lowrank_train.config.schema import Config, DataConfig
 from lowrank_train.data.blocks import TokenFile
 from lowrank_train.data.token_folder import read_record
 from lowrank_train.data.tokenizer import prepare_tokenizer, read_own_tokenizer

@@ -28,7 +28,8 @@ from lowrank_train.bench import quality
 from lowrank_train.bench import translation as translation_benchmark
 from lowrank_train.common.errors import UserError
 from lowrank_train.compress.command import load_settings as load_compress
-from lowrank_train.config.schema import ModelConfig, load_config
+from lowrank_train.config.run_config import load_config
+from lowrank_train.config.schema import ModelConfig
 from lowrank_train.files.checksums import CHECKSUMS, write_checksums
 from lowrank_train.hyperbolic import run as network_run
 from lowrank_train.hyperbolic.graphs.config import GraphConfig

@@ -156,7 +156,7 @@ def test_a_hyperbolic_run_never_keeps_what_is_not_finite(tmp_path: Path) -> None
         def save(self: NetworkRun) -> None:
             if self.progress.done == 4:
                 with torch.no_grad():
-                    next(self.network.parameters()).view(-1)[0] = float("nan")
+                    next(self.model.parameters()).view(-1)[0] = float("nan")
             original(self)
 
         NetworkRun.save = save  # type: ignore[method-assign]

@@ -13,7 +13,7 @@ import pytest
 
 from lowrank_train.common import small_files
 from lowrank_train.common.small_files import write_text
-from lowrank_train.config.schema import load_config
+from lowrank_train.config.run_config import load_config
 from lowrank_train.train.metrics import read_metrics
 from lowrank_train.train.run_folder import changed_settings
 from tests.distributed import DistributedFailure

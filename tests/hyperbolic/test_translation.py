@@ -213,7 +213,7 @@ def test_every_method_trains_resumes_and_leaves_a_plain_network(
 
     cut = words(folder, tmp_path / "cut", *more)
     stopped = train(cut, at_step(13, send(signal.SIGTERM)))
-    assert (stopped.status, stopped.stopped_at, stopped.bleu) == ("interrupted", "step 13", {})
+    assert (stopped.status, stopped.steps, stopped.bleu) == ("interrupted", 13, {})
     assert stopped.epochs > 1
     assert checkpoints(tmp_path / "cut") == ["step-10", "step-13"]
     resumed = train(cut)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lowrank_train.common.errors import UserError
-from lowrank_train.config.schema import load_config
+from lowrank_train.config.run_config import load_config
 from lowrank_train.memory.step import predict
 from lowrank_train.plan import Plan
 from lowrank_train.train.metrics import read_metrics

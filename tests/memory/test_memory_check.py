@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from lowrank_train.common.errors import UserError
-from lowrank_train.config.schema import Config, load_config
+from lowrank_train.config.run_config import load_config
+from lowrank_train.config.schema import Config
 from lowrank_train.memory.check import check_fits, setting_that_fits
 from lowrank_train.memory.phases import StepMemory
 from lowrank_train.memory.step import predict

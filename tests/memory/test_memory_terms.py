@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lowrank_train.config.schema import Config, ModelConfig, load_config
+from lowrank_train.config.run_config import load_config
+from lowrank_train.config.schema import Config, ModelConfig
 from lowrank_train.memory import static as memory_budget
 from lowrank_train.memory.measured import measure
 from lowrank_train.memory.phases import StepMemory

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from lowrank_train.common.errors import UserError
-from lowrank_train.config.schema import load_config
+from lowrank_train.config.run_config import load_config
 from lowrank_train.memory.step import predict
 from lowrank_train.plan import Plan
 from tests.tiers import only_first_quick

@@ -15,7 +15,8 @@ from lowrank_train.common.errors import UserError
 from lowrank_train.common.ranks import Ranks, start
 from lowrank_train.compress.command import compress_folder, load_settings
 from lowrank_train.config.methods import find, names
-from lowrank_train.config.schema import DataConfig, load_config
+from lowrank_train.config.run_config import load_config
+from lowrank_train.config.schema import DataConfig
 from lowrank_train.data import tokenizer_folder
 from lowrank_train.data.tokenizer import prepare_tokenizer
 from lowrank_train.models.fsdp import gathered

@@ -12,7 +12,8 @@ import torch
 
 from lowrank_train.common.errors import UserError
 from lowrank_train.common.ranks import Ranks
-from lowrank_train.config.schema import ModelConfig, load_config
+from lowrank_train.config.run_config import load_config
+from lowrank_train.config.schema import ModelConfig
 from lowrank_train.layers.parametrization import Dense
 from lowrank_train.memory.budget import solve
 from lowrank_train.memory.check import check_size, count_parameters

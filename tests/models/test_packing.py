@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowrank_train.config.schema import load_config
+from lowrank_train.config.run_config import load_config
 from lowrank_train.models.packing import block_mask
 from lowrank_train.text.labels import positions, starting
 from tests.runs import SEQUENCE, arguments, documents, failure, losses, train_on, write_jsonl

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM, PreTrainedModel
 
-from lowrank_train.config.schema import DataConfig, load_config
+from lowrank_train.config.run_config import load_config
+from lowrank_train.config.schema import DataConfig
 from lowrank_train.data.tokenizer import prepare_tokenizer
 from lowrank_train.layers.choice import linear_layers
 from lowrank_train.models import build as models

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lowrank_train.common.errors import UserError
-from lowrank_train.config.schema import load_config
+from lowrank_train.config.run_config import load_config
 from lowrank_train.data.tokens import Data, prepare_data
 from lowrank_train.text.labels import IGNORED, split
 from tests.chat_models import CHATML, MARKED, SPECIAL, chat_folder, chat_tokenizer, write_rows

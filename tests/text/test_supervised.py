@@ -22,7 +22,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lowrank_train.common.errors import UserError
-from lowrank_train.config.schema import load_config
+from lowrank_train.config.run_config import load_config
 from lowrank_train.data.blocks import TokenFile
 from lowrank_train.data.documents import Example, lot
 from lowrank_train.data.tokens import Data, prepare_data

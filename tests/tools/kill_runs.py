@@ -36,7 +36,7 @@ import torch.distributed as dist
 from matplotlib.figure import Figure
 
 from lowrank_train.common.errors import UserError
-from lowrank_train.config.schema import load_config
+from lowrank_train.config.run_config import load_config
 from lowrank_train.train.loop import train
 from tests.runs import arguments, documents, exact_history, write_jsonl
 

@@ -29,7 +29,8 @@ from lowrank_train.common.progress import show_progress
 from lowrank_train.common.record import provenance
 from lowrank_train.common.small_files import write_text
 from lowrank_train.common.units import show_bytes
-from lowrank_train.config.schema import Config, load_config
+from lowrank_train.config.run_config import load_config
+from lowrank_train.config.schema import Config
 from lowrank_train.memory.measured import measure
 from lowrank_train.memory.step import predict
 from lowrank_train.plan import Plan

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowrank_train.config.schema import load_config
+from lowrank_train.config.run_config import load_config
 from lowrank_train.train.metrics import read_metrics
 from tests.runs import ROOT, Launched, losses
 

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from lowrank_train import optim
 from lowrank_train.config import methods
-from lowrank_train.config.schema import ModelConfig, load_config
+from lowrank_train.config.run_config import load_config
+from lowrank_train.config.schema import ModelConfig
 from lowrank_train.memory import static as memory_budget
 from lowrank_train.models import build as models
 from lowrank_train.plan import Plan

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_train import optim
 from lowrank_train.common.record import RunRecord
-from lowrank_train.config.schema import load_config
+from lowrank_train.config.run_config import load_config
 from lowrank_train.train.metrics import read_metrics
 from tests.runs import (
     OPTIMIZERS,

@@ -30,8 +30,3 @@ class GraphRecord(NetworkRecord):
     """Largest error of x_0 of these points, relative to what it should be."""
     depth_correlation: float | None = None
     """Spearman's, of distance to the root's point and depth below the root."""
-
-    @property
-    def stopped_at(self) -> str:
-        """The position, for the line that says how to continue."""
-        return f"epoch {self.epochs}"

@@ -30,7 +30,7 @@ def write_graph_report(record: GraphRecord, run: GraphRun, points: Tensor) -> st
 
     ``points`` (n, width) are those of the best epoch.
     """
-    folder, geometry = run.folder, run.network.geometry
+    folder, geometry = run.folder, run.model.geometry
     root = middle(run.graph) if run.config.data.root is None else run.config.data.root
     depth = depths(run.graph, root)
     reached = depth >= 0
@@ -119,7 +119,7 @@ def _plot_points(run: GraphRun, places: Tensor, depth: Tensor, path: Any) -> Non
         )
         label = "class" if by_class else "depth below the root"
         axes.figure.colorbar(shown, ax=axes, shrink=0.7, label=label, ticks=colours.unique().tolist())
-        if run.network.geometry.extra:  # the edge of the world
+        if run.model.geometry.extra:  # the edge of the world
             axes.add_patch(Circle((0, 0), 1, fill=False, color="black", linewidth=0.8))
             axes.set(xlim=(-1.02, 1.02), ylim=(-1.02, 1.02), title="Poincare disk, two principal directions")
         else:

@@ -49,7 +49,7 @@ class GraphRun(NetworkRun):
     unit = "epoch"
 
     config: GraphConfig
-    network: GraphNetwork
+    model: GraphNetwork
     progress: GraphProgress
     graph: Graph
     task: GraphTask
@@ -58,8 +58,13 @@ class GraphRun(NetworkRun):
 
     def points(self) -> Tensor:
         """Return the points of all nodes, (n, width), by the network as it is; with dropout where it is in training."""
-        points: Tensor = self.network(self.features, self.adjacency)
+        points: Tensor = self.model(self.features, self.adjacency)
         return points
+
+    @property
+    def steps(self) -> int:
+        """Epochs, at most."""
+        return self.config.epochs
 
     @property
     def finished(self) -> bool:
@@ -68,14 +73,14 @@ class GraphRun(NetworkRun):
 
     def arguments(self) -> dict[str, Any]:
         """Return what ``load_network`` builds the network from, beside its weights."""
-        features = self.features.points.shape[1] - self.network.geometry.extra
+        features = self.features.points.shape[1] - self.model.geometry.extra
         return {**asdict(self.config.model), "features": features, "classes": self.task.classes}
 
     def greeting(self) -> str:
         """Return what is trained."""
         data, graph = self.config.data, self.graph
         task = f"{data.graph}, {data.task.replace('_', ' ')}, {data.protocol} protocol"
-        return f"{task}: {graph.nodes:,} nodes, {len(graph.edges):,} edges"
+        return f"{task}: {graph.nodes:,} nodes, {len(graph.edges):,} edges; {self.config.model.geometry}"
 
 
 def build_graph_run(config: GraphConfig, ranks: Ranks) -> GraphRun:
@@ -93,14 +98,15 @@ def build_graph_run(config: GraphConfig, ranks: Ranks) -> GraphRun:
     network = GraphNetwork(config.model, features.shape[1], task.classes).to(dtype)
     layers, optimizer = build_method(network, config.optimizer, LINEAR_MAPS)
     folder = Path(str(config.run_dir))
-    checkpoints = Checkpoints(folder / "checkpoints", ranks, keep=2, asynchronous=False)
+    checkpoints = Checkpoints(folder / "checkpoints", ranks, every=config.checkpoint_every, keep=2, asynchronous=False)
     torch.manual_seed(config.seed)  # dropout and negatives are the same for all methods
     adjacency = Adjacency(task.known_edges, graph.nodes, dtype)
     entered = NodeFeatures(network.geometry.enter(features.to(dtype)))
     return GraphRun(
         config=config,
         folder=folder,
-        network=network,
+        ranks=ranks,
+        model=network,
         layers=layers,
         optimizer=optimizer,
         checkpoints=checkpoints,

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 import torch
 
-from lowrank_train.common.signals import Stop
 from lowrank_train.hyperbolic.graphs.config import GraphConfig
 from lowrank_train.hyperbolic.graphs.record import GraphRecord
 from lowrank_train.hyperbolic.graphs.report import write_graph_report
 from lowrank_train.hyperbolic.graphs.run import GraphRun, build_graph_run
-from lowrank_train.hyperbolic.session import hold_session, show_report
+from lowrank_train.hyperbolic.run import train_alone
 from lowrank_train.train.metrics import Metrics
+from lowrank_train.train.session import show_report
 
 __all__ = ["train_graph"]
 
@@ -26,15 +27,16 @@ def train_graph(config: GraphConfig) -> GraphRecord:
     Raises:
         UserError: bad input, more than one rank, a failed checkpoint, a loss that is not finite.
     """
-    return hold_session(config, config.epochs, build=build_graph_run, loop=_loop, finish=_finish)
+    return train_alone(config, build_graph_run, _epochs, _finish)
 
 
-def _loop(run: GraphRun, metrics: Metrics, stop: Stop) -> None:
+def _epochs(run: GraphRun, metrics: Metrics) -> Iterator[None]:
+    """Train, each epoch a step on the whole graph; yields after every epoch."""
     config, progress = run.config, run.progress
-    while not run.finished and not stop.requested:
+    while not run.finished:
         began = time.perf_counter()
-        run.network.train()
-        loss = run.task.loss(run.network, run.points(), config.margin)
+        run.model.train()
+        loss = run.task.loss(run.model, run.points(), config.margin)
         norm = run.step(loss)
 
         validation, points = _evaluate(run)
@@ -48,30 +50,30 @@ def _loop(run: GraphRun, metrics: Metrics, stop: Stop) -> None:
             scalars = {
                 **run.scalars(loss, norm, float(run.optimizer.defaults["lr"])),
                 **{f"eval/{name}": score for name, score in validation.items()},
-                "points/manifold_error": run.network.geometry.error(points),
+                "points/manifold_error": run.model.geometry.error(points),
                 "throughput/epochs_per_second": 1 / took,
             }
             metrics.log(progress.done, scalars)
-        run.keep(metrics, stop)
+        yield
 
 
 @torch.no_grad()
 def _evaluate(run: GraphRun) -> tuple[dict[str, float], torch.Tensor]:
     """Scores on validation, and the points; of a new best epoch also those on the test, and the network."""
-    run.network.eval()
+    run.model.eval()
     points, progress = run.points(), run.progress
-    validation = run.task.scores(run.network, points, "validation")
+    validation = run.task.scores(run.model, points, "validation")
     selection = run.task.selection(validation)
     progress.waiting += 1
     if selection > progress.best_selection:
         progress.best_epoch, progress.best_selection, progress.waiting = progress.done, selection, 0
-        progress.validation, progress.test = validation, run.task.scores(run.network, points, "test")
-        progress.best = {name: value.clone() for name, value in run.network.state_dict().items()}
+        progress.validation, progress.test = validation, run.task.scores(run.model, points, "test")
+        progress.best = {name: value.clone() for name, value in run.model.state_dict().items()}
     return validation, points
 
 
 def _finish(run: GraphRun) -> GraphRecord:
-    config, progress, network = run.config, run.progress, run.network
+    config, progress, network = run.config, run.progress, run.model
     network.load_state_dict(progress.best)
     network.eval()
     with torch.no_grad():

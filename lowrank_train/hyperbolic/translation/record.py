@@ -28,8 +28,3 @@ class TranslationRecord(NetworkRecord):
     """Largest |<x, x> / k + 1|: of each parameter that holds points, of the encoder's and of the decoder's outputs."""
     time_error: dict[str, float]
     """The largest error of x_0, relative to what it should be."""
-
-    @property
-    def stopped_at(self) -> str:
-        """The position, for the line that says how to continue."""
-        return f"step {self.steps}"

@@ -37,19 +37,19 @@ class TranslationProgress(Progress):
 class TranslationRun(NetworkRun):
     """Built once."""
 
-    unit = "step"
+    to_train_on = ", or raise steps to train on"
 
     config: TranslationConfig
-    network: Translator
+    model: Translator
     progress: TranslationProgress
     data: TranslationData
     rates: list[float]
     """The rate of each parameter group as configured."""
 
     @property
-    def finished(self) -> bool:
-        """Whether all steps are done."""
-        return self.progress.done >= self.config.steps
+    def steps(self) -> int:
+        """As configured."""
+        return self.config.steps
 
     def training_batches(self) -> Iterator[Batch]:
         """Yield batches from where the run stands, without an end; ``progress`` says what has been taken."""
@@ -81,7 +81,8 @@ class TranslationRun(NetworkRun):
     def greeting(self) -> str:
         """Return what is trained."""
         data, pairs = self.config.data, len(self.data.parts["train"].source)
-        return f"{data.source} to {data.target}: {pairs:,} pairs, {len(self.data.tokenizer):,} tokens"
+        of_data = f"{data.source} to {data.target}: {pairs:,} pairs, {len(self.data.tokenizer):,} tokens"
+        return f"{of_data}; {self.config.model.geometry}"
 
 
 def build_translation_run(config: TranslationConfig, ranks: Ranks) -> TranslationRun:
@@ -108,13 +109,14 @@ def build_translation_run(config: TranslationConfig, ranks: Ranks) -> Translatio
     if config.optimizer.get("points_lr") is not None:
         rates["points"] = config.optimizer["points_lr"]
     layers, optimizer = build_method(network, arguments, LINEAR_MAPS, rates)
-    checkpoints = Checkpoints(folder / "checkpoints", ranks, keep=2, asynchronous=False)
+    checkpoints = Checkpoints(folder / "checkpoints", ranks, every=config.checkpoint_every, keep=2, asynchronous=False)
     torch.manual_seed(config.seed)  # dropout is the same for all methods
     configured = [float(group["lr"]) for group in optimizer.param_groups]
     return TranslationRun(
         config=config,
         folder=folder,
-        network=network,
+        ranks=ranks,
+        model=network,
         layers=layers,
         optimizer=optimizer,
         checkpoints=checkpoints,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from lowrank_train.common.signals import Stop
-from lowrank_train.hyperbolic.session import hold_session, show_report
+from lowrank_train.hyperbolic.run import train_alone
 from lowrank_train.hyperbolic.translation.bleu import bleu, load_sacrebleu
 from lowrank_train.hyperbolic.translation.config import TranslationConfig
 from lowrank_train.hyperbolic.translation.data import Batch, Pairs, padded
@@ -19,6 +19,7 @@ from lowrank_train.hyperbolic.translation.report import write_translation_report
 from lowrank_train.hyperbolic.translation.run import TranslationRun, build_translation_run, load_translator
 from lowrank_train.text.labels import IGNORED
 from lowrank_train.train.metrics import Metrics
+from lowrank_train.train.session import show_report
 
 __all__ = ["train_translation", "translate"]
 
@@ -37,7 +38,7 @@ def train_translation(config: TranslationConfig) -> TranslationRecord:
             finite.
     """
     load_sacrebleu()
-    return hold_session(config, config.steps, build=build_translation_run, loop=_loop, finish=_finish)
+    return train_alone(config, build_translation_run, _steps, _finish)
 
 
 def translate(network: Translator, pairs: Pairs, *, end: int, longest: int) -> list[list[int]]:
@@ -67,10 +68,11 @@ def batch_loss(network: Translator, batch: Batch, smoothing: float = 0.0, *, mea
     )
 
 
-def _loop(run: TranslationRun, metrics: Metrics, stop: Stop) -> None:
-    config, progress, network = run.config, run.progress, run.network
+def _steps(run: TranslationRun, metrics: Metrics) -> Iterator[None]:
+    """Train on one batch after another; yields after every step."""
+    config, progress, network = run.config, run.progress, run.model
     batches = run.training_batches()
-    while not run.finished and not stop.requested:
+    while not run.finished:
         began = time.perf_counter()
         network.train()
         rate = run.set_learning_rate()
@@ -96,26 +98,26 @@ def _loop(run: TranslationRun, metrics: Metrics, stop: Stop) -> None:
             if points:
                 scalars["points/manifold_error"] = max(network.parts.error(x) for x in points)
             metrics.log(progress.done, scalars)
-        run.keep(metrics, stop)
+        yield
 
 
 @torch.no_grad()
 def _validation_loss(run: TranslationRun) -> float:
     """Nats per token of the whole part, without label smoothing."""
-    run.network.eval()
+    run.model.eval()
     pairs = run.data.parts["validation"]
     order = sorted(range(len(pairs.source)), key=lambda index: len(pairs.target[index]))
     total, tokens = 0.0, sum(len(target) for target in pairs.target)
     for start in range(0, len(order), _SENTENCES):
         batch = padded(pairs, order[start : start + _SENTENCES], run.data.end)
-        total += float(batch_loss(run.network, batch, mean=False))
+        total += float(batch_loss(run.model, batch, mean=False))
     return total / tokens
 
 
 @torch.no_grad()
 def _errors(run: TranslationRun) -> tuple[dict[str, float], dict[str, float]]:
     """How far points are off the manifold: parameters, and what encoder and decoder make of the first sentences."""
-    network, pairs = run.network.eval(), run.data.parts["validation"]
+    network, pairs = run.model.eval(), run.data.parts["validation"]
     batch = padded(pairs, list(range(min(_SENTENCES, len(pairs.source)))), run.data.end)
     memory, seen = network.encode(batch.source, batch.lengths)
     outputs = {"encoder": memory, "decoder": network.decode(batch.read, memory, seen)}
@@ -127,7 +129,7 @@ def _errors(run: TranslationRun) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def _finish(run: TranslationRun) -> TranslationRecord:
-    config, progress, network = run.config, run.progress, run.network
+    config, progress, network = run.config, run.progress, run.model
     scores: dict[str, float] = {}
     translations: dict[str, list[str]] = {}
     signature = ""
