@@ -69,12 +69,12 @@ class Plan:
             UserError: whatever can be known wrong before any text is read: names, shapes, ranks, batch.
         """
         passes = _passes(config, world_size)
+        method = methods.find(config.optimizer["name"])  # which the configuration has checked
         if config.adapter.name is not None:
-            _check_adapter(config)
+            _check_adapter(config, method)
         replicas = config.parallel.replicas
         mesh = MeshShape(max(1, world_size // replicas), replicas)
         try:
-            method = methods.find(config.optimizer["name"])
             layers = method.parametrization(config.optimizer)
             model = _shaped(config, layers, models.architecture(config.model, seq_len=config.seq_len))
             plan = cls(config, method, layers, model, passes, mesh)
@@ -164,7 +164,7 @@ class Plan:
         return groups
 
 
-def _check_adapter(config: Config) -> None:
+def _check_adapter(config: Config, method: methods.Method) -> None:
     """Refuse what can be known wrong of an adapter before there is a model."""
     name, optimizer = config.adapter.name, config.optimizer["name"]
     adapter_config(config.adapter)
@@ -173,7 +173,7 @@ def _check_adapter(config: Config) -> None:
             f"adapter.name={name} with model.name={config.model.name}, a size to pretrain; an adapter needs a trained "
             "model: python launch/finetune.py model=FOLDER"
         )
-    if methods.find(optimizer).layers is not Dense:
+    if method.layers is not Dense:
         raise UserError(
             f"adapter.name={name} with optimizer.name={optimizer}, which replaces the same layers itself; use another "
             "optimizer, such as adamw or dct_adamw"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from lowrank_train import optim
@@ -26,7 +26,8 @@ class Method(NamedTuple):
     @property
     def needs_rank(self) -> bool:
         """Whether the layers cannot be made without a rank."""
-        return dict(self.layer_settings({})).get("rank") is inspect.Parameter.empty
+        rank = inspect.signature(self.layers).parameters.get("rank")
+        return rank is not None and rank.default is rank.empty
 
     def arguments(self) -> list[str]:
         """Return the keys of the optimizer and of the layers, each once."""
@@ -41,10 +42,11 @@ class Method(NamedTuple):
                 raise ValueError(f"{key} is missing: give optimizer.{key}=")
         return self.layers(**{key: arguments[key] for key in parameters if key in arguments})
 
-    def layer_settings(self, arguments: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-        """Yield the settings that ``parametrization`` uses, defaults included."""
-        for key, parameter in inspect.signature(self.layers).parameters.items():
-            yield key, arguments.get(key, parameter.default)
+    def about(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Return what a checkpoint keeps of a section ``optimizer``: the name, and settings of the layers."""
+        parameters = inspect.signature(self.layers).parameters.items()
+        layers = {f"optimizer.{key}": settings.get(key, parameter.default) for key, parameter in parameters}
+        return {"optimizer.name": settings["name"], **layers}
 
     def optimizer_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Return those of the arguments that belong to the optimizer."""

@@ -25,7 +25,7 @@ from lowrank_train.layers.parametrization import Parametrization
 from lowrank_train.train.checkpoint import Checkpoints
 from lowrank_train.train.metrics import Metrics
 from lowrank_train.train.session import hold_session
-from lowrank_train.train.training import Training, method_settings
+from lowrank_train.train.training import Training
 
 __all__ = ["CPU", "DTYPES", "NetworkRun", "Progress", "load_saved", "train_alone"]
 
@@ -125,7 +125,7 @@ class NetworkRun(Training):
         """What a checkpoint must have in common with the run that loads it, the tensors aside."""
         method = methods.find(self.config.optimizer["name"])
         data = {f"data.{key}": value for key, value in asdict(self.config.data).items() if key not in _NOT_LEARNED}
-        settings = method_settings(method, self.config.optimizer)
+        settings = method.about(self.config.optimizer)
         return {**settings, "model": asdict(self.config.model), **data, "sha1": self.sha1}
 
     def write_network(self, state: dict[str, Tensor]) -> None:

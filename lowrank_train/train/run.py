@@ -28,7 +28,7 @@ from lowrank_train.peft.names import adapter_config
 from lowrank_train.plan import Plan
 from lowrank_train.train.checkpoint import Checkpoints
 from lowrank_train.train.notes import data_notes, model_notes
-from lowrank_train.train.training import Training, method_settings
+from lowrank_train.train.training import Training
 
 __all__ = ["Progress", "Run"]
 
@@ -178,7 +178,7 @@ class Run(Training):
         trained = {} if self.config.train == "all" else {"train": self.config.train}
         kept = {} if self.config.weights == "full" else {"weights": self.config.weights}
         adapter = {} if self.config.adapter.name is None else {"adapter": asdict(self.config.adapter)}
-        named = method_settings(self.plan.method, self.config.optimizer)
+        named = self.plan.method.about(self.config.optimizer)
         return {**named, **adapter, **trained, **kept, "model": model, **self.data.identity}
 
     def set_learning_rate(self, factor: float) -> None:

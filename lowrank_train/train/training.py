@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from lowrank_train import optim
 from lowrank_train.common.errors import UserError
 from lowrank_train.common.ranks import Ranks
-from lowrank_train.config.methods import Method
 from lowrank_train.files.checkpoint_folder import checkpoints_of, last_good
 from lowrank_train.files.disk import check_space, checkpoints_to_come, write_failure
 from lowrank_train.train.checkpoint import Checkpoints, local_bytes, parameter_bytes
 
-__all__ = ["Training", "method_settings"]
+__all__ = ["Training"]
 
 
 class Training(ABC):
@@ -130,12 +129,6 @@ class Training(ABC):
     def write_failure(self, what: str, error: OSError) -> UserError:
         """Return the error for a write that failed."""
         return write_failure(what, self.folder, str(error), last_good(self.checkpoints.folder))
-
-
-def method_settings(method: Method, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the method and what its layers go by, as a checkpoint keeps them."""
-    layers = {f"optimizer.{key}": value for key, value in method.layer_settings(settings)}
-    return {"optimizer.name": settings["name"], **layers}
 
 
 def _random_state(ranks: Ranks) -> dict[str, Tensor]:
