@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-from lowrank_train import optim
 from lowrank_train.common.errors import Diverged, UserError
 from lowrank_train.common.ranks import Ranks
 from lowrank_train.files.checkpoint_files import ChecksumWriter, load_plain, read_index
@@ -47,7 +46,10 @@ from lowrank_train.files.finite import name_not_finite
 from lowrank_train.optim.shards.layout import laid_out_as, local
 from lowrank_train.optim.storage.int8_weight import Int8Weight
 
-__all__ = ["Checkpoints", "local_bytes", "parameter_bytes", "read_weights"]
+if TYPE_CHECKING:
+    from lowrank_train.optim import MatrixOptimizer
+
+__all__ = ["Checkpoints", "read_weights"]
 
 
 class Checkpoints:
@@ -159,9 +161,7 @@ class Checkpoints:
             raise self._failure(scratch, error) from None
         self._publish(scratch)
 
-    def load(
-        self, path: Path, model: nn.Module, optimizer: optim.MatrixOptimizer, about: dict[str, Any]
-    ) -> dict[str, Any]:
+    def load(self, path: Path, model: nn.Module, optimizer: MatrixOptimizer, about: dict[str, Any]) -> dict[str, Any]:
         """Restore model and optimizer in place from ``path``; returns the ``extra`` it was saved with.
 
         Args:
@@ -260,23 +260,6 @@ class Checkpoints:
         others = [other.name for other in checkpoints_of(path.parent) if other != path]
         then = f"delete it, and resume=auto goes on from {others[-1]}" if others else "there is no other beside it"
         return UserError(f"{path} is damaged ({error_cause(error)}); {then}")
-
-
-def parameter_bytes(model: nn.Module) -> int:
-    """Return the bytes of parameters and buffers that this rank holds, as a checkpoint stores them."""
-    parts = [local(tensor) for tensor in [*model.parameters(), *model.buffers()]]
-    kept = [[p.codes, p.scale] if isinstance(p, Int8Weight) else [p] for p in parts]
-    return sum(tensor.numel() * tensor.element_size() for tensors in kept for tensor in tensors)
-
-
-_ENTRY_BYTES = 3 * 2**10
-"""What a tensor takes in a checkpoint beside its numbers: the archive it is in, its part of the index."""
-
-
-def local_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Return the bytes that this rank writes into a checkpoint."""
-    tensors = len(list(model.parameters())) + sum(len(state) for state in optimizer.state.values())
-    return parameter_bytes(model) + optim.state_bytes(optimizer) + _ENTRY_BYTES * tensors
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

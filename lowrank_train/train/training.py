@@ -15,7 +15,9 @@ from lowrank_train.common.errors import UserError
 from lowrank_train.common.ranks import Ranks
 from lowrank_train.files.checkpoint_folder import checkpoints_of, last_good
 from lowrank_train.files.disk import check_space, checkpoints_to_come, write_failure
-from lowrank_train.train.checkpoint import Checkpoints, local_bytes, parameter_bytes
+from lowrank_train.optim.shards.layout import local
+from lowrank_train.optim.storage.int8_weight import Int8Weight
+from lowrank_train.train.checkpoint import Checkpoints
 
 __all__ = ["Training"]
 
@@ -104,7 +106,7 @@ class Training(ABC):
 
     def check_space(self) -> None:
         """Raise UserError on all ranks if the disk cannot take the checkpoints and the export that are to come."""
-        here = torch.tensor([local_bytes(self.model, self.optimizer), parameter_bytes(self.model)])
+        here = torch.tensor([_local_bytes(self.model, self.optimizer), _parameter_bytes(self.model)])
         checkpoint, export = (size // self.ranks.replicas for size in self.ranks.sum(here).tolist())
         kept = self.checkpoints
         self.ranks.first(
@@ -129,6 +131,23 @@ class Training(ABC):
     def write_failure(self, what: str, error: OSError) -> UserError:
         """Return the error for a write that failed."""
         return write_failure(what, self.folder, str(error), last_good(self.checkpoints.folder))
+
+
+def _parameter_bytes(model: nn.Module) -> int:
+    """Return the bytes of parameters and buffers that this rank holds, as a checkpoint stores them."""
+    parts = [local(tensor) for tensor in [*model.parameters(), *model.buffers()]]
+    kept = [[p.codes, p.scale] if isinstance(p, Int8Weight) else [p] for p in parts]
+    return sum(tensor.numel() * tensor.element_size() for tensors in kept for tensor in tensors)
+
+
+_ENTRY_BYTES = 3 * 2**10
+"""What a tensor takes in a checkpoint beside its numbers: the archive it is in, its part of the index."""
+
+
+def _local_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Return the bytes that this rank writes into a checkpoint."""
+    tensors = len(list(model.parameters())) + sum(len(state) for state in optimizer.state.values())
+    return _parameter_bytes(model) + optim.state_bytes(optimizer) + _ENTRY_BYTES * tensors
 
 
 def _random_state(ranks: Ranks) -> dict[str, Tensor]:
