@@ -70,7 +70,7 @@ ROOMS: dict[str, str] = {
 }
 """Room -> the rooms it may import. What is not here is refused; rooms stand above all that they import."""
 
-MOST_MODULES, MOST_LINES, LONGEST_CHAIN = 12, 400, 23
+MOST_MODULES, MOST_LINES, LONGEST_CHAIN = 12, 400, 24
 
 STILL_TOO_LARGE: dict[str, int] = {}
 """Folders and files above the limit, with what they may have at most. Nothing is added here."""
