@@ -17,7 +17,7 @@ from lowrank_train.common.ranks import Ranks
 from lowrank_train.config.schema import Config
 from lowrank_train.data.tokens import Data, prepare_data
 from lowrank_train.memory.phases import StepMemory
-from lowrank_train.memory.step import predict
+from lowrank_train.memory.step import not_predicted, predict
 from lowrank_train.models import build as models
 from lowrank_train.models import fsdp
 from lowrank_train.models.embeddings import rows_needed
@@ -130,8 +130,8 @@ class Run(Training):
 
     @cached_property
     def predicted(self) -> StepMemory | None:
-        """What a step needs on this rank; None with an adapter, whose activations are peft's affair."""
-        return None if self.adapted is not None else predict(self.plan, shard=self.shard)
+        """What a step needs on this rank; None where activations are not known."""
+        return None if not_predicted(self.plan) else predict(self.plan, shard=self.shard)
 
     @property
     def predicted_bytes(self) -> int | None:
@@ -154,16 +154,14 @@ class Run(Training):
 
     def notes(self) -> list[str]:
         """Return what is trained, what a step needs, and notes on the data and the model."""
-        if self.predicted is not None:
-            about = f"a step will need {self.predicted.in_words()} on rank 0"
-        else:
+        known = self.predicted
+        about = [f"a step will need {known.in_words()} on rank 0" if known else str(not_predicted(self.plan))]
+        if self.adapted is not None:
             trained, whole = self.trained_parameters, models.parameter_count(self.model)
-            about = (
-                f"adapter {self.config.adapter.name}: {trained:,} of {whole:,} parameters are trained "
-                f"({100 * trained / whole:.3g} %); the memory of a step is not predicted"
-            )
+            share = f"{trained:,} of {whole:,} parameters are trained ({100 * trained / whole:.3g} %)"
+            about.insert(0, f"adapter {self.config.adapter.name}: {share}")
         of_data = [*self.data.notes, *data_notes(self.config, self.data.description)]
-        return [about, *of_data, *model_notes(self.config, self.model)]
+        return [*about, *of_data, *model_notes(self.config, self.model)]
 
     def check_finite(self) -> None:
         """Raise Diverged on all ranks if a weight is not finite on one of them, and name its parameter."""
