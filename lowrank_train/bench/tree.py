@@ -92,7 +92,7 @@ def distances(x: Tensor, y: Tensor) -> Tensor:
 
 
 def mean_average_precision(points: Tensor, edges: Tensor) -> float:
-    """Return the mean average precision, in per cent, of every node's neighbours among all other nodes; points (n, d)."""
+    """Return the mean average precision, in per cent, of every node's neighbours; points (n, d)."""
     points, n = points.double(), len(points)
     neighbours = torch.zeros(n, n, dtype=torch.bool)
     neighbours[edges[:, 0], edges[:, 1]] = True
