@@ -1,4 +1,4 @@
-"""Pretrain LLaMA or OPT: ``torchrun --nproc-per-node N launch/pretrain.py [FILE.yaml ...] [key=value ...]``."""
+"""Pretrain a language model: ``torchrun --nproc-per-node N launch/pretrain.py [FILE.yaml ...] [key=value ...]``."""
 
 from __future__ import annotations
 
