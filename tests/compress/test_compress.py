@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from lowrank_train.bench import compression as compression_benchmark
 from lowrank_train.common.errors import UserError
+from lowrank_train.common.ranks import start
 from lowrank_train.common.units import parse_bytes, show_bytes
 from lowrank_train.compress import command as compress_run
 from lowrank_train.compress.calibration import input_energies, outlier_shares
@@ -714,7 +715,9 @@ def test_calibration_needs_text_that_is_not_evaluated(command: Command, folders:
 
 def test_only_whole_rows_of_text_calibrate(folders: Path) -> None:
     _, config = load_settings(["--whiten", *settings(folders), str(folders / "llama"), "rank_reduction=0.5", "out=a"])
-    blocks, batches = compress_run._text(load_model(folders / "llama"), folders / "llama", config, calibrates=True)
+    with start("cpu") as ranks:
+        model = load_model(folders / "llama")
+        blocks, batches = compress_run._text(model, folders / "llama", config, ranks, calibrates=True)
     assert blocks is not None
     everything, _ = evaluation_blocks(TextConfig(**{**vars(config.data), "tokens": 608}), folders / "llama")
     torch.testing.assert_close(blocks, everything[:13])
