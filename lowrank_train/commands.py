@@ -9,7 +9,7 @@ from pathlib import Path
 from lowrank_train.common.command import Command, Work, command
 from lowrank_train.common.errors import UserError
 
-__all__ = ["COMMANDS", "compress", "finetune", "hyperbolic", "memory_budget", "pretrain", "spectrum"]
+__all__ = ["COMMANDS", "benchmark", "compress", "finetune", "hyperbolic", "memory_budget", "pretrain", "spectrum"]
 
 
 @command("train")
@@ -104,6 +104,22 @@ def hyperbolic(words: list[str]) -> Work:
     return Work(lambda: recipe_help(GraphConfig, "") + more, do)
 
 
+@command(
+    "all",
+    stopped="stopped; the same command goes on from here ('optimizer-step' and 'training-step' start again)",
+)
+def benchmark(words: list[str]) -> Work:
+    """Compare methods: quality, time, memory, communication."""
+    from lowrank_train.benchmarks import answer
+
+    def do() -> None:
+        text = answer(words)
+        if text:
+            print(text)
+
+    return Work(lambda: answer(words), do)
+
+
 COMMANDS: dict[str, Command] = {
     "pretrain": pretrain,
     "finetune": finetune,
@@ -111,5 +127,6 @@ COMMANDS: dict[str, Command] = {
     "spectrum": spectrum,
     "memory-budget": memory_budget,
     "hyperbolic": hyperbolic,
+    "benchmark": benchmark,
 }
 """Name on the command line -> command."""

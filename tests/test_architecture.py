@@ -63,14 +63,16 @@ ROOMS: dict[str, str] = {
     "bench": "common reports files config layers models plan memory train spectra compress hyperbolic hyperbolic/graphs"
     " hyperbolic/translation optim optim/core optim/costs",
     "bench/steps": "common config layers models bench optim optim/costs",
-    "commands": "common config train memory compress spectra hyperbolic hyperbolic/graphs hyperbolic/translation",
+    "benchmarks": "common bench bench/steps optim/__main__ optim/arguments",
+    "commands": "common config train memory compress spectra hyperbolic hyperbolic/graphs hyperbolic/translation"
+    " benchmarks",
     "__main__": "common commands optim/arguments",
-    "launch": "common commands bench bench/steps optim/__main__ optim/arguments",
+    "launch": "commands",
     "lowrank_train": "layers",  # the face of the package, which imports what is asked for
 }
 """Room -> the rooms it may import. What is not here is refused; rooms stand above all that they import."""
 
-MOST_MODULES, MOST_LINES, LONGEST_CHAIN = 12, 400, 24
+MOST_MODULES, MOST_LINES, LONGEST_CHAIN = 12, 400, 26
 
 STILL_TOO_LARGE: dict[str, int] = {}
 """Folders and files above the limit, with what they may have at most. Nothing is added here."""

@@ -25,17 +25,18 @@ class Work(NamedTuple):
     do: Callable[[], object]
 
 
-def command(extra: str) -> Callable[[Callable[[list[str]], Work]], Command]:
+def command(extra: str, *, stopped: str = "") -> Callable[[Callable[[list[str]], Work]], Command]:
     """Make a command of a function that imports what it needs and returns its ``Work``.
 
     Args:
         extra: the extra of this distribution that installs what the command imports.
+        stopped: what is said when Ctrl-C ends it.
     """
 
     def wrap(prepare: Callable[[list[str]], Work]) -> Command:
         @functools.wraps(prepare)
         def run(words: list[str]) -> int:
-            return run_command(lambda: _prepare_and_do(prepare, words, extra))
+            return run_command(lambda: _prepare_and_do(prepare, words, extra), stopped=stopped)
 
         return run
 
