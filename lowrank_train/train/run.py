@@ -107,22 +107,22 @@ class Run(Training):
 
     @property
     def steps(self) -> int:
-        """As configured."""
+        """The number of steps, as configured."""
         return self.config.steps
 
     @property
     def done(self) -> int:
-        """Of the steps, those that changed nothing included."""
+        """The number of steps that are done, with those that changed nothing."""
         return self.progress.step
 
     def progress_state(self) -> dict[str, Any]:
-        """Progress, the position in the data, and AdaLoRA's budget."""
+        """Return progress, the position in the data, and AdaLoRA's budget."""
         state = {"progress": asdict(self.progress), "data": self.data.train.state_dict()}
         budget = None if self.adapted is None else self.adapted.budget
         return state if budget is None else {**state, "budget": budget.state_dict()}
 
     def load_progress(self, saved: dict[str, Any]) -> None:
-        """As ``progress_state`` has them."""
+        """Continue from what ``progress_state`` returned."""
         self.progress = Progress(**saved["progress"])
         self.data.train.load_state_dict(saved["data"])
         if self.adapted is not None and self.adapted.budget is not None:
@@ -145,7 +145,7 @@ class Run(Training):
 
     @property
     def trained_parameters(self) -> int:
-        """How many parameters are not frozen."""
+        """The number of parameters that are not frozen."""
         return sum(param.numel() for param in self.model.parameters() if param.requires_grad)
 
     def greeting(self) -> str:

@@ -43,12 +43,12 @@ class Training(ABC):
     @property
     @abstractmethod
     def steps(self) -> int:
-        """How many there are in all, at most."""
+        """The number of steps in all, at most."""
 
     @property
     @abstractmethod
     def done(self) -> int:
-        """How many of them are done."""
+        """The number of steps that are done."""
 
     @property
     def finished(self) -> bool:

@@ -21,7 +21,7 @@ def adamw_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """AdamW (Loshchilov & Hutter 2019, Algorithm 2), in place: the fused kernels of ``torch.optim.AdamW(fused=True)``.
+    """Update by AdamW (Loshchilov & Hutter 2019, Algorithm 2), in place, by the kernels of torch's ``AdamW(fused=True)``.
 
     Several times faster than torch's default on CPUs too, and equal to it up to the rounding of single elements.
     """

@@ -47,7 +47,7 @@ class _Part:
     update: Update
     shape: MatrixShape
     numbers: int
-    """Of the weight on this rank."""
+    """Numbers of the weight on this rank."""
     is_copied: bool
     copy: int
     """Bytes of the copy that a step works on."""

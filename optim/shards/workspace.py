@@ -49,7 +49,7 @@ class MatrixShape:
     m: int
     d: int
     rows: int
-    """Of the m rows, those of this rank."""
+    """The rows of this rank, of all m."""
     dtype: torch.dtype
     """Type of the weight."""
     group: Mapping[str, Any]

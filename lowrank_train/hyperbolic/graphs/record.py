@@ -21,7 +21,7 @@ class GraphRecord(NetworkRecord):
     test: dict[str, float]
     """Scores of the epoch that was best on validation."""
     validation: dict[str, float]
-    """Of the same epoch."""
+    """Scores of the same epoch."""
     epochs: int
     best_epoch: int
     manifold_error: float

@@ -48,7 +48,7 @@ class TranslationRun(NetworkRun):
 
     @property
     def steps(self) -> int:
-        """As configured."""
+        """The number of steps, as configured."""
         return self.config.steps
 
     def training_batches(self) -> Iterator[Batch]:

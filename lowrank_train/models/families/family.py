@@ -80,7 +80,7 @@ class Family:
     """One kind of model of Hugging Face's transformers, which is one value of ``model_type`` in a config.json."""
 
     model_type: str
-    """As transformers calls it."""
+    """The name that transformers gives the family."""
     matrices: tuple[str, ...]
     """Last parts of the names of a layer's linear modules, which methods train, replace or compress."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
