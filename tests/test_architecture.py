@@ -310,6 +310,26 @@ def test_public_names_exist_and_are_documented() -> None:
     assert not {path: names for path, names in wrong.items() if names}
 
 
+FRAGMENTS = {"as", "at", "by", "for", "from", "in", "likewise", "of", "on", "to", "with"}
+"""Words that begin a docstring which is no sentence and names nothing."""
+
+
+def fragments(tree: ast.Module) -> list[str]:
+    """Public functions, classes and methods whose docstring has no subject, or says "likewise"."""
+    public = set(public_names(tree))
+    documented = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in tree.body if isinstance(node, documented) and node.name in public]
+    nodes += [member for node in nodes if isinstance(node, ast.ClassDef) for member in node.body
+              if isinstance(member, documented) and not member.name.startswith("_")]  # fmt: skip
+    texts = {node.name: (ast.get_docstring(node) or "").lower() for node in nodes}
+    return [name for name, text in texts.items() if text.split(" ")[0] in FRAGMENTS or "likewise" in text]
+
+
+def test_public_docstrings_are_sentences() -> None:
+    found = {relative(path): fragments(parsed(path)) for path in PRODUCT}
+    assert not {path: names for path, names in found.items() if names}
+
+
 def test_every_module_of_optim_says_what_is_public() -> None:
     modules = [path for path in sources("optim") if path.name != "__init__.py"]
     assert not [relative(path) for path in modules if not public_names(parsed(path))]
@@ -455,3 +475,16 @@ def test_missing_docstrings_are_found(code: str, missing: list[str]) -> None:
 def test_names_of_nothing_are_found() -> None:
     code = '__all__ = ["a", "b", "c", "D", "e"]\nimport a\nfrom x import y as b\nc: int = 1\nclass D: pass'
     assert names_of_nothing(ast.parse(code)) == ["e"]
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ('__all__ = ["f"]\ndef f():\n    """Of the matrix."""', ["f"]),
+        ('__all__ = ["F"]\nclass F:\n    """A matrix."""\n    def g(self):\n        """As stored."""', ["g"]),
+        ('__all__ = ["f"]\ndef f():\n    """Return a matrix.\n\n    Args:\n        x: likewise.\n    """', ["f"]),
+        ('__all__ = ["f"]\ndef f():\n    """Return a matrix."""\ndef g():\n    """Of the matrix."""', []),
+    ],
+)
+def test_docstrings_without_a_subject_are_found(code: str, found: list[str]) -> None:
+    assert fragments(ast.parse(code)) == found

@@ -110,7 +110,7 @@ class Config:
         {"name": "adamw", "lr": 1e-3},
         "name and arguments of an optimizer: optimizer.name=dct_adamw optimizer.rank=64; and optimizer.other_lr, the "
         "rate of all but the matrices or their factors (embeddings, head, norms), where that is not optimizer.lr; "
-        "optimizer.other_state_dtype likewise; state_dtype, offload_state and stochastic_rounding for any optimizer",
+        "optimizer.other_state_dtype too; state_dtype, offload_state and stochastic_rounding for any optimizer",
     )
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

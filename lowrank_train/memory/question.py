@@ -43,7 +43,7 @@ class BudgetConfig:
     state_dtype: str | None = setting(
         None, "of the moments of --model: null (as the weights), float32, bfloat16, 8bit or 4bit"
     )
-    other_state_dtype: str | None = setting(None, "likewise, of embeddings, head and norms only")
+    other_state_dtype: str | None = setting(None, "the same, of embeddings, head and norms only")
     offload_state: bool = setting(False, "keep optimizer state in host memory, which is not counted then")
     weights: Literal["full", "bfloat16", "int8"] = setting(
         "full", "in which they are kept: full (float32); bfloat16 or int8, rounded stochastically"

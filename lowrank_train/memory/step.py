@@ -3,9 +3,9 @@
 A step has four phases, and the peak is that of the one that needs most:
 
     forward     weights, gradients so far, state | the root group gathered | activations | logits of a chunk
-    backward    likewise                         | groups gathered ahead, reductions under way | activations left
+    backward    the same                         | groups gathered ahead, reductions under way | activations left
     step        weights, gradients, state        | blocks of rows
-    refresh     likewise                         | new directions, decompositions
+    refresh     the same                         | a new basis, decompositions
 
 FSDP2 here: one group per decoder layer and one, the root, for embeddings, final norm and head. The root stays gathered
 from the start of forward to the end of backward. With more than one rank the buffer of the last all-gather lives on

@@ -21,7 +21,7 @@ def adamw_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """Update by AdamW (Loshchilov & Hutter 2019, Algorithm 2), in place, by the kernels of torch's ``AdamW(fused=True)``.
+    """Update by AdamW (Loshchilov & Hutter 2019, Algorithm 2), in place, with the kernels of torch's fused AdamW.
 
     Several times faster than torch's default on CPUs too, and equal to it up to the rounding of single elements.
     """
@@ -51,7 +51,7 @@ def adamw_(
 def adam_direction(
     grad: Tensor,  # (m, r)
     exp_avg: Tensor,  # (m, r), of the gradient's dtype, updated in place
-    exp_avg_sq: Tensor,  # (m, r), likewise
+    exp_avg_sq: Tensor,  # (m, r), changed in place
     bias_correction1: Tensor,  # (r,), 1 - beta1^age
     bias_correction2_sqrt: Tensor,  # (r,), sqrt(1 - beta2^age)
     *,

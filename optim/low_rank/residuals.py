@@ -68,7 +68,7 @@ class Block(NamedTuple):
     update: Tensor  # (b, r) u
     directions: Directions
     carried: Tensor | None  # (b, r) M before this step's gradient, where ``Residual.tracks_momentum``
-    previous: Previous | None  # likewise, if directions changed
+    previous: Previous | None  # of these rows, if the basis changed
 
 
 class ResidualWorkspace(NamedTuple):

@@ -131,7 +131,7 @@ class SST(MatrixOptimizer):
     Raises:
         ValueError: at construction, for a model without spectral layers, incomplete ones, and values out of range.
 
-    State: of each active vector two moments and an age; of each sigma, frozen ones too, likewise; a step count.
+    State: of each active vector two moments and an age; the same of each sigma, frozen ones too; a step count.
     Communication when sharded: nothing in a step; every ``resample_every`` steps the rows that change places and, to
     say how orthogonal they are, the active ones; at a re-SVD a sum of each matrix and a broadcast of its factors.
 
