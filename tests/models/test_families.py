@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lowrank_train.common.errors import UserError
-from lowrank_train.config.schema import load_config
+from lowrank_train.config.run_config import load_config
 from lowrank_train.layers.choice import linear_layers
 from lowrank_train.layers.lora import add_adapters
 from lowrank_train.layers.spectral import SpectralLinear, to_spectral
