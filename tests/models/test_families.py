@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,16 @@ from lowrank_train.config.run_config import load_config
 from lowrank_train.layers.choice import linear_layers
 from lowrank_train.layers.lora import add_adapters
 from lowrank_train.layers.spectral import SpectralLinear, to_spectral
+from lowrank_train.memory import step
 from lowrank_train.memory.budget import solve
 from lowrank_train.memory.question import load_budget
 from lowrank_train.memory.step import predict
 from lowrank_train.models import build as models
-from lowrank_train.models.families import FAMILIES
+from lowrank_train.models.families import FAMILIES, LLAMA
 from lowrank_train.models.loss import token_loss
 from lowrank_train.plan import Plan
 from lowrank_train.spectra.spectrum import spectra
-from tests.runs import TINY
+from tests.runs import TINY, arguments, documents, train_on, write_jsonl
 from tests.tools.memory_tracker import track
 
 every = pytest.mark.parametrize("kind", [family.model_type for family in FAMILIES])
@@ -146,6 +148,20 @@ def test_predicted_activations_are_those_that_a_step_has(kind: str, settings: st
     assert max(predicted.phases[name] for name in tracked.phases) == pytest.approx(tracked.peak, rel=0.025)
     for phase in tracked.phases:
         assert predicted.phases[phase] == pytest.approx(tracked.phases[phase], rel=0.03), phase
+
+
+def test_a_family_without_activations_trains_and_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    without = replace(LLAMA, activations=None)
+    monkeypatch.setattr(step, "family_of", lambda *about: without)
+    text = write_jsonl(tmp_path / "text.jsonl", documents(60))
+    words = arguments(text, tmp_path / "run", "steps=2")
+    (record,) = train_on(1, words)
+    assert record.predicted_peak_gib is None
+    assert capfd.readouterr().err.count("the memory of a step is not predicted: what layers of a llama model") == 1
+    with pytest.raises(UserError, match="what layers of a llama model keep for backward is not known"):
+        predict(Plan.of(load_config(words)))
 
 
 def test_a_model_without_a_family_is_refused_by_name(tmp_path: Path) -> None:
