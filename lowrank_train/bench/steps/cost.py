@@ -14,17 +14,15 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from lowrank_train import optim
 from lowrank_train.bench.grid import positive
-from lowrank_train.bench.report import output_folder
+from lowrank_train.bench.report import Panel, Report, markdown, origin, output_folder, publish
 from lowrank_train.bench.steps.kernels import StepCount, count
 from lowrank_train.common.errors import UserError
 from lowrank_train.common.record import provenance
@@ -35,7 +33,7 @@ from lowrank_train.models.build import architecture, skeleton
 from lowrank_train.optim.costs.table import aligned
 from lowrank_train.optim.costs.time import rank_argument
 
-__all__ = ["GPUS", "Gpu", "measure", "step_costs"]
+__all__ = ["GPUS", "Gpu", "measure", "report", "step_costs"]
 
 LAUNCH = 4e-6
 """Seconds the host needs to launch a kernel: about what eager torch takes."""
@@ -170,14 +168,11 @@ def measure(arguments: Sequence[str]) -> str:
         "refused": refused,
     }
     folder = output_folder(given.out)
-    write_text(folder / "step_cost.json", json.dumps(figures, indent=2) + "\n")
     write_text(folder / "step_cost.csv", _csv(rows))
-    write_text(
-        folder / "step_cost.md", "\n".join(["# The cost of one optimizer step, counted", "", *page(figures), ""])
-    )
-    _plot(rows, folder / "step_cost.png")
+    publish(folder, "step_cost", figures, report(figures))
     left_out = [f"not counted: {name}, because {reason}" for name, reason in refused.items()]
-    return "\n\n".join([_text(rows), *left_out, _FORMULA])
+    head = [*_HEAD, *(f"{gpu.name} ms (predicted)" for gpu in GPUS)]
+    return "\n\n".join([aligned([head, *map(_cells, rows)]), *left_out, _FORMULA])
 
 
 def _two_steps(
@@ -202,7 +197,7 @@ def _two_steps(
 _HEAD = ("method", "kernels a step", "a matrix", "bytes / fused AdamW", "products TFLOP", "kernels a matrix at first")
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _cells(row: Mapping[str, Any]) -> list[str]:
     first = f"{row['first_kernels_per_matrix']:.1f}" + " + QR or SVD" * bool(row["first_decompositions"])
     return [
         row["method"],
@@ -215,30 +210,24 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _text(rows: list[dict[str, Any]]) -> str:
-    return aligned([[*_HEAD, *(f"{gpu.name} ms (predicted)" for gpu in GPUS)], *map(_cells, rows)])
-
-
-def page(figures: dict[str, Any]) -> list[str]:
-    """Return the lines of the table in Markdown, with how it was made."""
-    made = figures["provenance"]
-    head = [*_HEAD, *(f"{name}, ms, *predicted*" for name in figures["gpus"])]
+def report(figures: Mapping[str, Any]) -> Report:
+    """Return table, notes and plot of the figures of ``step_cost.json``."""
     state = f", state in {figures['state_dtype']}" if figures["state_dtype"] else ""
-    return [
-        f"| {' | '.join(head)} |",
-        f"| --- |{' ---: |' * (len(head) - 1)}",
-        *(f"| {' | '.join(_cells(row))} |" for row in figures["rows"]),
-        "",
-        f"{figures['model']}, {figures['rows'][0]['matrices']} matrices, rank {figures['rank']}, weights in "
-        f"{figures['dtype']}{state}. Kernels of a step are those of the whole model; bytes are those of its matrices, "
-        "over what torch's fused AdamW moves for them. A step lies between two choices of directions; the first step "
-        "also makes one.",
-        "",
-        *(f"Not counted: `{name}`, because {reason}.\n" for name, reason in figures["refused"].items()),
-        _FORMULA,
-        "",
-        f"Command: `{made['command']}`; commit {made['commit']}; torch {made['versions']['torch']}.",
-    ]
+    points = {row["method"]: ([row["kernels_per_matrix"]], [row["bytes_over_fused_adamw"]]) for row in figures["rows"]}
+    return Report(
+        "The cost of one optimizer step, counted",
+        markdown([*_HEAD, *(f"{name}, ms, *predicted*" for name in figures["gpus"])], map(_cells, figures["rows"])),
+        [
+            f"{figures['model']}, {figures['rows'][0]['matrices']} matrices, rank {figures['rank']}, weights in "
+            f"{figures['dtype']}{state}. Kernels of a step are those of the whole model; bytes are those of its "
+            "matrices, over what torch's fused AdamW moves for them. A step lies between two choices of directions; "
+            "the first step also makes one.",
+            *(f"Not counted: `{name}`, because {reason}." for name, reason in figures["refused"].items()),
+            _FORMULA,
+            origin(figures["provenance"]),
+        ],
+        [Panel("", "kernels a matrix", "bytes / those of torch's fused AdamW", points, log_x=True, log_y=True)],
+    )
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:
@@ -254,24 +243,6 @@ def _csv(rows: list[dict[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(flat)
     return text.getvalue()
-
-
-def _plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw bytes against kernels of every method; torch's fused AdamW is at 1."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for row in rows:
-        at = (row["kernels_per_matrix"], row["bytes_over_fused_adamw"])
-        axes.plot(*at, "o", markersize=5)
-        axes.annotate(row["method"], at, xytext=(4, 3), textcoords="offset points", fontsize=8)
-    axes.axhline(1, linestyle=":", color="gray")
-    axes.set(xscale="log", yscale="log", xlabel="kernels a matrix", ylabel="bytes / those of torch's fused AdamW")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
 
 
 def _parser() -> argparse.ArgumentParser:
