@@ -114,7 +114,7 @@ def test_gradients_are_left_alone_and_garbage_collection_comes_back(monkeypatch:
 
     def seconds(optimizer: Any) -> float:
         assert not gc.isenabled()
-        grads.append([p.grad.clone() for p in optimizer.param_groups[0]["params"]])
+        grads.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"]])
         return 1.0
 
     fake_clock(monkeypatch, seconds)
