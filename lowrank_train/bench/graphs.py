@@ -167,7 +167,7 @@ def _config(settings: GraphBenchmark, protocol: str, recipe: str, row: str, seed
 
 
 def _for_all_protocols(config: GraphConfig, first: str) -> GraphConfig:
-    """Where the graph has a split of its own, which all protocols use: the training of the first of them, for all."""
+    """Return the configuration; of a graph that comes with a split with the first protocol, as all of them use it."""
     data: Any = config.data
     own_split = data.task == "node_classification" and load_graph(data.folder, data.graph).split is not None
     if own_split and data.protocol != first:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import pickle
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,16 +20,17 @@ from lowrank_train.common.record import peak_memory_gib, provenance
 from lowrank_train.config import methods
 from lowrank_train.files.checkpoint_folder import last_good
 from lowrank_train.files.finite import name_not_finite
-from lowrank_train.hyperbolic.recipes import RecipeConfig
+from lowrank_train.hyperbolic.recipes import RecipeConfig, SpaceConfig
 from lowrank_train.layers.parametrization import Parametrization
 from lowrank_train.train.checkpoint import Checkpoints
 from lowrank_train.train.metrics import Metrics
 from lowrank_train.train.session import hold_session
 from lowrank_train.train.training import Training
 
-__all__ = ["CPU", "DTYPES", "NetworkRun", "Progress", "load_saved", "train_alone"]
+__all__ = ["CPU", "DTYPES", "NetworkRun", "Progress", "load_saved", "saved_model", "train_alone"]
 
 N = TypeVar("N", bound=nn.Module)
+S = TypeVar("S", bound=SpaceConfig)
 C = TypeVar("C", bound=RecipeConfig)
 R = TypeVar("R", bound="NetworkRun")
 Record = TypeVar("Record")
@@ -182,6 +183,17 @@ def train_alone(
                 "with python"
             )
         return hold_session(config, ranks, build=lambda: build(config, ranks), train=train, finish=finish)
+
+
+def saved_model(schema: type[S], about: Mapping[str, Any]) -> S:
+    """Return the ``model`` section that a network was made with; raises KeyError for a key that was not saved.
+
+    A default in its place would be another network, which its weights may fit all the same.
+    """
+    missing = [field.name for field in fields(schema) if field.name not in about]
+    if missing:
+        raise KeyError(missing[0])
+    return schema(**about)
 
 
 def load_saved(folder: Path, build: Callable[[dict[str, Any]], N]) -> N:

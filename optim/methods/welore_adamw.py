@@ -7,7 +7,7 @@
 cost_l(r) is the bytes of state at rank r. A matrix that would need as much as with all its directions gets all of them,
 in the basis ``identity``: that is AdamW. ``optim.spectral.weight_ranks`` chooses.
 
-Every matrix has a parameter group of its own, whose settings ``rank`` and ``basis`` say what was chosen.
+Each matrix is alone in a parameter group, whose settings ``rank`` and ``basis`` say what was chosen.
 ``optim.param_groups(model, rules=optim.ranks_from_weights(model))`` gives the same ranks to any low-rank optimizer.
 """
 

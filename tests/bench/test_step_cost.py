@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowrank_train.bench.steps.cost import GPUS, LAUNCH, measure, step_costs
+from lowrank_train.bench.steps.cost import GPUS, LAUNCH, measure, of_language_models, step_costs
 from lowrank_train.bench.steps.kernels import count
 from lowrank_train.common.errors import UserError
-from lowrank_train.config import methods
 
 N = 4 * 8 * 16
 """Bytes of the matrix of the tests below."""
@@ -121,13 +120,13 @@ Exact: a change of a step that adds or saves a kernel changes its row, and says 
 
 @pytest.fixture(scope="module")
 def rows() -> dict[str, dict[str, object]]:
-    names = [name for name in methods.names() if name != "riemannian_adamw"]
+    names = of_language_models()
     found, refused = step_costs("llama_1b", rank=512, layers=1, dtype="float32", state_dtype=None, names=names)
     assert not refused
     return {row["method"]: row for row in found}
 
 
-@pytest.mark.parametrize("name", [name for name in methods.names() if name != "riemannian_adamw"])
+@pytest.mark.parametrize("name", of_language_models())
 def test_every_method_keeps_to_its_row(name: str, rows: dict[str, dict[str, object]]) -> None:
     row = rows[name]
     assert (row["kernels_per_matrix"], row["bytes_over_fused_adamw"]) == COUNTS[name]

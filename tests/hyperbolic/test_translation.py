@@ -9,7 +9,9 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
@@ -21,10 +23,12 @@ from lowrank_train.bench import translation as translation_benchmark
 from lowrank_train.common.errors import UserError
 from lowrank_train.config.loading import given_value
 from lowrank_train.hyperbolic import lorentz
+from lowrank_train.hyperbolic.graphs.config import GraphModelConfig
+from lowrank_train.hyperbolic.graphs.run import load_network
 from lowrank_train.hyperbolic.recipes import load_recipe
 from lowrank_train.hyperbolic.translation import train as translation_training
 from lowrank_train.hyperbolic.translation.bleu import bleu
-from lowrank_train.hyperbolic.translation.config import TranslationConfig
+from lowrank_train.hyperbolic.translation.config import TranslationConfig, TranslationModelConfig
 from lowrank_train.hyperbolic.translation.data import load_translation_data
 from lowrank_train.hyperbolic.translation.network import Translator
 from lowrank_train.hyperbolic.translation.record import TranslationRecord
@@ -333,9 +337,30 @@ def test_a_loss_that_is_not_finite_ends_the_run(folder: Path, tmp_path: Path) ->
 def test_a_folder_without_a_network_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read .*network\.pt.*expected the run_dir of a finished run"):
         load_translator(tmp_path)
-    torch.save({"network": {"geometry": "lorentz", "curvature": 1.0}}, tmp_path / "network.pt")
+    torch.save({"network": {"geometry": "lorentz", "curvature": 1.0}}, tmp_path / "network.pt")  # of the first version
     with pytest.raises(UserError, match=r"network\.pt was written by another version of lowrank-train \('words'\)"):
         load_translator(tmp_path)
+
+
+SAVED: dict[str, tuple[Any, dict[str, int], Callable[[Path], torch.nn.Module]]] = {
+    "translation": (TranslationModelConfig(), {"words": 5}, load_translator),
+    "graph": (GraphModelConfig(), {"features": 3, "classes": 2}, load_network),
+}
+"""Kind of network -> the settings it is built from, what else network.pt says of it, and its reader."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"), [(kind, key) for kind, (model, more, _) in SAVED.items() for key in (*asdict(model), *more)]
+)
+def test_a_network_without_one_of_its_settings_is_refused_and_takes_no_default(
+    kind: str, key: str, tmp_path: Path
+) -> None:
+    model, more, load = SAVED[kind]
+    network = {**asdict(model), **more}
+    del network[key]
+    torch.save({"network": network, "precision": "float32", "state": {}}, tmp_path / "network.pt")
+    with pytest.raises(UserError, match=rf"network\.pt was written by another version of lowrank-train \('{key}'\)"):
+        load(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------- the front door, tables

@@ -29,27 +29,21 @@ from lowrank_train.common.record import provenance
 from lowrank_train.common.small_files import write_text
 from lowrank_train.config import methods
 from lowrank_train.config.schema import ModelConfig
+from lowrank_train.layers.parametrization import Dense
 from lowrank_train.models.build import architecture, skeleton
 from lowrank_train.optim.costs.table import aligned
 from lowrank_train.optim.costs.time import rank_argument
 
-__all__ = ["GPUS", "Gpu", "measure", "report", "step_costs"]
+__all__ = ["GPUS", "Gpu", "measure", "of_language_models", "report", "step_costs"]
 
 LAUNCH = 4e-6
 """Seconds the host needs to launch a kernel: about what eager torch takes."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-_OTHERS = ("riemannian_adamw",)
-"""Methods of parameters that a language model does not have."""
-
-_INTERVALS = ("refresh_interval", "resample_every", "resvd_every", "restart_every")
-_FAR = 10**9
-"""Steps between two choices of directions, of triplets or of new factors: no counted step is one."""
-
 _FORMULA = (
     f"Predicted: the sum over kernels of max({LAUNCH * 1e6:g} us, bytes / bandwidth, operations / rate), by the data "
-    "sheet of the GPU; nothing was measured."
+    "sheet of the GPU, with TF32 for products in float32; nothing was measured."
 )
 
 
@@ -135,6 +129,12 @@ def step_costs(
     return rows, refused
 
 
+def of_language_models() -> list[str]:
+    """Return the names of all methods that train the matrices of a language model, or layers made of them."""
+    dense = optim.names(of_matrices=True)
+    return [name for name in methods.names() if name in dense or methods.find(name).layers is not Dense]
+
+
 def measure(arguments: Sequence[str]) -> str:
     """Count what ``arguments`` ask for, and write step_cost.json, .csv, .md and .png into ``--out``.
 
@@ -148,7 +148,7 @@ def measure(arguments: Sequence[str]) -> str:
     for key in ("rank", "layers"):
         if getattr(given, key) is not None:
             positive(f"--{key}", getattr(given, key))
-    names = given.methods or [name for name in methods.names() if name not in _OTHERS]
+    names = given.methods or of_language_models()
     rows, refused = step_costs(
         given.model,
         rank=given.rank,
@@ -178,9 +178,12 @@ def measure(arguments: Sequence[str]) -> str:
 def _two_steps(
     name: str, shapes: Any, rank: int, dtype: str, state_dtype: str | None, *, matrices_only: bool
 ) -> tuple[StepCount, StepCount]:
-    """Count a method's first step, which chooses directions where it has some, and one between two choices."""
+    """Count a method's first step, which chooses directions where it has some, and the second, which does not.
+
+    The intervals are the methods' own: a method that chooses at every step does so in both.
+    """
     method = methods.find(name)
-    offered = {"rank": rank, "state_dtype": state_dtype, "score": "uniform", **dict.fromkeys(_INTERVALS, _FAR)}
+    offered = {"rank": rank, "state_dtype": state_dtype, "score": "uniform"}  # the score that reads no weights
     settings = {key: value for key, value in offered.items() if key in method.arguments()}
     if name in optim.names(of_matrices=True):
         settings = {**{key: value for key, value in settings.items() if key != "rank"}, **rank_argument(name, rank)}
@@ -198,11 +201,11 @@ _HEAD = ("method", "kernels a step", "a matrix", "bytes / fused AdamW", "product
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    first = f"{row['first_kernels_per_matrix']:.1f}" + " + QR or SVD" * bool(row["first_decompositions"])
+    first = f"{row['first_kernels_per_matrix']:.2f}" + " + QR or SVD" * bool(row["first_decompositions"])
     return [
         row["method"],
         str(row["kernels_per_step"]),
-        f"{row['kernels_per_matrix']:.1f}",
+        f"{row['kernels_per_matrix']:.2f}",
         f"{row['bytes_over_fused_adamw']:.2f}",
         f"{row['product_tflop']:.2f}",
         first,

@@ -18,7 +18,7 @@ from lowrank_train.hyperbolic.graphs.network import LINEAR_MAPS, GraphNetwork, N
 from lowrank_train.hyperbolic.graphs.splits import PROTOCOLS
 from lowrank_train.hyperbolic.graphs.tasks import TASKS, GraphTask
 from lowrank_train.hyperbolic.recipes import build_method
-from lowrank_train.hyperbolic.run import DTYPES, NetworkRun, Progress, load_saved
+from lowrank_train.hyperbolic.run import DTYPES, NetworkRun, Progress, load_saved, saved_model
 from lowrank_train.train.checkpoint import Checkpoints
 
 __all__ = ["GraphRun", "build_graph_run", "load_network"]
@@ -128,7 +128,7 @@ def load_network(folder: Path) -> GraphNetwork:
 
     def build(about: dict[str, Any]) -> GraphNetwork:
         features, classes = about.pop("features"), about.pop("classes")
-        return GraphNetwork(GraphModelConfig(**about), features, classes)
+        return GraphNetwork(saved_model(GraphModelConfig, about), features, classes)
 
     return load_saved(folder, build)
 

@@ -12,7 +12,7 @@ import torch
 from lowrank_train.common.ranks import Ranks
 from lowrank_train.config.methods import OTHER_ROLES
 from lowrank_train.hyperbolic.recipes import build_method
-from lowrank_train.hyperbolic.run import DTYPES, NetworkRun, Progress, load_saved
+from lowrank_train.hyperbolic.run import DTYPES, NetworkRun, Progress, load_saved, saved_model
 from lowrank_train.hyperbolic.translation.config import TranslationConfig, TranslationModelConfig
 from lowrank_train.hyperbolic.translation.data import Batch, TranslationData, batches, load_translation_data, padded
 from lowrank_train.hyperbolic.translation.network import LINEAR_MAPS, Translator
@@ -136,6 +136,6 @@ def load_translator(folder: Path) -> Translator:
 
     def build(about: dict[str, Any]) -> Translator:
         words = about.pop("words")
-        return Translator(TranslationModelConfig(**about), words)
+        return Translator(saved_model(TranslationModelConfig, about), words)
 
     return load_saved(folder, build)

@@ -322,7 +322,7 @@ def test_bfloat16_follows_float32_to_its_precision(name: str) -> None:
         assert weight.any()
         finals.append(weight.detach().float())
     exact, rounded = finals
-    roundings = 16 if "rank" in given else 8  # directions chosen anew are rounded too
+    roundings = 16 if name == "ldadam" else 4  # it follows rounded directions anew at every step; others stay below 2.3
     assert (exact - rounded).norm() < roundings * 2**-8 * exact.norm()
 
 
