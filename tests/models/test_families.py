@@ -172,3 +172,22 @@ def test_a_model_without_a_family_is_refused_by_name(tmp_path: Path) -> None:
 
 def load_and_plan(*words: str) -> Any:
     return Plan.of(load_config(list(words)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["low_rank_adamw", "sst", "relora", "lora"])
+@every
+def test_a_family_trains_from_a_size_and_goes_on_from_its_folder(kind: str, method: str, tmp_path: Path) -> None:
+    text = write_jsonl(tmp_path / "text.jsonl", documents(300))
+    optimizer = f"optimizer={{name: {method}, rank: 4, lr: 1.0e-2}}"
+    first = arguments(text, tmp_path / "run", optimizer, "schedule.warmup_steps=0", model=kind)
+    (record,) = train_on(1, first)
+    assert record.predicted_optimizer_state_bytes == record.optimizer_state_bytes
+    assert record.validation_loss is not None
+    assert record.initial_validation_loss is not None
+    assert record.validation_loss < record.initial_validation_loss - 0.1
+    folder = tmp_path / "run" / "huggingface"
+    assert json.loads((folder / "config.json").read_text())["model_type"] == kind
+    later = [word for word in arguments(text, tmp_path / "later", optimizer, "steps=2") if "model." not in word]
+    (again,) = train_on(1, [*later, f"model.name={folder}", "schedule.warmup_steps=0"])
+    assert again.initial_validation_loss == pytest.approx(record.validation_loss, rel=0.02)
